@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: MIT */
+#include "map_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+int vx_map_fault(vx_map *map, vx_request *request, enum vx_fault_kind kind, uint64_t first,
+                 uint64_t count)
+{
+    atomic_fetch_add_explicit(&map->faults, 1, memory_order_relaxed);
+    request->fault = (vx_fault){.device = &map->device,
+                                .kind = kind,
+                                .operation = request->operation,
+                                .first = first,
+                                .count = count};
+    return VX_FAULTED;
+}
+
+int vx_map_fault_load(vx_map *map, vx_request *request, uint64_t at, uint64_t end)
+{
+    uint64_t first = at >> map->page_shift;
+    uint64_t count = ((end - 1) >> map->page_shift) - first + 1;
+    return vx_map_fault(map, request, VX_FAULT_LOAD, first, count > 65536 ? 65536 : count);
+}
+
+static int map_submit(vx_device *device, vx_request *request)
+{
+    vx_map *map = (vx_map *)device;
+    switch (request->operation) {
+    case VX_READ:
+        return vx_map_read(map, request);
+    case VX_WRITE:
+        return vx_map_write(map, request);
+    case VX_ZERO:
+    case VX_TRIM:
+        return vx_map_zero_or_trim(map, request);
+    case VX_FLUSH:
+        return vx_map_flush(map, request);
+    case VX_EXTENTS:
+        return vx_map_extents(map, request);
+    default:
+        return vx_fail(device, request, VX_E_INVALID, 0, request->offset);
+    }
+}
+
+static int map_resize(vx_device *device, uint64_t size)
+{
+    vx_map *map = (vx_map *)device;
+    if (size > map->table.pages << map->page_shift)
+        return VX_E_RANGE;
+    atomic_store(&device->size, size);
+    return VX_OK;
+}
+
+static void map_destroy(vx_device *device)
+{
+    vx_map *map = (vx_map *)device;
+    vx_map_close(device);
+    for (uint32_t i = 0; i < map->lower_count; i++)
+        vx_device_release(map->lowers[i]);
+    for (vx_bitmap *next, *bitmap = map->bitmap_list; bitmap != NULL; bitmap = next) {
+        next = bitmap->next;
+        free(bitmap);
+    }
+    if (map->bitmaps != NULL)
+        munmap(map->bitmaps, map->table.pages * sizeof *map->bitmaps);
+    vx_table_release(&map->table);
+    free(map->lowers);
+    free(map->grants);
+    free(map->published.pages);
+    free(map->published.entries);
+    free(map->spare.pages);
+    free(map->spare.entries);
+    pthread_mutex_destroy(&map->lock);
+    pthread_cond_destroy(&map->changed);
+    free(map);
+}
+
+static const vx_operations map_operations = {
+    .kind = "map", .submit = map_submit, .resize = map_resize, .destroy = map_destroy};
+
+vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shift,
+                         uint32_t lower_count, uint32_t flags, vx_pool *pool, uint64_t identity,
+                         const vx_upcalls *upcalls)
+{
+    if (page_shift < 9 || page_shift > 32 || size > largest_size || largest_size > INT64_MAX ||
+        lower_count == 0 || lower_count > 4096)
+        return NULL;
+    vx_map *map = aligned_alloc(64, (sizeof *map + 63) / 64 * 64);
+    if (map == NULL)
+        return NULL;
+    memset(map, 0, sizeof *map);
+    uint64_t page_size = (uint64_t)1 << page_shift;
+    map->lowers = calloc(lower_count, sizeof(vx_device *));
+    if (map->lowers == NULL ||
+        !vx_table_reserve(&map->table, largest_size / page_size + (largest_size % page_size != 0))) {
+        free(map->lowers);
+        free(map);
+        return NULL;
+    }
+    vx_device_initialise(&map->device, &map_operations, identity, upcalls, size);
+    map->device.read_only = flags & VX_MAP_READ_ONLY;
+    vx_epoch_initialise(&map->epochs);
+    map->page_shift = page_shift;
+    map->lower_count = lower_count;
+    map->parent = VX_MAP_NO_PARENT;
+    map->flags = flags;
+    atomic_init(&map->gate_open, !(flags & VX_MAP_GATED));
+    map->pool = pool;
+    map->round_job.run = vx_map_round;
+    map->refill_job.run = vx_map_refill;
+    pthread_mutex_init(&map->lock, NULL);
+    pthread_cond_init(&map->changed, NULL);
+    return &map->device;
+}
+
+int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower)
+{
+    vx_map *map = (vx_map *)device;
+    if (index >= map->lower_count || map->lowers[index] != NULL)
+        return VX_E_INVALID;
+    map->lowers[index] = vx_device_reference(lower);
+    return VX_OK;
+}
+
+int vx_map_set_parent(vx_device *device, uint32_t lower_index)
+{
+    vx_map *map = (vx_map *)device;
+    if (lower_index >= map->lower_count || map->lowers[lower_index] == NULL)
+        return VX_E_INVALID;
+    map->parent = lower_index;
+    return VX_OK;
+}
+
+int vx_map_set_bitmap(vx_device *device, uint64_t page, uint32_t sector_shift,
+                      const uint8_t *bits, uint64_t length)
+{
+    vx_map *map = (vx_map *)device;
+    if (page >= map->table.pages || sector_shift < 9 || sector_shift > map->page_shift ||
+        length < (vx_page_size(map) >> sector_shift) / 8)
+        return VX_E_INVALID;
+    vx_bitmap *bitmap = malloc(sizeof *bitmap + length);
+    if (bitmap == NULL)
+        return VX_E_NOMEM;
+    bitmap->sector_shift = sector_shift;
+    bitmap->bytes = length;
+    memcpy(bitmap->bits, bits, length);
+    pthread_mutex_lock(&map->lock);
+    if (map->bitmaps == NULL) {
+        void *memory = mmap(NULL, map->table.pages * sizeof *map->bitmaps, PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        map->bitmaps = memory == MAP_FAILED ? NULL : memory;
+    }
+    bool place = map->bitmaps != NULL && map->bitmaps[page] == NULL;
+    if (place) {
+        map->bitmaps[page] = bitmap;
+        bitmap->next = map->bitmap_list;
+        map->bitmap_list = bitmap;
+    } else {
+        free(bitmap);
+    }
+    int code = map->bitmaps == NULL ? VX_E_NOMEM : VX_OK;
+    pthread_mutex_unlock(&map->lock);
+    return code;
+}
+
+void vx_map_close(vx_device *device)
+{
+    vx_map *map = (vx_map *)device;
+    vx_device_set_state(device, VX_E_CLOSED);
+    pthread_mutex_lock(&map->lock);
+    pthread_cond_broadcast(&map->changed);
+    while (map->jobs > 0)
+        pthread_cond_wait(&map->changed, &map->lock);
+    pthread_mutex_unlock(&map->lock);
+    vx_epoch_quiesce(&map->epochs);
+}
+
+void vx_map_statistics_of(vx_device *device, vx_map_statistics *statistics)
+{
+    vx_map *map = (vx_map *)device;
+    pthread_mutex_lock(&map->lock);
+    *statistics = (vx_map_statistics){
+        .dirty_generation = atomic_load(&map->dirty_generation),
+        .committed_generation = atomic_load(&map->committed_generation),
+        .rounds = map->rounds_finished,
+        .commits = map->commits,
+        .dirty_pages = map->published.count,
+        .granted = map->grant_count,
+        .faults = atomic_load(&map->faults)};
+    pthread_mutex_unlock(&map->lock);
+}

@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: MIT */
+#include "map_internal.h"
+#include "run.h"
+
+/* Durable data of every lower device: they are flushed whether or not metadata is dirty. */
+static int flush_lowers(vx_map *map, vx_failure *failure)
+{
+    for (uint32_t i = 0; i < map->lower_count; i++) {
+        vx_device *lower = map->lowers[i];
+        if (lower == NULL || lower->read_only)
+            continue;
+        int code = vx_transfer(lower, VX_FLUSH, 0, NULL, 0, 0, failure);
+        if (code != VX_OK)
+            return code;
+    }
+    return VX_OK;
+}
+
+static int commit(vx_map *map, const vx_published *taken, uint64_t generation)
+{
+    vx_fault fault = {.device = &map->device,
+                      .kind = VX_FAULT_COMMIT,
+                      .count = taken->count,
+                      .pages = taken->pages,
+                      .entries = taken->entries,
+                      .generation = generation};
+    if (map->device.upcalls == NULL)
+        return VX_E_UNSUPPORTED;
+    return map->device.upcalls->fault(map->device.identity, &fault);
+}
+
+/* One round; entered and left with the lock held. Completes the flushes that it covers. */
+static void run_round_locked(vx_map *map)
+{
+    vx_request *covered = map->flush_head;
+    vx_published taken = map->published;
+    uint64_t generation = atomic_load(&map->dirty_generation);
+    map->flush_head = map->flush_tail = NULL;
+    map->published = map->spare;
+    map->published.count = 0;
+    map->spare = (vx_published){0};
+    map->rounds_started++;
+    pthread_mutex_unlock(&map->lock);
+
+    vx_failure failure = {0};
+    int code = vx_device_state(&map->device);
+    if (code == VX_E_CLOSED)
+        code = VX_OK; /* what was accepted before the close is finished */
+    if (code == VX_OK)
+        code = flush_lowers(map, &failure);
+    if (code == VX_OK && taken.count > 0) {
+        code = commit(map, &taken, generation);
+        failure = (vx_failure){.code = code, .operation = VX_FLUSH,
+                               .device = map->device.identity};
+    }
+    if (code == VX_OK)
+        atomic_store(&map->committed_generation, generation);
+    else
+        vx_device_set_state(&map->device, VX_E_POISONED);
+
+    pthread_mutex_lock(&map->lock);
+    for (uint64_t i = 0; i < taken.count && code == VX_OK; i++)
+        atomic_fetch_sub(&map->table.dirty[taken.pages[i] / VX_CHUNK_PAGES], 1);
+    map->commits += taken.count > 0;
+    taken.count = 0;
+    map->spare = taken;
+    map->rounds_finished++;
+    pthread_mutex_unlock(&map->lock);
+    while (covered != NULL) {
+        vx_request *next = covered->next;
+        covered->result = code;
+        if (code != VX_OK)
+            covered->failure = failure.code != 0 ? failure
+                                                 : (vx_failure){.code = code,
+                                                                .operation = VX_FLUSH,
+                                                                .device = map->device.identity};
+        covered->complete(covered);
+        covered = next;
+    }
+    pthread_mutex_lock(&map->lock);
+}
+
+static bool more_to_do_locked(const vx_map *map)
+{
+    return map->flush_head != NULL || (map->published.count >= VX_BACKGROUND_COMMIT &&
+                                       atomic_load(&map->device.state) == 0);
+}
+
+static void end_rounds_locked(vx_map *map)
+{
+    map->round_running = false;
+    map->jobs--;
+    pthread_cond_broadcast(&map->changed);
+}
+
+void vx_map_round(vx_job *job)
+{
+    vx_map *map = (vx_map *)((char *)job - offsetof(vx_map, round_job));
+    pthread_mutex_lock(&map->lock);
+    do
+        run_round_locked(map);
+    while (more_to_do_locked(map));
+    end_rounds_locked(map);
+    pthread_mutex_unlock(&map->lock);
+}
+
+void vx_map_commit_in_background_locked(vx_map *map)
+{
+    if (map->round_running || map->pool == NULL || map->published.count < VX_BACKGROUND_COMMIT)
+        return;
+    map->round_running = true;
+    map->jobs++;
+    vx_pool_push(map->pool, &map->round_job);
+}
+
+int vx_map_flush(vx_map *map, vx_request *request)
+{
+    if (request->flags & VX_NOWAIT)
+        return VX_AGAIN;
+    if (map->device.read_only || vx_mutated(map, VX_NO_COMMIT_WAIT))
+        return vx_succeed(request);
+    pthread_mutex_lock(&map->lock);
+    request->next = NULL;
+    if (map->flush_tail != NULL)
+        map->flush_tail->next = request;
+    else
+        map->flush_head = request;
+    map->flush_tail = request;
+    if (!map->round_running) {
+        map->round_running = true;
+        map->jobs++;
+        run_round_locked(map);
+        while (map->pool == NULL && more_to_do_locked(map))
+            run_round_locked(map);
+        if (more_to_do_locked(map)) /* for others: not on this request's time */
+            vx_pool_push(map->pool, &map->round_job);
+        else
+            end_rounds_locked(map);
+    }
+    pthread_mutex_unlock(&map->lock);
+    return VX_PARKED;
+}

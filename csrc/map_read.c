@@ -1,0 +1,264 @@
+/* SPDX-License-Identifier: MIT */
+#include <string.h>
+
+#include "map_internal.h"
+#include "run.h"
+
+/* Zeros for [offset, offset + length): noted as a hole where the reader asked for holes and there is
+ * room, else written into the buffer. Offsets of holes are those of the request's device. */
+static void read_hole(vx_request *request, uint64_t offset, uint64_t length)
+{
+    vx_extent *last = request->extent_count == 0 ? NULL
+                                                 : &request->extents[request->extent_count - 1];
+    if (last != NULL && last->offset + last->length == offset) {
+        last->length += length;
+    } else if (request->extents != NULL && request->extent_count < request->extent_capacity) {
+        request->extents[request->extent_count++] =
+            (vx_extent){offset, length, VX_EXTENT_HOLE, -1};
+    } else {
+        memset(request->buffer + (offset - request->offset), 0, length);
+    }
+}
+
+/* Reads from a lower device; what lies past its end is zeros. */
+static int read_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t lower_offset,
+                      uint64_t offset, uint64_t length, bool clip)
+{
+    vx_device *device = map->lowers[lower];
+    uint64_t present = length;
+    if (clip) {
+        uint64_t size = vx_device_size(device);
+        present = lower_offset >= size ? 0
+                  : size - lower_offset < length ? size - lower_offset
+                                                 : length;
+    }
+    if (present > 0) {
+        vx_request child;
+        vx_request_child(&child, request, VX_READ, lower_offset, present,
+                         request->buffer + (offset - request->offset));
+        int answer = vx_call(device, &child);
+        if (answer == VX_FAULTED)
+            request->fault = child.fault;
+        if (answer != VX_DONE)
+            return answer;
+        vx_request_adopt(request, &child);
+        if (child.result != 0)
+            return VX_DONE;
+    }
+    if (present < length)
+        read_hole(request, offset + present, length - present);
+    return VX_DONE;
+}
+
+/* The end of the run of equal bits that begins at sector `at`, at most `end`. */
+static uint64_t run_of_bits(const uint8_t *bits, uint64_t at, uint64_t end)
+{
+    unsigned value = bits[at / 8] >> (at % 8) & 1u;
+    uint8_t whole = value ? 0xff : 0;
+    while (at < end) {
+        if (at % 8 == 0 && end - at >= 8 && bits[at / 8] == whole)
+            at += 8;
+        else if ((bits[at / 8] >> (at % 8) & 1u) == value)
+            at++;
+        else
+            break;
+    }
+    return at;
+}
+
+/* The next run of a MIXED page inside [within, stop): its end and whether this page stores it. */
+static uint64_t mixed_run(const vx_bitmap *bitmap, uint64_t within, uint64_t stop, bool *stored)
+{
+    uint64_t sector = within >> bitmap->sector_shift;
+    uint64_t last = ((stop - 1) >> bitmap->sector_shift) + 1;
+    uint64_t end = run_of_bits(bitmap->bits, sector, last) << bitmap->sector_shift;
+    *stored = bitmap->bits[sector / 8] >> (sector % 8) & 1u;
+    return end < stop ? end : stop;
+}
+
+static int read_mixed(vx_map *map, vx_request *request, uint64_t page, uint64_t entry, uint64_t at,
+                      uint64_t length)
+{
+    uint64_t base = page << map->page_shift, within = at - base, stop = within + length;
+    while (within < stop) {
+        bool stored;
+        uint64_t end = mixed_run(map->bitmaps[page], within, stop, &stored);
+        if (!stored && map->parent == VX_MAP_NO_PARENT)
+            return vx_fail(&map->device, request, VX_E_MISSING_PARENT, 0, base + within);
+        int answer = stored ? read_lower(map, request, vx_entry_lower(entry),
+                                         vx_entry_offset(entry) + within, base + within,
+                                         end - within, false)
+                            : read_lower(map, request, map->parent, base + within, base + within,
+                                         end - within, true);
+        if (answer != VX_DONE || request->result != 0)
+            return answer;
+        within = end;
+    }
+    return VX_DONE;
+}
+
+static int read_segment(vx_map *map, vx_request *request, uint64_t page, uint64_t at,
+                        uint64_t length, bool *asks)
+{
+    uint64_t entry = vx_map_entry(map, page), within = at - (page << map->page_shift);
+    switch (vx_entry_kind(entry)) {
+    case VX_HOLE:
+        read_hole(request, at, length);
+        return VX_DONE;
+    case VX_DATA:
+        return read_lower(map, request, vx_entry_lower(entry), vx_entry_offset(entry) + within, at,
+                          length, false);
+    case VX_SHARED:
+        return read_lower(map, request, vx_entry_lower(entry), vx_entry_offset(entry) + within, at,
+                          length, true);
+    case VX_MIXED:
+        return read_mixed(map, request, page, entry, at, length);
+    case VX_ASK:
+    default:
+        *asks = true;
+        return VX_DONE;
+    }
+}
+
+int vx_map_read(vx_map *map, vx_request *request)
+{
+    uint64_t end = request->offset + request->length;
+    request->result = VX_OK;
+    while (request->done < request->length) {
+        uint64_t at = request->offset + request->done, page = at >> map->page_shift;
+        uint64_t stop = (page + 1) << map->page_shift;
+        uint64_t length = (stop < end ? stop : end) - at;
+        bool asks = false;
+        uint32_t slot = vx_epoch_enter(&map->epochs, request->slot);
+        int answer = read_segment(map, request, page, at, length, &asks);
+        vx_epoch_leave(&map->epochs, slot);
+        if (asks)
+            return vx_map_fault_load(map, request, at, end);
+        if (answer != VX_DONE || request->result != 0)
+            return answer;
+        request->done += length;
+    }
+    return VX_DONE;
+}
+
+/* Adds an extent, merged with the one before; false when there is no room. */
+static bool add_extent(vx_request *request, uint64_t offset, uint64_t length, uint32_t state,
+                       int32_t depth)
+{
+    if (request->extent_count > 0) {
+        vx_extent *last = &request->extents[request->extent_count - 1];
+        if (last->state == state && last->depth == depth &&
+            last->offset + last->length == offset) {
+            last->length += length;
+            return true;
+        }
+    }
+    if (request->extent_count == request->extent_capacity)
+        return false;
+    request->extents[request->extent_count++] = (vx_extent){offset, length, state, depth};
+    return true;
+}
+
+/* The extents of a parent's range, moved to this device's offsets. *full: no room for all. */
+static int extents_of_parent(vx_map *map, vx_request *request, uint32_t lower, uint64_t from,
+                             uint64_t offset, uint64_t length, bool *full)
+{
+    uint64_t size = vx_device_size(map->lowers[lower]);
+    uint64_t present = from >= size ? 0 : size - from < length ? size - from : length;
+    for (uint64_t at = 0; at < present && !*full;) {
+        vx_extent found[64];
+        vx_request child;
+        vx_request_child(&child, request, VX_EXTENTS, from + at, present - at, NULL);
+        child.extents = found;
+        child.extent_capacity = 64;
+        child.depth = request->depth + 1;
+        int answer = vx_call(map->lowers[lower], &child);
+        if (answer == VX_FAULTED)
+            request->fault = child.fault;
+        if (answer != VX_DONE || child.result != 0) {
+            vx_request_adopt(request, &child);
+            return answer;
+        }
+        for (uint32_t i = 0; i < child.extent_count && !*full; i++) {
+            *full = !add_extent(request, offset + at, found[i].length, found[i].state,
+                                found[i].depth);
+            at += found[i].length;
+        }
+    }
+    if (!*full && present < length)
+        *full = !add_extent(request, offset + present, length - present, VX_EXTENT_HOLE, -1);
+    return VX_DONE;
+}
+
+static int extents_of_mixed(vx_map *map, vx_request *request, uint64_t page, uint64_t at,
+                            uint64_t length, bool *full)
+{
+    uint64_t base = page << map->page_shift, within = at - base, stop = within + length;
+    while (within < stop && !*full) {
+        bool stored;
+        uint64_t end = mixed_run(map->bitmaps[page], within, stop, &stored);
+        int answer = VX_DONE;
+        if (stored)
+            *full = !add_extent(request, base + within, end - within, VX_EXTENT_DATA,
+                                request->depth);
+        else if (map->parent == VX_MAP_NO_PARENT)
+            *full = !add_extent(request, base + within, end - within, VX_EXTENT_HOLE, -1);
+        else
+            answer = extents_of_parent(map, request, map->parent, base + within, base + within,
+                                       end - within, full);
+        if (answer != VX_DONE || request->result != 0)
+            return answer;
+        within = end;
+    }
+    return VX_DONE;
+}
+
+static int extents_of_page(vx_map *map, vx_request *request, uint64_t page, uint64_t at,
+                           uint64_t length, bool *asks, bool *full)
+{
+    uint64_t entry = vx_map_entry(map, page);
+    bool zero = vx_entry_tag(entry) & VX_TAG_ZERO;
+    switch (vx_entry_kind(entry)) {
+    case VX_HOLE:
+        *full = !add_extent(request, at, length, zero ? VX_EXTENT_ZERO : VX_EXTENT_HOLE,
+                            zero ? request->depth : -1);
+        return VX_DONE;
+    case VX_DATA:
+        *full = !add_extent(request, at, length, VX_EXTENT_DATA, request->depth);
+        return VX_DONE;
+    case VX_SHARED:
+        return extents_of_parent(map, request, vx_entry_lower(entry),
+                                 vx_entry_offset(entry) + (at - (page << map->page_shift)), at,
+                                 length, full);
+    case VX_MIXED:
+        return extents_of_mixed(map, request, page, at, length, full);
+    case VX_ASK:
+    default:
+        *asks = true;
+        return VX_DONE;
+    }
+}
+
+int vx_map_extents(vx_map *map, vx_request *request)
+{
+    uint64_t end = request->offset + request->length;
+    bool full = false;
+    request->result = VX_OK;
+    request->extent_count = 0;
+    for (uint64_t at = request->offset; at < end && !full;) {
+        uint64_t page = at >> map->page_shift, stop = (page + 1) << map->page_shift;
+        uint64_t length = (stop < end ? stop : end) - at;
+        bool asks = false;
+        uint32_t slot = vx_epoch_enter(&map->epochs, request->slot);
+        int answer = extents_of_page(map, request, page, at, length, &asks, &full);
+        vx_epoch_leave(&map->epochs, slot);
+        if (asks && request->extent_count > 0)
+            break; /* a part of the answer is an answer; the rest is asked for next time */
+        if (asks)
+            return vx_map_fault_load(map, request, at, end);
+        if (answer != VX_DONE || request->result != 0)
+            return answer;
+        at += length;
+    }
+    return VX_DONE;
+}

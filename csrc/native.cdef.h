@@ -1,0 +1,89 @@
+/* What cffi sees, and nothing else. Kept by hand; contracts stand in the headers of each file. */
+
+typedef ... vx_device;
+typedef ... vx_pool;
+typedef ... vx_nbd_connection;
+
+typedef struct { int32_t code; int32_t os_error; uint32_t operation; uint64_t device;
+                 uint64_t offset; ...; } vx_failure;
+typedef struct { uint64_t offset; uint64_t length; uint32_t state; int32_t depth; } vx_extent;
+typedef struct { uint32_t kind; uint32_t operation; uint64_t first; uint64_t count;
+                 const uint64_t *pages; const uint64_t *entries; uint64_t generation;
+                 ...; } vx_fault;
+typedef struct { uint32_t operation; uint32_t flags; uint64_t offset; uint64_t length;
+                 uint8_t *buffer; vx_extent *extents; uint32_t extent_capacity;
+                 uint32_t extent_count; int32_t depth; ...; } vx_request;
+typedef struct { uint32_t operation; uint64_t offset; uint64_t length; uint8_t *buffer;
+                 ...; } vx_step;
+typedef struct { int (*fault)(uint64_t, vx_fault *); int (*perform)(uint64_t, vx_request *);
+                 int (*resize)(uint64_t, uint64_t); } vx_upcalls;
+
+extern "Python" int vx_python_fault(uint64_t device, vx_fault *fault);
+extern "Python" int vx_python_perform(uint64_t device, vx_request *request);
+extern "Python" int vx_python_resize(uint64_t device, uint64_t size);
+
+vx_device *vx_device_reference(vx_device *device);
+void vx_device_release(vx_device *device);
+uint64_t vx_device_size(vx_device *device);
+int vx_device_resize(vx_device *device, uint64_t size);
+int vx_device_state(vx_device *device);
+void vx_device_set_state(vx_device *device, int state);
+
+int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *buffer,
+                uint64_t length, uint64_t offset, vx_failure *failure);
+int vx_batch(vx_device *device, vx_step *steps, size_t count, vx_failure *failure);
+int64_t vx_list_extents(vx_device *device, uint64_t offset, uint64_t length, vx_extent *extents,
+                        uint32_t capacity, vx_failure *failure);
+
+vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit);
+void vx_pool_destroy(vx_pool *pool);
+uint64_t vx_pool_charged(vx_pool *pool);
+
+vx_device *vx_file_create(int fd, uint64_t size, uint32_t flags, uint64_t identity);
+void vx_file_close(vx_device *device);
+uint64_t vx_file_barriers(vx_device *device);
+vx_device *vx_callback_create(uint64_t size, bool read_only, uint64_t identity,
+                              const vx_upcalls *upcalls);
+vx_device *vx_memory_create(uint64_t size, uint64_t capacity, uint64_t identity);
+
+typedef struct { uint32_t park_mask; uint64_t park_ns; uint32_t delay_mask; uint64_t delay_ns;
+                 uint32_t again_mask; uint32_t fail_mask; uint64_t fail_after;
+                 int32_t fail_code; } vx_hold_settings;
+vx_device *vx_hold_create(vx_device *lower, vx_pool *pool, uint64_t identity);
+void vx_hold_set(vx_device *device, const vx_hold_settings *settings);
+
+typedef struct { uint64_t dirty_generation; uint64_t committed_generation; uint64_t rounds;
+                 uint64_t commits; uint64_t dirty_pages; uint64_t granted;
+                 uint64_t faults; } vx_map_statistics;
+vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shift,
+                         uint32_t lower_count, uint32_t flags, vx_pool *pool, uint64_t identity,
+                         const vx_upcalls *upcalls);
+int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower);
+int vx_map_set_parent(vx_device *device, uint32_t lower_index);
+int vx_map_install(vx_device *device, uint64_t first, uint64_t count, const uint64_t *entries);
+int vx_map_set_bitmap(vx_device *device, uint64_t page, uint32_t sector_shift,
+                      const uint8_t *bits, uint64_t length);
+void vx_map_read_entries(vx_device *device, uint64_t first, uint64_t count, uint64_t *entries);
+uint64_t vx_map_drop(vx_device *device, uint64_t first_chunk, uint64_t count);
+int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
+                       const uint64_t *expected, const uint64_t *entries, bool publish,
+                       uint8_t *mismatched);
+void vx_map_quiesce(vx_device *device);
+int vx_map_grant(vx_device *device, uint32_t lower, uint64_t count, const uint64_t *offsets,
+                 uint32_t tag, int flag);
+uint64_t vx_map_revoke(vx_device *device, uint64_t capacity, uint64_t *offsets);
+void vx_map_gate(vx_device *device, bool open);
+void vx_map_close(vx_device *device);
+void vx_map_statistics_of(vx_device *device, vx_map_statistics *statistics);
+
+typedef struct { uint32_t largest_payload; uint32_t context_id; uint32_t requests_limit;
+                 uint32_t slot; uint64_t bytes_limit; bool read_only; bool structured;
+                 bool block_status; } vx_nbd_terms;
+vx_nbd_connection *vx_nbd_create(int fd, vx_device *device, vx_pool *pool,
+                                 const vx_nbd_terms *terms, const uint8_t *early,
+                                 size_t early_length);
+int vx_nbd_serve(vx_nbd_connection *connection);
+void vx_nbd_stop(vx_nbd_connection *connection);
+void vx_nbd_abort(vx_nbd_connection *connection);
+void vx_nbd_counters_of(vx_nbd_connection *connection, uint64_t *counters);
+void vx_nbd_destroy(vx_nbd_connection *connection);

@@ -1,0 +1,17 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Everything that native.cdef.h names.
+ */
+#ifndef VX_NATIVE_H
+#define VX_NATIVE_H
+
+#include "callback.h"
+#include "file.h"
+#include "hold.h"
+#include "map.h"
+#include "memory.h"
+#include "nbd.h"
+#include "pool.h"
+#include "run.h"
+
+#endif

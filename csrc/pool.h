@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Threads for what may block, and a clock for what must wait.
+ *
+ * Jobs run in the order they were pushed, on at most `threads` threads that are started when needed.
+ * A job pushed with a time (CLOCK_MONOTONIC, nanoseconds) runs no earlier than that. The memory of a
+ * job belongs to its owner and may be reused as soon as `run` was entered.
+ *
+ * `bytes` counts payload that waits in the pool: vx_pool_charge refuses past the limit, so a server
+ * stops reading from its sockets instead of growing.
+ */
+#ifndef VX_POOL_H
+#define VX_POOL_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+typedef struct vx_pool vx_pool;
+typedef struct vx_job vx_job;
+
+struct vx_job {
+    void (*run)(vx_job *job);
+    vx_job *next;
+    uint64_t when_ns;
+    uint64_t sequence;
+};
+
+vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit); /* NULL: no memory */
+/* Runs what is queued (timed jobs at once), stops the threads and frees the pool. */
+void vx_pool_destroy(vx_pool *pool);
+void vx_pool_push(vx_pool *pool, vx_job *job);
+void vx_pool_push_at(vx_pool *pool, vx_job *job, uint64_t when_ns);
+bool vx_pool_charge(vx_pool *pool, uint64_t bytes);
+void vx_pool_discharge(vx_pool *pool, uint64_t bytes);
+uint64_t vx_pool_charged(vx_pool *pool);
+uint64_t vx_now_ns(void);
+
+#endif

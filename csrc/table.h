@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * The page table: 8 bytes a page, read atomically, address space reserved for the largest size at
+ * once, so that growing never moves it. Untouched memory is zero, which means ASK, so parts that
+ * Python can produce again may be dropped.
+ *
+ *   bits  0-38  offset on the lower device, in units of 512 bytes (256 TiB)
+ *   bits 39-50  lower device (4096)
+ *   bits 51-54  kind
+ *   bits 55-63  tag: the owner's own state of the page; C keeps it and reads one bit of it,
+ *               VX_TAG_ZERO (a hole that is reported as zeros rather than as unallocated)
+ */
+#ifndef VX_TABLE_H
+#define VX_TABLE_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#define VX_CHUNK_PAGES 512u /* entries in 4096 bytes of table: the unit of dropping */
+#define VX_TAG_ZERO 256u
+
+enum vx_kind {
+    VX_ASK = 0,    /* unknown: fault */
+    VX_HOLE = 1,   /* nothing stored: reads zeros */
+    VX_DATA = 2,   /* the page is at the offset of the lower device */
+    VX_SHARED = 3, /* as DATA for reads; a write needs a place of its own first */
+    VX_MIXED = 4   /* a sector bitmap chooses between the offset and the parent */
+};
+
+static inline uint64_t vx_entry(enum vx_kind kind, uint32_t lower, uint64_t offset, uint32_t tag)
+{
+    return (offset >> 9) | (uint64_t)lower << 39 | (uint64_t)kind << 51 | (uint64_t)tag << 55;
+}
+
+static inline enum vx_kind vx_entry_kind(uint64_t entry)
+{
+    return (enum vx_kind)(entry >> 51 & 15u);
+}
+
+static inline uint32_t vx_entry_lower(uint64_t entry)
+{
+    return (uint32_t)(entry >> 39 & 0xfffu);
+}
+
+static inline uint64_t vx_entry_offset(uint64_t entry)
+{
+    return (entry & 0x7fffffffffu) << 9;
+}
+
+static inline uint32_t vx_entry_tag(uint64_t entry)
+{
+    return (uint32_t)(entry >> 55);
+}
+
+typedef struct vx_table {
+    _Atomic uint64_t *entries;
+    _Atomic uint32_t *dirty; /* a chunk: pages published and not yet committed */
+    uint64_t pages;          /* reserved */
+    uint64_t entry_bytes, dirty_bytes;
+} vx_table;
+
+bool vx_table_reserve(vx_table *table, uint64_t pages); /* false: no address space */
+void vx_table_release(vx_table *table);
+/* Makes the chunk ask again. The caller holds the lock under which entries are published. */
+void vx_table_drop_chunk(vx_table *table, uint64_t chunk);
+
+#endif

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: MIT
+"""The only Python face of the C data plane.
+
+Owns: devices, page tables, the thread pool and NBD connections as Python objects, and the way from
+C's error codes to exceptions. Knows nothing of any on-disk format. The contracts of the devices
+stand in ``csrc/device.h`` and ``csrc/map.h``.
+"""
+
+from vhdx.plane.callback import Backend, Callback
+from vhdx.plane.connection import Connection, ConnectionCounters
+from vhdx.plane.device import (
+    DATA,
+    HOLE,
+    ZERO,
+    Device,
+    File,
+    Hold,
+    Memory,
+    Operation,
+    Pool,
+    Step,
+    default_pool,
+)
+from vhdx.plane.map import CHUNK_PAGES, TAG_ZERO, FaultHandler, Kind, Map, entries, fields
+
+__all__ = [
+    "CHUNK_PAGES",
+    "DATA",
+    "HOLE",
+    "TAG_ZERO",
+    "ZERO",
+    "Backend",
+    "Callback",
+    "Connection",
+    "ConnectionCounters",
+    "Device",
+    "FaultHandler",
+    "File",
+    "Hold",
+    "Kind",
+    "Map",
+    "Memory",
+    "Operation",
+    "Pool",
+    "Step",
+    "default_pool",
+    "entries",
+    "fields",
+]

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""Devices behind Python objects, and the upcalls from C."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+from vhdx.plane import check
+from vhdx.plane._native import ffi, lib
+from vhdx.plane.device import Device, Operation, RawExtent
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["Backend", "Callback"]
+
+
+class Backend(Protocol):
+    """What a callback device stands on; every method may be called from several threads.
+
+    Raising a :class:`vhdx.errors.VhdxError` refuses the request; any other exception poisons the
+    device.
+    """
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills ``buffer``."""
+
+    def pwrite(self, data: memoryview, offset: int) -> None:
+        """Writes ``data``; durable only after the next flush."""
+
+    def zero(self, offset: int, length: int) -> None:
+        """Makes the range read as zeros."""
+
+    def trim(self, offset: int, length: int) -> None:
+        """May forget the range's content."""
+
+    def flush(self) -> None:
+        """Makes everything durable that was written."""
+
+    def extents(self, offset: int, length: int) -> Iterable[RawExtent]:
+        """Runs that cover the range, in order."""
+
+    def resize(self, size: int) -> None:
+        """Changes the size to ``size`` bytes."""
+
+
+class Callback(Device):
+    """A device whose bytes live behind a :class:`Backend` (``csrc/callback.h``)."""
+
+    def __init__(self, backend: Backend, size: int, *, read_only: bool = False) -> None:
+        identity = check.new_identity()
+        self.backend = backend
+        check.register(identity, self)
+        super().__init__(lib.vx_callback_create(size, read_only, identity, upcalls))
+
+    def perform(self, request: Any) -> None:
+        """Does what ``request`` (a ``vx_request *``) asks."""
+        backend, offset, length = self.backend, request.offset, request.length
+        operation = request.operation
+        if operation == Operation.READ:
+            backend.pread_into(memoryview(ffi.buffer(request.buffer, length)), offset)
+        elif operation == Operation.WRITE:
+            backend.pwrite(memoryview(ffi.buffer(request.buffer, length)).toreadonly(), offset)
+        elif operation == Operation.ZERO:
+            backend.zero(offset, length)
+        elif operation == Operation.TRIM:
+            backend.trim(offset, length)
+        elif operation == Operation.EXTENTS:
+            self._extents(request)
+        if operation == Operation.FLUSH or request.flags & 1:
+            backend.flush()
+
+    def _extents(self, request: Any) -> None:
+        count = 0
+        for extent in self.backend.extents(request.offset, request.length):
+            if count == request.extent_capacity:
+                break
+            slot = request.extents[count]
+            slot.offset, slot.length = extent.offset, extent.length
+            slot.state = extent.state
+            slot.depth = -1 if extent.state == 2 else request.depth  # 2: hole
+            count += 1
+        request.extent_count = count
+
+
+def _guarded(identity: int, method: str, argument: Any) -> int:
+    owner = check.lookup(identity)
+    if owner is None:
+        return check.E_CLOSED
+    try:
+        getattr(owner, method)(argument)
+    except BaseException as error:  # noqa: BLE001 - it goes on, in its thread, behind its code
+        return check.code_of(error)
+    return 0
+
+
+@ffi.def_extern(error=check.E_UPCALL)
+def vx_python_fault(identity: int, fault: Any) -> int:
+    return _guarded(identity, "answer", fault)
+
+
+@ffi.def_extern(error=check.E_UPCALL)
+def vx_python_perform(identity: int, request: Any) -> int:
+    return _guarded(identity, "perform", request)
+
+
+@ffi.def_extern(error=check.E_UPCALL)
+def vx_python_resize(identity: int, size: int) -> int:
+    owner = check.lookup(identity)
+    if owner is None:
+        return check.E_CLOSED
+    try:
+        owner.backend.resize(size)
+    except BaseException as error:  # noqa: BLE001 - as above
+        return check.code_of(error)
+    return 0
+
+
+upcalls = ffi.new("vx_upcalls *")
+upcalls.fault = lib.vx_python_fault
+upcalls.perform = lib.vx_python_perform
+upcalls.resize = lib.vx_python_resize

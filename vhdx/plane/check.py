@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: MIT
+"""From C's error codes to exceptions: the one place where they meet.
+
+Upcalls from C find their Python object here by its identity (C never holds a Python pointer), and an
+exception raised in one is kept for the thread, so that the caller of the request gets it instead of
+a number.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import weakref
+from typing import Any
+
+from vhdx import errors
+from vhdx.plane._native import ffi
+
+__all__ = [
+    "CODES",
+    "E_UPCALL",
+    "code_of",
+    "failure_buffer",
+    "lookup",
+    "new_identity",
+    "raise_for",
+    "register",
+]
+
+E_RANGE, E_IO, E_NOSPACE, E_READONLY, E_POISONED = -1, -2, -3, -4, -5
+E_CLOSED, E_NOMEM, E_INVALID, E_MISSING_PARENT, E_CANCELLED = -6, -7, -8, -9, -10
+E_NO_PROGRESS, E_FORKED, E_UNSUPPORTED, E_UPCALL, E_DAMAGED = -11, -12, -13, -14, -15
+
+_Row = tuple[type[errors.VhdxError], errors.Reason, str, str | None]
+
+CODES: dict[int, _Row] = {
+    E_RANGE: (errors.RangeError, errors.Reason.RANGE, "the range is not inside the disk", None),
+    E_IO: (errors.HostIOError, errors.Reason.IO, "input/output error", None),
+    E_NOSPACE: (
+        errors.NoSpaceError,
+        errors.Reason.NO_SPACE,
+        "no space left on the host",
+        "free some space and try again",
+    ),
+    E_READONLY: (
+        errors.ReadOnlyError,
+        errors.Reason.READ_ONLY,
+        "it is open for reading only",
+        'open it with "r+"',
+    ),
+    E_POISONED: (
+        errors.PoisonedError,
+        errors.Reason.POISONED,
+        "an earlier flush or commit failed, so what is durable is not known",
+        "close the image and open it again",
+    ),
+    E_CLOSED: (errors.ClosedError, errors.Reason.CLOSED, "the disk was closed", None),
+    E_NOMEM: (errors.HostIOError, errors.Reason.NO_MEMORY, "the host is out of memory", None),
+    E_INVALID: (
+        errors.InvalidArgumentError,
+        errors.Reason.INVALID_ARGUMENT,
+        "an argument is out of its range",
+        None,
+    ),
+    E_MISSING_PARENT: (
+        errors.MissingParentError,
+        errors.Reason.PARENT_MISSING,
+        "the sector lies in a parent that is not open",
+        None,
+    ),
+    E_CANCELLED: (errors.ClosedError, errors.Reason.CANCELLED, "the request was cancelled", None),
+    E_NO_PROGRESS: (
+        errors.HostIOError,
+        errors.Reason.NO_PROGRESS,
+        "the fault handler changed nothing (a bug)",
+        None,
+    ),
+    E_FORKED: (
+        errors.ClosedError,
+        errors.Reason.FORKED,
+        "the disk belongs to the process that opened it, not to its child",
+        "open it again in the child",
+    ),
+    E_UNSUPPORTED: (
+        errors.UnsupportedError,
+        errors.Reason.UNSUPPORTED,
+        "the device cannot do this",
+        None,
+    ),
+    E_UPCALL: (
+        errors.PoisonedError,
+        errors.Reason.INTERNAL,
+        "an internal error stopped the device",
+        "close the image and open it again",
+    ),
+    E_DAMAGED: (errors.DamagedError, errors.Reason.TRUNCATED, "the image is damaged", None),
+}
+
+# The most particular class first: what a fault handler raises becomes one of these codes.
+_REFUSALS: tuple[tuple[type[BaseException], int], ...] = (
+    (errors.RangeError, E_RANGE),
+    (errors.NoSpaceError, E_NOSPACE),
+    (errors.ReadOnlyError, E_READONLY),
+    (errors.MissingParentError, E_MISSING_PARENT),
+    (errors.ClosedError, E_CLOSED),
+    (errors.DamagedError, E_DAMAGED),
+    (errors.PoisonedError, E_POISONED),
+    (errors.HostIOError, E_IO),
+    (errors.UnsupportedError, E_UNSUPPORTED),
+)
+
+_identities = itertools.count(1)
+_objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.failure = ffi.new("vx_failure *")
+        self.raised: BaseException | None = None
+
+
+_thread = _Thread()
+
+
+def new_identity() -> int:
+    """A number for one device, never used again in this process."""
+    return next(_identities)
+
+
+def register(identity: int, owner: object) -> None:
+    """Makes ``owner`` reachable from C by ``identity`` for as long as it lives."""
+    _objects[identity] = owner
+
+
+def lookup(identity: int) -> Any:
+    """The object of ``identity``, or None when it is gone."""
+    return _objects.get(identity)
+
+
+def failure_buffer() -> Any:
+    """This thread's ``vx_failure *``."""
+    return _thread.failure
+
+
+def code_of(error: BaseException) -> int:
+    """The code that carries ``error`` through C; the exception itself waits for its thread."""
+    _thread.raised = error
+    for kind, code in _REFUSALS:
+        if isinstance(error, kind):
+            return code
+    return E_UPCALL
+
+
+def raise_for(code: int, path: str | None = None) -> None:
+    """Raises what ``code`` stands for; returns only for codes that are not negative.
+
+    Args:
+        code: result of a C call, its details in :func:`failure_buffer` where it has any.
+        path: the file to name in the message.
+    """
+    raised, _thread.raised = _thread.raised, None
+    if code >= 0:
+        return
+    if raised is not None and code_of(raised) == code:
+        _thread.raised = None
+        raise raised
+    kind, reason, message, hint = CODES[code]
+    failure = _thread.failure
+    offset = None
+    if failure.code == code:
+        offset = failure.offset
+        if failure.os_error:
+            message = os.strerror(failure.os_error).lower()
+        failure.code = 0
+    raise kind(message, reason=reason, path=path, offset=offset, hint=hint) from raised

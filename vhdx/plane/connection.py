@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""One NBD connection in its transmission phase (``csrc/nbd.h``)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from vhdx.errors import HostIOError, Reason
+from vhdx.plane._native import ffi, lib
+
+if TYPE_CHECKING:
+    from vhdx.plane.device import Device, Pool
+
+__all__ = ["Connection", "ConnectionCounters"]
+
+
+class ConnectionCounters(NamedTuple):
+    """What a connection did so far; bytes are payload."""
+
+    reads: int
+    writes: int
+    disconnects: int
+    flushes: int
+    trims: int
+    caches: int
+    write_zeroes: int
+    block_statuses: int
+    bytes_read: int
+    bytes_written: int
+    errors: int
+    pooled: int
+    under_way: int
+
+
+class Connection:
+    """Serves a socket; :meth:`serve` runs on a thread of the caller's with the GIL released.
+
+    Args:
+        fd: a connected stream socket in blocking mode; it belongs to the connection from here on.
+        device: what is served.
+        pool: for what may block.
+        early: bytes already received after the handshake.
+        slot: a number that differs between connections.
+        read_only, structured: as negotiated.
+        context_id: of base:allocation, or None when it was not selected.
+        largest_payload, requests_limit, bytes_limit: see ``vx_nbd_terms``.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        device: Device,
+        pool: Pool,
+        *,
+        early: bytes,
+        slot: int,
+        read_only: bool,
+        structured: bool,
+        context_id: int | None,
+        largest_payload: int,
+        requests_limit: int,
+        bytes_limit: int,
+    ) -> None:
+        terms = ffi.new("vx_nbd_terms *")
+        terms.largest_payload = largest_payload
+        terms.requests_limit, terms.bytes_limit = requests_limit, bytes_limit
+        terms.slot = slot & 0xFFFFFFFF
+        terms.read_only, terms.structured = read_only, structured
+        terms.block_status = context_id is not None
+        terms.context_id = 0 if context_id is None else context_id
+        handle = lib.vx_nbd_create(fd, device.handle, pool.handle, terms, early, len(early))
+        if handle == ffi.NULL:
+            raise HostIOError("the host is out of memory", reason=Reason.NO_MEMORY)
+        self._keep = (device, pool)
+        self._handle = ffi.gc(handle, lib.vx_nbd_destroy)
+
+    def serve(self) -> int:
+        """Until the client leaves or :meth:`stop`; 0, or a negative code."""
+        return lib.vx_nbd_serve(self._handle)
+
+    def stop(self) -> None:
+        """Takes no new request; what is under way is finished and answered."""
+        lib.vx_nbd_stop(self._handle)
+
+    def abort(self) -> None:
+        """Cuts the connection; what is under way is finished, nothing is answered."""
+        lib.vx_nbd_abort(self._handle)
+
+    def counters(self) -> ConnectionCounters:
+        """A snapshot; each number is exact, their relation is not."""
+        numbers = ffi.new("uint64_t[]", 13)
+        lib.vx_nbd_counters_of(self._handle, numbers)
+        return ConnectionCounters(*numbers)

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: MIT
+"""Devices: byte-addressed requests to C, with the GIL released while they run.
+
+All offsets and lengths are bytes. Every method may be called from any thread. Methods raise
+:class:`vhdx.errors.RangeError` for a range outside the device, and the error of the failing layer
+otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from vhdx.errors import HostIOError, InvalidArgumentError, Reason
+from vhdx.plane import check
+from vhdx.plane._native import ffi, lib
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+__all__ = ["Device", "File", "Hold", "Memory", "Operation", "Pool", "Step", "default_pool"]
+
+Buffer = bytes | bytearray | memoryview | Any
+
+DATA, ZERO, HOLE = 0, 1, 2
+
+_FUA, _NO_HOLE, _FAST = 1, 4, 8
+_EXTENTS_AT_ONCE = 1024
+_POOL_THREADS = 16
+_POOL_BYTES = 512 << 20
+
+
+class Operation(IntEnum):
+    """Operations of a request (``enum vx_operation``)."""
+
+    READ = 0
+    WRITE = 1
+    ZERO = 2
+    TRIM = 3
+    FLUSH = 4
+    EXTENTS = 5
+
+
+class RawExtent(NamedTuple):
+    """A run of one state: 0 data, 1 zero, 2 hole; depth is -1 for holes."""
+
+    offset: int
+    length: int
+    state: int
+    depth: int
+
+
+class Step(NamedTuple):
+    """One step of :meth:`Device.batch`; ``buffer`` only for READ (writable) and WRITE."""
+
+    operation: Operation
+    offset: int = 0
+    length: int = 0
+    buffer: Buffer | None = None
+
+
+_devices: weakref.WeakSet[Device] = weakref.WeakSet()
+
+
+def _fail_in_child() -> None:
+    for device in _devices:
+        lib.vx_device_set_state(device.handle, check.E_FORKED)
+
+
+os.register_at_fork(after_in_child=_fail_in_child)
+
+
+class Pool:
+    """Threads for what may block (``csrc/pool.h``)."""
+
+    def __init__(self, threads: int = _POOL_THREADS, byte_limit: int = _POOL_BYTES) -> None:
+        handle = lib.vx_pool_create(threads, byte_limit)
+        if handle == ffi.NULL:
+            raise HostIOError("the host is out of memory", reason=Reason.NO_MEMORY)
+        self.handle = handle
+
+    @property
+    def bytes_waiting(self) -> int:
+        """Bytes of payload that requests in the pool hold now."""
+        return lib.vx_pool_charged(self.handle)
+
+    def close(self) -> None:
+        """Runs what is queued and stops the threads; nothing may use the pool any more."""
+        handle, self.handle = self.handle, ffi.NULL
+        lib.vx_pool_destroy(handle)
+
+
+_default_pool: list[tuple[int, Pool]] = []
+_default_pool_lock = threading.Lock()
+
+
+def default_pool() -> Pool:
+    """The pool that images of this process share; it starts threads only when they are needed."""
+    with _default_pool_lock:
+        if not _default_pool or _default_pool[0][0] != os.getpid():
+            _default_pool[:] = [(os.getpid(), Pool())]
+        return _default_pool[0][1]
+
+
+class Device:
+    """A device of the plane; the object owns one reference to it.
+
+    Attributes:
+        handle: the C device.
+        path: the file to name in errors, or None.
+    """
+
+    def __init__(self, handle: Any, path: str | None = None) -> None:
+        if handle == ffi.NULL:
+            raise HostIOError("the host is out of memory", reason=Reason.NO_MEMORY, path=path)
+        self.handle = ffi.gc(handle, lib.vx_device_release)
+        self.path = path
+        _devices.add(self)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return lib.vx_device_size(self.handle)
+
+    @property
+    def state(self) -> int:
+        """0, or the negative code that every further request fails with."""
+        return lib.vx_device_state(self.handle)
+
+    def read_into(self, buffer: Buffer, offset: int) -> int:
+        """Fills ``buffer`` (writable, contiguous) from ``offset`` on; returns its length."""
+        view = ffi.from_buffer("uint8_t[]", buffer, True)
+        length = len(view)
+        code = lib.vx_transfer(
+            self.handle, 0, 0, view, length, _offset(offset), check.failure_buffer()
+        )
+        if code:
+            check.raise_for(code, self.path)
+        return length
+
+    def read(self, length: int, offset: int) -> bytes:
+        """``length`` bytes from ``offset`` on."""
+        if not 0 <= length <= max(self.size, 0):
+            check.raise_for(check.E_RANGE, self.path)
+        buffer = bytearray(length)
+        self.read_into(buffer, offset)
+        return bytes(buffer)
+
+    def write(self, data: Buffer, offset: int, *, fua: bool = False) -> int:
+        """Writes ``data`` at ``offset``; durable on return with ``fua``. Returns its length."""
+        view = ffi.from_buffer("uint8_t[]", data)
+        length = len(view)
+        code = lib.vx_transfer(
+            self.handle,
+            1,
+            _FUA if fua else 0,
+            view,
+            length,
+            _offset(offset),
+            check.failure_buffer(),
+        )
+        if code:
+            check.raise_for(code, self.path)
+        return length
+
+    def zero(
+        self,
+        offset: int,
+        length: int,
+        *,
+        fua: bool = False,
+        no_hole: bool = False,
+        fast: bool = False,
+    ) -> None:
+        """Makes the range read as zeros.
+
+        Args:
+            offset: bytes.
+            length: bytes.
+            fua: durable on return.
+            no_hole: keep the range allocated, so that a later write needs no space.
+            fast: raise UnsupportedError rather than write zeros out.
+        """
+        flags = (_FUA if fua else 0) | (_NO_HOLE if no_hole else 0) | (_FAST if fast else 0)
+        self._plain(Operation.ZERO, flags, offset, length)
+
+    def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """A hint that the range's content is no longer needed."""
+        self._plain(Operation.TRIM, _FUA if fua else 0, offset, length)
+
+    def flush(self) -> None:
+        """Makes durable what was written by every request that has returned."""
+        self._plain(Operation.FLUSH, 0, 0, 0)
+
+    def _plain(self, operation: int, flags: int, offset: int, length: int) -> None:
+        code = lib.vx_transfer(
+            self.handle,
+            operation,
+            flags,
+            ffi.NULL,
+            _offset(length),
+            _offset(offset),
+            check.failure_buffer(),
+        )
+        if code:
+            check.raise_for(code, self.path)
+
+    def extents(self, offset: int, length: int) -> Iterator[RawExtent]:
+        """Runs of one state that cover the range in order; neighbours may have equal states."""
+        found = ffi.new("vx_extent[]", _EXTENTS_AT_ONCE)
+        end = offset + length
+        while True:
+            count = lib.vx_list_extents(
+                self.handle,
+                _offset(offset),
+                _offset(end - offset),
+                found,
+                _EXTENTS_AT_ONCE,
+                check.failure_buffer(),
+            )
+            if count < 0:
+                check.raise_for(count, self.path)
+            for i in range(count):
+                extent = found[i]
+                offset = extent.offset + extent.length
+                yield RawExtent(extent.offset, extent.length, extent.state, extent.depth)
+            if offset >= end or count == 0:
+                return
+
+    def batch(self, steps: Sequence[Step]) -> None:
+        """Executes ``steps`` in order, in one call; the first failure ends it."""
+        array = ffi.new("vx_step[]", len(steps))
+        keep = []
+        for i, step in enumerate(steps):
+            slot = array[i]
+            slot.operation = step.operation
+            slot.offset = step.offset
+            slot.length = step.length
+            if step.buffer is not None:
+                view = ffi.from_buffer(
+                    "uint8_t[]", step.buffer, step.operation == Operation.READ
+                )
+                keep.append(view)
+                slot.buffer = view
+                slot.length = len(view)
+        code = lib.vx_batch(self.handle, array, len(steps), check.failure_buffer())
+        if code:
+            check.raise_for(code, self.path)
+
+    def resize(self, size: int) -> None:
+        """Changes the size to ``size`` bytes."""
+        code = lib.vx_device_resize(self.handle, _offset(size))
+        if code:
+            check.raise_for(code, self.path)
+
+
+def _offset(value: int) -> int:
+    # cffi refuses what is not a uint64_t with OverflowError; a range error says more.
+    if 0 <= value < 1 << 64:
+        return value
+    raise check.CODES[check.E_RANGE][0](
+        f"{value} is not a position in a disk", reason=Reason.RANGE
+    )
+
+
+class File(Device):
+    """A host file or block device (``csrc/file.h``).
+
+    Args:
+        fd: an open descriptor; it belongs to the device from here on.
+        size: bytes that can be reached; grows with :meth:`Device.resize` only.
+        read_only: refuse changes.
+        sparse: give trimmed and zeroed space back to the host.
+        path: the name in errors.
+    """
+
+    def __init__(
+        self, fd: int, size: int, *, read_only: bool, sparse: bool = True, path: str | None = None
+    ) -> None:
+        memory = _is_memory_file_system(fd)
+        flags = (1 if read_only else 0) | (2 if sparse else 0) | (4 if memory else 0)
+        super().__init__(lib.vx_file_create(fd, size, flags, check.new_identity()), path)
+
+    @property
+    def barriers(self) -> int:
+        """Barriers that reached the file so far."""
+        return lib.vx_file_barriers(self.handle)
+
+    def close(self) -> None:
+        """Closes the descriptor; no request may be under way."""
+        lib.vx_file_close(self.handle)
+
+
+_TMPFS_MAGIC, _RAMFS_MAGIC = 0x01021994, 0x858458F6
+
+
+def _is_memory_file_system(fd: int) -> bool:
+    # Its reads never wait for a device; it knows no RWF_NOWAIT, which would say so.
+    try:
+        target = os.stat(f"/proc/self/fd/{fd}").st_dev
+        device = f"{os.major(target)}:{os.minor(target)}"
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:  # noqa: PTH123
+            for line in mounts:
+                fields = line.split()
+                if fields[2] == device:
+                    return fields[fields.index("-") + 1] in {"tmpfs", "ramfs"}
+    except (OSError, ValueError, IndexError):
+        pass
+    return False
+
+
+class Memory(Device):
+    """A device in memory, for tests."""
+
+    def __init__(self, size: int, capacity: int | None = None) -> None:
+        handle = lib.vx_memory_create(size, size if capacity is None else capacity, 0)
+        super().__init__(handle)
+
+
+class Hold(Device):
+    """A device for tests that parks, delays and fails requests of a lower one (``csrc/hold.h``)."""
+
+    def __init__(self, lower: Device, pool: Pool) -> None:
+        super().__init__(lib.vx_hold_create(lower.handle, pool.handle, 0), lower.path)
+        self._pool = pool
+
+    def set(
+        self,
+        *,
+        park: Iterable[Operation] = (),
+        park_ns: int = 0,
+        delay: Iterable[Operation] = (),
+        delay_ns: int = 0,
+        again: Iterable[Operation] = (),
+        fail: Iterable[Operation] = (),
+        fail_after: int = 0,
+        fail_code: int = check.E_IO,
+    ) -> None:
+        """Replaces all settings; see ``vx_hold_settings``."""
+        settings = ffi.new("vx_hold_settings *")
+        settings.park_mask, settings.park_ns = _mask(park), park_ns
+        settings.delay_mask, settings.delay_ns = _mask(delay), delay_ns
+        settings.again_mask = _mask(again)
+        settings.fail_mask, settings.fail_after = _mask(fail), fail_after
+        settings.fail_code = fail_code
+        lib.vx_hold_set(self.handle, settings)
+
+
+def _mask(operations: Iterable[Operation]) -> int:
+    mask = 0
+    for operation in operations:
+        mask |= 1 << operation
+    return mask
+
+
+def require_range(value: int, low: int, high: int, what: str) -> int:
+    """``value``, or InvalidArgumentError when it is not in ``low..high``."""
+    if not low <= value <= high:
+        raise InvalidArgumentError(f"{what} is {value}, which is not in {low}..{high}")
+    return value

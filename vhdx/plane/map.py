@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: MIT
+"""Page tables in Python's hands: numpy arrays of entries go down, faults come up."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from vhdx.plane import check
+from vhdx.plane._native import ffi, lib
+from vhdx.plane.callback import upcalls
+from vhdx.plane.device import Device, Operation, Pool
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+__all__ = ["CHUNK_PAGES", "TAG_ZERO", "FaultHandler", "Kind", "Map", "entries", "fields"]
+
+CHUNK_PAGES = 512
+"""Pages whose entries are dropped together (``VX_CHUNK_PAGES``)."""
+
+TAG_ZERO = 256
+"""Bit of a tag: a hole that is reported as zeros rather than as unallocated."""
+
+
+class Kind(IntEnum):
+    """Kinds of entries (``csrc/table.h``)."""
+
+    ASK = 0
+    HOLE = 1
+    DATA = 2
+    SHARED = 3
+    MIXED = 4
+
+
+U64 = "npt.NDArray[np.uint64]"
+
+
+def entries(
+    kind: npt.ArrayLike, lower: npt.ArrayLike, offset: npt.ArrayLike, tag: npt.ArrayLike
+) -> npt.NDArray[np.uint64]:
+    """Entries of kind, lower device, offset (bytes, a multiple of 512) and tag (0..511)."""
+    result: npt.NDArray[np.uint64] = (
+        (np.asarray(offset, np.uint64) >> np.uint64(9))
+        | (np.asarray(lower, np.uint64) << np.uint64(39))
+        | (np.asarray(kind, np.uint64) << np.uint64(51))
+        | (np.asarray(tag, np.uint64) << np.uint64(55))
+    )
+    return result
+
+
+def fields(
+    entry: npt.NDArray[np.uint64],
+) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Kind, offset (bytes) and tag of entries."""
+    kind = (entry >> np.uint64(51)) & np.uint64(15)
+    offset = (entry & np.uint64(0x7FFFFFFFFF)) << np.uint64(9)
+    return kind, offset, entry >> np.uint64(55)
+
+
+class FaultHandler(Protocol):
+    """Who decides where the pages of a map live; called from any thread, no lock held.
+
+    A :class:`vhdx.errors.VhdxError` of a declared kind refuses the request; any other exception
+    poisons the map.
+    """
+
+    def load(self, first: int, count: int) -> None:
+        """Installs the entries of these pages."""
+
+    def grant(self, wanted: int) -> None:
+        """Hands out ready space; ``wanted`` is 0 when nobody waits for it."""
+
+    def open_gate(self) -> None:
+        """Prepares for the first change, then opens the map's gate."""
+
+    def change_range(self, operation: Operation, first: int, count: int) -> None:
+        """Zeroes or trims whole pages."""
+
+    def commit(
+        self, pages: npt.NDArray[np.uint64], new: npt.NDArray[np.uint64], generation: int
+    ) -> None:
+        """Makes entries durable; the data they point to is."""
+
+
+class Map(Device):
+    """A device whose pages live on lower devices (``csrc/map.h``).
+
+    Args:
+        handler: answers the faults; held by weak reference through this object only, so whoever
+            owns the handler must keep it.
+        size: bytes.
+        largest_size: bytes that the size may ever grow to.
+        page_size: bytes, a power of two from 512 to 4 GiB.
+        lowers: the lower devices, by index.
+        parent: index of the lower device that mixed pages fall back to.
+        in_place: zero writes zeros and trim does nothing.
+        read_only: refuse changes.
+        gated: fault before the first change.
+        pool: for refills and commits in the background.
+        path: the name in errors.
+    """
+
+    def __init__(
+        self,
+        handler: FaultHandler,
+        size: int,
+        largest_size: int,
+        page_size: int,
+        lowers: Sequence[Device],
+        *,
+        parent: int | None = None,
+        in_place: bool = False,
+        read_only: bool = False,
+        gated: bool = False,
+        pool: Pool,
+        path: str | None = None,
+    ) -> None:
+        identity = check.new_identity()
+        flags = (1 if in_place else 0) | (2 if read_only else 0) | (4 if gated else 0)
+        handle = lib.vx_map_create(
+            size,
+            largest_size,
+            page_size.bit_length() - 1,
+            len(lowers),
+            flags,
+            pool.handle,
+            identity,
+            upcalls,
+        )
+        super().__init__(handle, path)
+        self._handler = handler
+        self._keep = (pool, tuple(lowers))
+        check.register(identity, self)
+        for index, lower in enumerate(lowers):
+            check.raise_for(lib.vx_map_set_lower(self.handle, index, lower.handle))
+        if parent is not None:
+            check.raise_for(lib.vx_map_set_parent(self.handle, parent))
+
+    def answer(self, fault: Any) -> None:
+        """Hands a fault of C (a ``vx_fault *``) to the handler."""
+        kind = fault.kind
+        if kind == 0:
+            self._handler.load(fault.first, fault.count)
+        elif kind == 1:
+            self._handler.grant(fault.count)
+        elif kind == 2:
+            self._handler.open_gate()
+        elif kind == 3:
+            self._handler.change_range(Operation(fault.operation), fault.first, fault.count)
+        else:
+            size = fault.count * 8
+            pages = np.frombuffer(ffi.buffer(fault.pages, size), np.uint64).copy()
+            new = np.frombuffer(ffi.buffer(fault.entries, size), np.uint64).copy()
+            self._handler.commit(pages, new, fault.generation)
+
+    def install(self, first: int, new: npt.NDArray[np.uint64]) -> None:
+        """Fills the pages from ``first`` on that ask; 0 leaves a page asking."""
+        new = np.ascontiguousarray(new, np.uint64)
+        view = ffi.from_buffer("uint64_t[]", new)
+        check.raise_for(lib.vx_map_install(self.handle, first, len(new), view), self.path)
+
+    def set_bitmap(self, page: int, sector_size: int, bits: bytes) -> None:
+        """Sets the sector bitmap of a page (a bit a sector, 1: stored in this device)."""
+        shift = sector_size.bit_length() - 1
+        view = ffi.from_buffer("uint8_t[]", bits)
+        check.raise_for(
+            lib.vx_map_set_bitmap(self.handle, page, shift, view, len(view)), self.path
+        )
+
+    def read_entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
+        """The entries of these pages as they stand."""
+        result = np.empty(count, np.uint64)
+        lib.vx_map_read_entries(self.handle, first, count, ffi.from_buffer("uint64_t[]", result))
+        return result
+
+    def drop(self, first_chunk: int, count: int) -> int:
+        """Forgets clean chunks of :data:`CHUNK_PAGES` entries; returns how many."""
+        return lib.vx_map_drop(self.handle, first_chunk, count)
+
+    def replace(
+        self,
+        pages: npt.NDArray[np.uint64],
+        expected: npt.NDArray[np.uint64],
+        new: npt.NDArray[np.uint64],
+        *,
+        publish: bool = True,
+    ) -> npt.NDArray[np.bool_]:
+        """Replaces entries where the expected ones stand, and waits for accesses to the old ones.
+
+        Returns:
+            For each page whether something else stood there, so that nothing was changed.
+        """
+        mismatched = np.zeros(len(pages), np.uint8)
+        code = lib.vx_map_replace(
+            self.handle,
+            len(pages),
+            ffi.from_buffer("uint64_t[]", np.ascontiguousarray(pages, np.uint64)),
+            ffi.from_buffer("uint64_t[]", np.ascontiguousarray(expected, np.uint64)),
+            ffi.from_buffer("uint64_t[]", np.ascontiguousarray(new, np.uint64)),
+            publish,
+            ffi.from_buffer("uint8_t[]", mismatched),
+        )
+        check.raise_for(code, self.path)
+        return mismatched.astype(np.bool_)
+
+    def quiesce(self) -> None:
+        """Waits for every access that is under way now."""
+        lib.vx_map_quiesce(self.handle)
+
+    def grant(
+        self, lower: int, offsets: npt.NDArray[np.uint64], tag: int, *, stale: bool = False
+    ) -> None:
+        """Hands ready pages to C: at these offsets (bytes), reading zeros unless ``stale``."""
+        view = ffi.from_buffer("uint64_t[]", np.ascontiguousarray(offsets, np.uint64))
+        check.raise_for(
+            lib.vx_map_grant(self.handle, lower, len(offsets), view, tag, 1 if stale else 0),
+            self.path,
+        )
+
+    def revoke(self) -> npt.NDArray[np.uint64]:
+        """Takes back the ready pages that are left; returns their offsets (bytes)."""
+        parts = []
+        while True:
+            part = np.empty(4096, np.uint64)
+            count = lib.vx_map_revoke(self.handle, 4096, ffi.from_buffer("uint64_t[]", part))
+            parts.append(part[:count])
+            if count < 4096:
+                return np.concatenate(parts)
+
+    def set_gate(self, *, is_open: bool) -> None:
+        """Opens or closes the gate before changes."""
+        lib.vx_map_gate(self.handle, is_open)
+
+    def statistics(self) -> dict[str, int]:
+        """Generations, rounds, commits, published pages, stock and faults."""
+        found = ffi.new("vx_map_statistics *")
+        lib.vx_map_statistics_of(self.handle, found)
+        return {name: getattr(found, name) for name, _ in ffi.typeof("vx_map_statistics").fields}
+
+    def close(self) -> None:
+        """Refuses new requests and waits for those under way."""
+        lib.vx_map_close(self.handle)
