@@ -5,6 +5,15 @@
 #include <string.h>
 #include <sys/mman.h>
 
+bool vx_map_open_inside(vx_map *map, vx_request *request)
+{
+    int state = atomic_load(&map->device.state);
+    if (state == 0 || state == VX_E_POISONED)
+        return true;
+    vx_fail(&map->device, request, state, 0, request->offset);
+    return false;
+}
+
 int vx_map_fault(vx_map *map, vx_request *request, enum vx_fault_kind kind, uint64_t first,
                  uint64_t count)
 {

@@ -16,7 +16,8 @@
  *
  * Flush. A round takes the list, makes the lower devices' data durable (one barrier), and then asks
  * the owner to commit the list, if there is one. A flush is covered only by a round that began after
- * the flush arrived. A round runs on the thread that brought the flush; further ones on the pool.
+ * the flush arrived. A commit that finds no space fails its flushes and is tried again by the next;
+ * any other failure poisons the map. A round runs on the thread that brought the flush; further ones on the pool.
  *
  * Replace. vx_map_replace stores new entries where the expected ones stand and returns only when no
  * access that began under the old ones is under way; then the old space may be reused.
@@ -31,9 +32,10 @@
 #include "table.h"
 
 enum vx_map_flag {
-    VX_MAP_IN_PLACE = 1, /* zero writes zeros in place, trim does nothing: fixed images */
+    VX_MAP_IN_PLACE = 1, /* zero writes zeros and keeps the space, trim does nothing: fixed images */
     VX_MAP_READ_ONLY = 2,
-    VX_MAP_GATED = 4 /* begin with the gate closed */
+    VX_MAP_GATED = 4,      /* begin with the gate closed */
+    VX_MAP_TRANSPARENT = 8 /* zero, trim and extents are the lower device's: raw images */
 };
 
 enum vx_grant_flag { VX_GRANT_FRESH = 0, VX_GRANT_STALE = 1 };

@@ -29,6 +29,22 @@ static int commit(vx_map *map, const vx_published *taken, uint64_t generation)
     return map->device.upcalls->fault(map->device.identity, &fault);
 }
 
+/* Puts back what could not be committed, before what was published since. */
+static bool put_back_locked(vx_map *map, vx_published *taken)
+{
+    for (uint64_t i = 0; i < map->published.count; i++) {
+        if (!vx_published_reserve(taken))
+            return false;
+        taken->pages[taken->count] = map->published.pages[i];
+        taken->entries[taken->count++] = map->published.entries[i];
+    }
+    vx_published empty = map->published;
+    empty.count = 0;
+    map->published = *taken;
+    *taken = empty;
+    return true;
+}
+
 /* One round; entered and left with the lock held. Completes the flushes that it covers. */
 static void run_round_locked(vx_map *map)
 {
@@ -43,6 +59,7 @@ static void run_round_locked(vx_map *map)
     pthread_mutex_unlock(&map->lock);
 
     vx_failure failure = {0};
+    bool retry = false;
     int code = vx_device_state(&map->device);
     if (code == VX_E_CLOSED)
         code = VX_OK; /* what was accepted before the close is finished */
@@ -52,16 +69,18 @@ static void run_round_locked(vx_map *map)
         code = commit(map, &taken, generation);
         failure = (vx_failure){.code = code, .operation = VX_FLUSH,
                                .device = map->device.identity};
+        retry = code == VX_E_NOSPACE;
     }
     if (code == VX_OK)
         atomic_store(&map->committed_generation, generation);
-    else
-        vx_device_set_state(&map->device, VX_E_POISONED);
 
     pthread_mutex_lock(&map->lock);
+    if (code != VX_OK && !(retry && put_back_locked(map, &taken)))
+        vx_device_set_state(&map->device, VX_E_POISONED);
     for (uint64_t i = 0; i < taken.count && code == VX_OK; i++)
         atomic_fetch_sub(&map->table.dirty[taken.pages[i] / VX_CHUNK_PAGES], 1);
-    map->commits += taken.count > 0;
+    map->starved = retry;
+    map->commits += taken.count > 0 && code == VX_OK;
     taken.count = 0;
     map->spare = taken;
     map->rounds_finished++;
@@ -82,8 +101,9 @@ static void run_round_locked(vx_map *map)
 
 static bool more_to_do_locked(const vx_map *map)
 {
-    return map->flush_head != NULL || (map->published.count >= VX_BACKGROUND_COMMIT &&
-                                       atomic_load(&map->device.state) == 0);
+    return map->flush_head != NULL ||
+           (map->published.count >= VX_BACKGROUND_COMMIT && !map->starved &&
+            atomic_load(&map->device.state) == 0);
 }
 
 static void end_rounds_locked(vx_map *map)
@@ -106,7 +126,8 @@ void vx_map_round(vx_job *job)
 
 void vx_map_commit_in_background_locked(vx_map *map)
 {
-    if (map->round_running || map->pool == NULL || map->published.count < VX_BACKGROUND_COMMIT)
+    if (map->round_running || map->starved || map->pool == NULL ||
+        map->published.count < VX_BACKGROUND_COMMIT)
         return;
     map->round_running = true;
     map->jobs++;

@@ -58,6 +58,7 @@ typedef struct vx_map {
     vx_published spare;     /* the other half of the swap */
     uint64_t rounds_started, rounds_finished;
     bool round_running;
+    bool starved; /* the last commit found no space: none is tried until a flush asks */
     vx_request *flush_head, *flush_tail;
     uint32_t jobs; /* rounds and refills under way */
     vx_job round_job, refill_job;
@@ -99,6 +100,9 @@ static inline uint64_t vx_page_size(const vx_map *map)
     return (uint64_t)1 << map->page_shift;
 }
 
+/* Inside an epoch: false, and the request failed, when the map was closed. The close waits for
+ * every epoch, so what passes here may use the lower devices until it leaves. */
+bool vx_map_open_inside(vx_map *map, vx_request *request);
 int vx_map_fault(vx_map *map, vx_request *request, enum vx_fault_kind kind, uint64_t first,
                  uint64_t count);
 int vx_map_fault_load(vx_map *map, vx_request *request, uint64_t at, uint64_t end);

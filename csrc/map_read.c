@@ -101,6 +101,8 @@ static int read_segment(vx_map *map, vx_request *request, uint64_t page, uint64_
                         uint64_t length, bool *asks)
 {
     uint64_t entry = vx_map_entry(map, page), within = at - (page << map->page_shift);
+    if (!vx_map_open_inside(map, request))
+        return VX_DONE;
     switch (vx_entry_kind(entry)) {
     case VX_HOLE:
         read_hole(request, at, length);
@@ -159,9 +161,9 @@ static bool add_extent(vx_request *request, uint64_t offset, uint64_t length, ui
     return true;
 }
 
-/* The extents of a parent's range, moved to this device's offsets. *full: no room for all. */
-static int extents_of_parent(vx_map *map, vx_request *request, uint32_t lower, uint64_t from,
-                             uint64_t offset, uint64_t length, bool *full)
+/* The extents of a lower device's range, moved to this device's offsets. *full: no room for all. */
+static int extents_of_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t from,
+                            uint64_t offset, uint64_t length, int32_t depth, bool *full)
 {
     uint64_t size = vx_device_size(map->lowers[lower]);
     uint64_t present = from >= size ? 0 : size - from < length ? size - from : length;
@@ -171,7 +173,7 @@ static int extents_of_parent(vx_map *map, vx_request *request, uint32_t lower, u
         vx_request_child(&child, request, VX_EXTENTS, from + at, present - at, NULL);
         child.extents = found;
         child.extent_capacity = 64;
-        child.depth = request->depth + 1;
+        child.depth = depth;
         int answer = vx_call(map->lowers[lower], &child);
         if (answer == VX_FAULTED)
             request->fault = child.fault;
@@ -204,8 +206,8 @@ static int extents_of_mixed(vx_map *map, vx_request *request, uint64_t page, uin
         else if (map->parent == VX_MAP_NO_PARENT)
             *full = !add_extent(request, base + within, end - within, VX_EXTENT_HOLE, -1);
         else
-            answer = extents_of_parent(map, request, map->parent, base + within, base + within,
-                                       end - within, full);
+            answer = extents_of_lower(map, request, map->parent, base + within, base + within,
+                                      end - within, request->depth + 1, full);
         if (answer != VX_DONE || request->result != 0)
             return answer;
         within = end;
@@ -217,6 +219,8 @@ static int extents_of_page(vx_map *map, vx_request *request, uint64_t page, uint
                            uint64_t length, bool *asks, bool *full)
 {
     uint64_t entry = vx_map_entry(map, page);
+    if (!vx_map_open_inside(map, request))
+        return VX_DONE;
     bool zero = vx_entry_tag(entry) & VX_TAG_ZERO;
     switch (vx_entry_kind(entry)) {
     case VX_HOLE:
@@ -224,12 +228,16 @@ static int extents_of_page(vx_map *map, vx_request *request, uint64_t page, uint
                             zero ? request->depth : -1);
         return VX_DONE;
     case VX_DATA:
+        if (map->flags & VX_MAP_TRANSPARENT)
+            return extents_of_lower(map, request, vx_entry_lower(entry),
+                                    vx_entry_offset(entry) + (at - (page << map->page_shift)), at,
+                                    length, request->depth, full);
         *full = !add_extent(request, at, length, VX_EXTENT_DATA, request->depth);
         return VX_DONE;
     case VX_SHARED:
-        return extents_of_parent(map, request, vx_entry_lower(entry),
-                                 vx_entry_offset(entry) + (at - (page << map->page_shift)), at,
-                                 length, full);
+        return extents_of_lower(map, request, vx_entry_lower(entry),
+                                vx_entry_offset(entry) + (at - (page << map->page_shift)), at,
+                                length, request->depth + 1, full);
     case VX_MIXED:
         return extents_of_mixed(map, request, page, at, length, full);
     case VX_ASK:

@@ -160,8 +160,13 @@ static enum step change_segment(vx_map *map, vx_request *request, uint64_t page,
     uint32_t slot = vx_epoch_enter(&map->epochs, request->slot);
     uint64_t entry = vx_map_entry(map, page);
     enum vx_kind kind = vx_entry_kind(entry);
-    if (kind == VX_DATA)
-        *answer = lower_operation(map, request, request->operation, request->flags,
+    uint32_t flags = request->flags;
+    if (request->operation == VX_ZERO && (map->flags & VX_MAP_IN_PLACE))
+        flags |= VX_NO_HOLE;
+    if (!vx_map_open_inside(map, request))
+        kind = VX_DATA; /* failed: the answer stands in the request */
+    else if (kind == VX_DATA)
+        *answer = lower_operation(map, request, request->operation, flags,
                                   vx_entry_lower(entry), vx_entry_offset(entry) + within, length,
                                   writes ? request->buffer + (at - request->offset) : NULL);
     vx_epoch_leave(&map->epochs, slot);
@@ -254,13 +259,14 @@ int vx_map_zero_or_trim(vx_map *map, vx_request *request)
 {
     uint64_t start = request->offset, end = start + request->length;
     uint64_t mask = vx_page_size(map) - 1, size = vx_device_size(&map->device);
-    bool keeps = (map->flags & VX_MAP_IN_PLACE) || (request->flags & VX_NO_HOLE);
+    bool keeps = (map->flags & (VX_MAP_IN_PLACE | VX_MAP_TRANSPARENT)) ||
+                 (request->flags & VX_NO_HOLE);
     if (request->flags & VX_NOWAIT)
         return VX_AGAIN;
     if (request->stage == STAGE_FLUSH)
         return vx_map_flush(map, request);
     request->result = VX_OK;
-    if (request->operation == VX_TRIM && keeps)
+    if (request->operation == VX_TRIM && (map->flags & VX_MAP_IN_PLACE))
         return finish_change(map, request, false);
     if (gate_closed(map))
         return vx_map_fault(map, request, VX_FAULT_GATE, 0, 0);

@@ -98,7 +98,8 @@ class Map(Device):
         page_size: bytes, a power of two from 512 to 4 GiB.
         lowers: the lower devices, by index.
         parent: index of the lower device that mixed pages fall back to.
-        in_place: zero writes zeros and trim does nothing.
+        in_place: zero writes zeros and keeps the space, trim does nothing.
+        transparent: zero, trim and extents are the lower device's.
         read_only: refuse changes.
         gated: fault before the first change.
         pool: for refills and commits in the background.
@@ -115,13 +116,15 @@ class Map(Device):
         *,
         parent: int | None = None,
         in_place: bool = False,
+        transparent: bool = False,
         read_only: bool = False,
         gated: bool = False,
         pool: Pool,
         path: str | None = None,
     ) -> None:
         identity = check.new_identity()
-        flags = (1 if in_place else 0) | (2 if read_only else 0) | (4 if gated else 0)
+        flags = (1 if in_place else 0) | (2 if read_only else 0)
+        flags |= (4 if gated else 0) | (8 if transparent else 0)
         handle = lib.vx_map_create(
             size,
             largest_size,

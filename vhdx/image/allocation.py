@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: MIT
+"""The BAT as a whole: validation, and which parts of the file are taken.
+
+Works on runs of the table that the host has stored; holes of a sparse table are NOT_PRESENT entries.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vhdx import plane
+from vhdx.errors import DamagedError, Reason
+from vhdx.format import bat
+from vhdx.format.bat import BlockState
+from vhdx.format.header import HEADER_SECTION
+from vhdx.units import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy.typing as npt
+
+    from vhdx.image.structure import Structure
+
+__all__ = ["Taken", "bat_runs", "block_counts", "check_entries", "is_payload", "survey"]
+
+_RUN_ENTRIES = 1 << 16
+_VALID = np.zeros(8, np.bool_)
+_VALID[[state.value for state in BlockState]] = True
+_STORED = np.zeros(8, np.bool_)
+_STORED[[BlockState.FULLY_PRESENT, BlockState.PARTIALLY_PRESENT]] = True
+_ANCHORED = np.zeros(8, np.bool_)
+_ANCHORED[[BlockState.UNDEFINED, BlockState.UNMAPPED]] = True
+
+
+def bat_runs(
+    structure: Structure, leaf: plane.Device
+) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+    """First index and entries of each stored run; the entries between runs are zero."""
+    start, length = structure.bat.offset, structure.geometry.entries * bat.ENTRY_SIZE
+    whole = [(start, length)]
+    if structure.overlay.is_empty and start + length <= leaf.size:
+        # Holes of a file system are multiples of its blocks, but let nobody depend on it.
+        whole = [
+            (extent.offset // 8 * 8, -(-(extent.offset + extent.length) // 8) * 8)
+            for extent in leaf.extents(start, length)
+            if extent.state == plane.DATA
+        ]
+        whole = [(a, min(b, start + length) - a) for a, b in whole]
+    for offset, size in whole:
+        for at in range(offset, offset + size, _RUN_ENTRIES * 8):
+            data = structure.overlay.read(at, min(_RUN_ENTRIES * 8, offset + size - at))
+            yield (at - start) // 8, np.frombuffer(data, "<u8").astype(np.uint64)
+
+
+def is_payload(structure: Structure, indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    """Which entries are of payload blocks (the others are of sector bitmaps or past the end)."""
+    ratio = structure.geometry.chunk_ratio
+    within = indices % np.uint64(ratio + 1) != ratio
+    block = indices - indices // np.uint64(ratio + 1)
+    result: npt.NDArray[np.bool_] = within & (block < structure.geometry.blocks)
+    return result
+
+
+def _refuse(structure: Structure, index: int, message: str, reason: Reason) -> DamagedError:
+    return DamagedError(
+        message, reason=reason, offset=structure.bat.offset + index * bat.ENTRY_SIZE
+    )
+
+
+def check_entries(
+    structure: Structure,
+    indices: npt.NDArray[np.uint64],
+    values: npt.NDArray[np.uint64],
+    file_size: int,
+) -> tuple[npt.NDArray[np.bool_], DamagedError | None]:
+    """Which of these payload entries break a rule, and the error of the first.
+
+    Args:
+        structure: of the image.
+        indices: of the entries.
+        values: the entries.
+        file_size: bytes that the file has, replay included.
+    """
+    states = bat.state_of(values)
+    offsets = bat.offset_of(values)
+    blocks = indices - indices // np.uint64(structure.geometry.chunk_ratio + 1)
+    starts = blocks * np.uint64(structure.geometry.block_size)
+    needed = np.minimum(
+        np.uint64(structure.geometry.block_size),
+        np.uint64(structure.geometry.virtual_size) - np.minimum(
+            starts, np.uint64(structure.geometry.virtual_size)
+        ),
+    )
+    stored = _STORED[states]
+    bad_state = ~_VALID[states]
+    bad_reserved = bat.reserved_of(values) != 0
+    bad_offset = stored & (
+        (offsets < HEADER_SECTION)
+        | (offsets > np.uint64(file_size))
+        | (needed > np.uint64(file_size) - np.minimum(offsets, np.uint64(file_size)))
+    )
+    bad = bad_state | bad_reserved | bad_offset
+    if not bad.any():
+        return bad, None
+    i = int(np.flatnonzero(bad)[0])
+    block, index = int(blocks[i]), int(indices[i])
+    if bad_state[i]:
+        return bad, _refuse(
+            structure, index, f"block {block} has the state {int(states[i])}", Reason.BAT_STATE
+        )
+    if bad_reserved[i]:
+        return bad, _refuse(
+            structure, index, f"the entry of block {block} has reserved bits", Reason.BAT_RESERVED
+        )
+    return bad, _refuse(
+        structure,
+        index,
+        f"block {block} is said to be at {int(offsets[i]):#x}, "
+        f"but the file has {file_size:#x} bytes",
+        Reason.BAT_OFFSET,
+    )
+
+
+class Taken:
+    """Which MiBs of the file belong to something.
+
+    Attributes:
+        furthest: the first byte behind every block, which may be past the end of the file.
+    """
+
+    def __init__(self, structure: Structure, file_size: int) -> None:
+        self._structure = structure
+        self._map = np.zeros(-(-file_size // MIB) + 1, np.bool_)
+        self.furthest = 0
+        self._claim_span(0, HEADER_SECTION)
+        header = structure.header
+        self._claim_span(header.log_offset, header.log_offset + header.log_length)
+        for each in structure.regions:
+            self._claim_span(each.offset, each.end)
+
+    def _claim_span(self, start: int, end: int) -> None:
+        self._map[start // MIB : -(-end // MIB)] = True
+
+    def claim(
+        self, indices: npt.NDArray[np.uint64], offsets: npt.NDArray[np.uint64], length: int
+    ) -> None:
+        """Claims ``length`` bytes at each offset.
+
+        Raises:
+            DamagedError: some of it belongs to something else already.
+        """
+        if not len(offsets):
+            return
+        self.furthest = max(self.furthest, int(offsets.max()) + length)
+        span = np.arange(max(1, length // MIB), dtype=np.uint64)
+        step = max(1, (1 << 20) // len(span))
+        for first in range(0, len(offsets), step):
+            some = offsets[first : first + step] // np.uint64(MIB)
+            mibs = (some[:, None] + span).ravel()
+            mibs = np.minimum(mibs, np.uint64(len(self._map) - 1))
+            # The cell past the end stands for the rest of a last block that the file cuts short.
+            inside = mibs < len(self._map) - 1
+            unique, counts = np.unique(mibs[inside], return_counts=True)
+            clash = np.flatnonzero(self._map[unique] | (counts > 1))
+            if len(clash):
+                mib = int(unique[clash[0]])
+                low = (offsets // np.uint64(MIB)).astype(np.int64)
+                guilty = np.flatnonzero((low <= mib) & (mib < low + len(span)))
+                raise _refuse(
+                    self._structure,
+                    int(indices[guilty[-1]]),
+                    f"two structures are said to be at {mib * MIB:#x}",
+                    Reason.BAT_OVERLAP,
+                )
+            self._map[unique] = True
+
+    @property
+    def end(self) -> int:
+        """The first byte, a multiple of 1 MiB, that nothing is behind."""
+        taken = np.flatnonzero(self._map[:-1])
+        return (int(taken[-1]) + 1) * MIB if len(taken) else 0
+
+    def gaps(self, length: int) -> npt.NDArray[np.uint64]:
+        """Offsets of free places of ``length`` bytes (a multiple of 1 MiB) before the end."""
+        free = np.concatenate(([False], ~self._map[: self.end // MIB], [False]))
+        edges = np.flatnonzero(np.diff(free.astype(np.int8)))
+        size = length // MIB
+        found = [
+            np.arange(start, stop - size + 1, size, dtype=np.uint64)
+            for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+            if stop - start >= size
+        ]
+        return np.concatenate(found) * np.uint64(MIB) if found else np.empty(0, np.uint64)
+
+
+def survey(structure: Structure, leaf: plane.Device) -> Taken:
+    """Validates the whole BAT.
+
+    Raises:
+        DamagedError: an entry that must be refused, or two that claim the same place.
+    """
+    file_size = structure.overlay.size
+    taken = Taken(structure, file_size)
+    block_size = structure.geometry.block_size
+    for first, values in bat_runs(structure, leaf):
+        indices = np.arange(first, first + len(values), dtype=np.uint64)
+        payload = is_payload(structure, indices)
+        _, error = check_entries(structure, indices[payload], values[payload], file_size)
+        if error is not None:
+            raise error
+        states, offsets = bat.state_of(values), bat.offset_of(values)
+        stored = payload & _STORED[states]
+        taken.claim(indices[stored], offsets[stored], block_size)
+        anchored = payload & _ANCHORED[states] & (offsets >= HEADER_SECTION)
+        anchored &= offsets + np.uint64(block_size) <= np.uint64(file_size)
+        taken.claim(indices[anchored], offsets[anchored], block_size)
+        bitmaps = ~payload & (states >= bat.BitmapState.PRESENT) & (offsets >= HEADER_SECTION)
+        bitmaps &= indices < structure.geometry.entries
+        bitmaps &= offsets + np.uint64(MIB) <= np.uint64(file_size)
+        taken.claim(indices[bitmaps], offsets[bitmaps], MIB)
+    return taken
+
+
+def block_counts(structure: Structure, leaf: plane.Device) -> dict[str, int]:
+    """Payload blocks by state, under the names of :class:`BlockState` in lower case."""
+    counts = np.zeros(8, np.int64)
+    for first, values in bat_runs(structure, leaf):
+        indices = np.arange(first, first + len(values), dtype=np.uint64)
+        states = bat.state_of(values[is_payload(structure, indices)])
+        counts += np.bincount(states.astype(np.int64), minlength=8)
+    counts[0] += structure.geometry.blocks - int(counts.sum())
+    return {state.name.lower(): int(counts[state]) for state in BlockState}

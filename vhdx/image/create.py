@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: MIT
+"""Creates VHDX files in the layout that Windows uses.
+
+Header section, log at 1 MiB, metadata at 2 MiB, BAT at 3 MiB, payload behind it. Everything is
+written to a temporary name beside the destination, the headers last and behind a barrier, and linked
+to the final name only when it is durable: an interrupted create leaves nothing that opens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import numpy as np
+
+from vhdx import plane
+from vhdx.errors import (
+    ExistsError,
+    HostIOError,
+    InvalidArgumentError,
+    NoSpaceError,
+    NotFoundError,
+    Reason,
+    UnsupportedError,
+)
+from vhdx.format import bat, header, metadata, region
+from vhdx.format.bat import BlockState, Geometry
+from vhdx.units import MIB
+
+if TYPE_CHECKING:
+    StrPath = str | os.PathLike[str]
+
+__all__ = ["DEFAULT_BLOCK_SIZE", "Progress", "create_vhdx", "new_file"]
+
+DEFAULT_BLOCK_SIZE = 32 * MIB
+_CREATOR = "vhdx 0.1.0"
+_LOG_OFFSET, _LOG_LENGTH = 1 * MIB, 1 * MIB
+_METADATA_OFFSET, _METADATA_LENGTH = 2 * MIB, 1 * MIB
+_BAT_OFFSET = 3 * MIB
+_ALLOCATE_AT_ONCE = 1 << 30
+_BAT_ENTRIES_AT_ONCE = 1 << 20
+_PREALLOCATED_BAT = 16 * MIB
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+
+def create_vhdx(
+    path: StrPath,
+    size: int,
+    *,
+    kind: str = "dynamic",
+    block_size: int | None = None,
+    logical_sector_size: int = 512,
+    physical_sector_size: int = 4096,
+    sparse: bool = True,
+    force: bool = False,
+    disk_id: UUID | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Creates an empty image.
+
+    Args:
+        path: where; an existing file is refused unless ``force``.
+        size: of the virtual disk, bytes: a multiple of the logical sector, 1 sector to 64 TiB.
+        kind: "dynamic", or "fixed" (all space allocated now).
+        block_size: bytes, a power of two from 1 MiB to 256 MiB; 32 MiB when None.
+        logical_sector_size: 512 or 4096.
+        physical_sector_size: 512 or 4096.
+        sparse: False writes a fixed image out with zeros, so that the host file has no unwritten
+            parts either.
+        force: replace what is there.
+        disk_id: the virtual disk id (SCSI page 83), random when None.
+        progress: called while a fixed image is allocated.
+
+    Raises:
+        InvalidArgumentError, ExistsError, NotFoundError, NoSpaceError, HostIOError.
+    """
+    parameters = _parameters(
+        path, size, kind, block_size, logical_sector_size, physical_sector_size, disk_id
+    )
+    with new_file(path, force=force, sparse=sparse) as leaf:
+        _write_image(leaf, parameters, sparse=sparse, progress=progress)
+
+
+def _parameters(
+    path: StrPath,
+    size: int,
+    kind: str,
+    block_size: int | None,
+    logical: int,
+    physical: int,
+    disk_id: UUID | None,
+) -> metadata.DiskParameters:
+    block = DEFAULT_BLOCK_SIZE if block_size is None else block_size
+
+    def refuse(message: str, hint: str) -> InvalidArgumentError:
+        return InvalidArgumentError(message, path=path, hint=hint)
+
+    if kind == "differencing":
+        raise UnsupportedError("differencing images cannot be created yet", path=path)
+    if kind not in {"dynamic", "fixed"}:
+        raise refuse(f"the type {kind!r} is unknown", "choose dynamic or fixed")
+    if logical not in {512, 4096}:
+        raise refuse(f"the logical sector size is {logical}", "choose 512 or 4096")
+    if physical not in {512, 4096}:
+        raise refuse(f"the physical sector size is {physical}", "choose 512 or 4096")
+    if not MIB <= block <= 256 * MIB or block & (block - 1):
+        raise refuse(f"the block size is {block}", "choose a power of two from 1M to 256M")
+    if size <= 0 or size > metadata.LARGEST_DISK:
+        raise refuse(f"the size is {size} bytes", "choose 1 sector to 64T")
+    if size % logical:
+        raise refuse(
+            f"the size of {size} bytes is no multiple of the logical sector of {logical} bytes",
+            f"choose {size // logical * logical or logical} or {(size // logical + 1) * logical}",
+        )
+    return metadata.DiskParameters(
+        virtual_size=size,
+        block_size=block,
+        logical_sector_size=logical,
+        physical_sector_size=physical,
+        disk_id=uuid4() if disk_id is None else disk_id,
+        leave_blocks_allocated=kind == "fixed",
+        has_parent=False,
+    )
+
+
+def _write_image(
+    leaf: plane.Device,
+    parameters: metadata.DiskParameters,
+    *,
+    sparse: bool,
+    progress: Progress | None,
+) -> None:
+    geometry = Geometry(
+        parameters.virtual_size, parameters.block_size, parameters.logical_sector_size, False
+    )
+    payload = _BAT_OFFSET + geometry.table_length
+    fixed = parameters.leave_blocks_allocated
+    end = payload + (geometry.blocks * geometry.block_size if fixed else 0)
+    leaf.resize(end)
+    # A log or table that finds no space later would stop an image that still has room for data.
+    leaf.zero(0, _BAT_OFFSET + min(geometry.table_length, _PREALLOCATED_BAT), no_hole=True)
+    if fixed:
+        _allocate(leaf, payload, end, sparse=sparse, progress=progress)
+        _fill_bat(leaf, geometry, payload)
+    leaf.write(metadata.pack_metadata(parameters), _METADATA_OFFSET)
+    table = region.pack_table(
+        [
+            region.Region(region.BAT, _BAT_OFFSET, geometry.table_length, True),
+            region.Region(region.METADATA, _METADATA_OFFSET, _METADATA_LENGTH, True),
+        ]
+    )
+    for offset in region.TABLE_OFFSETS:
+        leaf.write(table, offset)
+    leaf.write(header.pack_identifier(_CREATOR), 0)
+    leaf.flush()
+    # Without a header nothing opens; so it comes when all the rest is durable.
+    first = header.Header(
+        0, 0, uuid4(), uuid4(), header.NIL, 0, 1, _LOG_OFFSET, _LOG_LENGTH
+    )
+    for each in (first, first.successor()):
+        leaf.write(each.pack(), header.HEADER_OFFSETS[each.slot])
+    leaf.flush()
+
+
+def _allocate(
+    leaf: plane.Device, start: int, end: int, *, sparse: bool, progress: Progress | None
+) -> None:
+    zeros = bytes(4 * MIB)
+    step = _ALLOCATE_AT_ONCE if sparse else len(zeros)
+    for at in range(start, end, step):
+        length = min(step, end - at)
+        if sparse:
+            leaf.zero(at, length, no_hole=True)
+        else:
+            leaf.write(memoryview(zeros)[:length], at)
+        if progress is not None:
+            progress(at + length - start, end - start)
+
+
+def _fill_bat(leaf: plane.Device, geometry: Geometry, payload: int) -> None:
+    for first in range(0, geometry.blocks, _BAT_ENTRIES_AT_ONCE):
+        blocks = np.arange(
+            first, min(first + _BAT_ENTRIES_AT_ONCE, geometry.blocks), dtype=np.uint64
+        )
+        indices = geometry.indices(blocks)
+        table = np.zeros(int(indices[-1] - indices[0]) + 1, "<u8")
+        table[(indices - indices[0]).astype(np.int64)] = bat.pack_entries(
+            np.full(len(blocks), BlockState.FULLY_PRESENT, np.uint64),
+            np.uint64(payload) + blocks * np.uint64(geometry.block_size),
+        )
+        leaf.write(table, _BAT_OFFSET + int(indices[0]) * bat.ENTRY_SIZE)
+
+
+@contextlib.contextmanager
+def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[plane.Device]:
+    """A leaf over a new file that gets the name ``path`` when the block ends without an exception.
+
+    The content and the name are durable afterwards. With an exception nothing is left behind.
+
+    Raises:
+        ExistsError: ``path`` is there already and ``force`` is not set.
+        NotFoundError, NoSpaceError, HostIOError: the file cannot be made.
+    """
+    target = Path(path)
+    if not force and os.path.lexists(target):
+        raise _exists(path)
+    if force and target.is_dir():
+        raise HostIOError("it is a directory", reason=Reason.NOT_A_FILE, path=path)
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.partial")
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    except FileNotFoundError as error:
+        raise NotFoundError("there is no such directory", path=path) from error
+    except OSError as error:
+        raise _host_error(error, path) from error
+    leaf = plane.File(fd, 0, read_only=False, sparse=sparse, path=os.fspath(path))
+    try:
+        yield leaf
+        leaf.flush()
+        if force:
+            temporary.replace(target)
+        else:
+            os.link(temporary, target)
+            temporary.unlink()
+        _sync_directory(target.parent)
+    except FileExistsError as error:
+        raise _exists(path) from error
+    finally:
+        leaf.close()
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _exists(path: StrPath) -> ExistsError:
+    return ExistsError("it exists already", path=path, hint="remove it, or use --force (force=True)")
+
+
+def _host_error(error: OSError, path: StrPath) -> HostIOError | NoSpaceError:
+    if error.errno == NoSpaceError.error_number:
+        return NoSpaceError("no space left on the host", path=path)
+    reason = Reason.PERMISSION if isinstance(error, PermissionError) else Reason.IO
+    return HostIOError((error.strerror or str(error)).lower(), reason=reason, path=path)
+
+
+def _sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: MIT
+"""An open disk, whatever its format: the interface that programs use."""
+
+from __future__ import annotations
+
+import io
+import threading
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from vhdx import plane
+from vhdx.errors import ClosedError, InUseError, ReadOnlyError
+from vhdx.plane.device import Buffer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from types import TracebackType
+
+__all__ = ["Disk", "Extent", "ExtentState", "Format"]
+
+
+class ExtentState(StrEnum):
+    """What a range of a disk is.
+
+    DATA: some layer of the chain stores it. ZERO: a layer says that it reads zeros. HOLE: nothing is
+    stored, and it reads zeros.
+    """
+
+    DATA = "data"
+    ZERO = "zero"
+    HOLE = "hole"
+
+
+_STATES = (ExtentState.DATA, ExtentState.ZERO, ExtentState.HOLE)
+
+
+class Extent:
+    """A run of one state.
+
+    Attributes:
+        offset: bytes from the start of the disk.
+        length: bytes.
+        state: what it is.
+        depth: 0 when this image says so, 1 its parent, and so on; None for holes.
+    """
+
+    __slots__ = ("depth", "length", "offset", "state")
+
+    def __init__(self, offset: int, length: int, state: ExtentState, depth: int | None) -> None:
+        self.offset = offset
+        self.length = length
+        self.state = state
+        self.depth = depth
+
+    def __repr__(self) -> str:
+        return f"Extent({self.offset:#x}, {self.length:#x}, {self.state.value!r}, {self.depth})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Extent):
+            return NotImplemented
+        return self.as_tuple() == other.as_tuple()
+
+    def __hash__(self) -> int:
+        return hash(self.as_tuple())
+
+    def as_tuple(self) -> tuple[int, int, ExtentState, int | None]:
+        """Offset, length, state and depth."""
+        return self.offset, self.length, self.state, self.depth
+
+
+class Format(Protocol):
+    """What an image format gives a disk."""
+
+    name: str
+    device: plane.Device
+    block_size: int
+    logical_sector_size: int
+    physical_sector_size: int
+    read_only: bool
+    path: str
+
+    def describe(self) -> dict[str, Any]:
+        """What ``vhdx info`` shows beyond the common part; sizes in bytes."""
+
+    def close(self) -> None:
+        """Makes everything durable and lets go of the files."""
+
+
+class Disk:
+    """An open disk image; every method may be called from any thread.
+
+    Offsets and lengths are bytes, and any value inside the disk will do. What :meth:`flush` has
+    covered survives a crash of the host. Use it as a context manager, or call :meth:`close`.
+    """
+
+    def __init__(self, image: Format) -> None:
+        self._image = image
+        self._device = image.device
+        self._lock = threading.Lock()
+        self._users = 0
+        self._closed = False
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "r" if self.read_only else "r+"
+        return f"<vhdx.Disk {self._image.path!r} {self._image.name} {state}>"
+
+    # ---- facts ----
+
+    @property
+    def path(self) -> str:
+        """Of the image, as it was opened."""
+        return self._image.path
+
+    @property
+    def format(self) -> str:
+        """"vhdx" or "raw"."""
+        return self._image.name
+
+    @property
+    def size(self) -> int:
+        """Bytes of the virtual disk."""
+        return self._device.size
+
+    @property
+    def block_size(self) -> int:
+        """Bytes that the format allocates at once."""
+        return self._image.block_size
+
+    @property
+    def logical_sector_size(self) -> int:
+        """512 or 4096 bytes; what a guest addresses."""
+        return self._image.logical_sector_size
+
+    @property
+    def physical_sector_size(self) -> int:
+        """512 or 4096 bytes; what a guest should align to."""
+        return self._image.physical_sector_size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether changes are refused."""
+        return self._image.read_only
+
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._closed
+
+    def describe(self) -> dict[str, Any]:
+        """What ``vhdx info --json`` shows; sizes in bytes."""
+        self._check_open()
+        return {
+            "path": self.path,
+            "format": self.format,
+            "virtual_size": self.size,
+            "block_size": self.block_size,
+            "logical_sector_size": self.logical_sector_size,
+            "physical_sector_size": self.physical_sector_size,
+            **self._image.describe(),
+        }
+
+    # ---- reading ----
+
+    def pread(self, length: int, offset: int) -> bytes:
+        """``length`` bytes from ``offset`` on.
+
+        Raises:
+            RangeError: the range is not inside the disk; nothing is read short.
+        """
+        return self._device.read(length, offset)
+
+    def preadinto(self, buffer: Buffer, offset: int) -> int:
+        """Fills ``buffer`` (writable, contiguous) from ``offset`` on; returns its length."""
+        return self._device.read_into(buffer, offset)
+
+    def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
+        """Fills ``buffers`` one after the other; returns the bytes read."""
+        done = 0
+        for buffer in buffers:
+            done += self._device.read_into(buffer, offset + done)
+        return done
+
+    def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
+        """Runs of one state that cover the range (the whole disk by default), in order."""
+        length = self.size - offset if length is None else length
+        run: plane.device.RawExtent | None = None
+        for raw in self._device.extents(offset, length):
+            if run is not None and (run.state, run.depth) == (raw.state, raw.depth):
+                run = run._replace(length=run.length + raw.length)
+                continue
+            if run is not None:
+                yield _extent(run)
+            run = raw
+        if run is not None:
+            yield _extent(run)
+
+    # ---- changing ----
+
+    def pwrite(self, data: Buffer, offset: int, *, fua: bool = False) -> int:
+        """Writes ``data`` at ``offset``; returns its length.
+
+        Args:
+            data: anything with the buffer protocol.
+            offset: bytes.
+            fua: durable on return.
+
+        Raises:
+            RangeError: the range is not inside the disk; nothing is written short.
+            ReadOnlyError: the disk is open for reading.
+            NoSpaceError: the host is full; sectors of the range hold old or new content, everything
+                else is unchanged, and the disk is usable as soon as there is space.
+        """
+        return self._device.write(data, offset, fua=fua)
+
+    def pwritev(self, buffers: Sequence[Buffer], offset: int, *, fua: bool = False) -> int:
+        """Writes ``buffers`` one after the other; returns the bytes written."""
+        done = 0
+        for buffer in buffers:
+            done += self._device.write(buffer, offset + done, fua=fua)
+        return done
+
+    def zero(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Makes the range read as zeros; whole blocks of a dynamic image give their space back."""
+        self._device.zero(offset, length, fua=fua)
+
+    def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Says that the range's content is no longer needed; it reads as before, or zeros."""
+        self._device.trim(offset, length, fua=fua)
+
+    def flush(self) -> None:
+        """Makes durable what was written by every call that has returned."""
+        self._device.flush()
+
+    # ---- the end, and other libraries ----
+
+    def as_file(self) -> io.RawIOBase:
+        """The disk as a file object with a position of its own, for other libraries."""
+        return _DiskFile(self)
+
+    def close(self) -> None:
+        """Flushes and closes; a second call does nothing.
+
+        Raises:
+            InUseError: a server still serves it.
+            VhdxError: what was not durable yet could not be made so. The files are closed all the
+                same.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            if self._users:
+                raise InUseError(
+                    "a server still serves the disk", path=self.path, hint="stop the server first"
+                )
+            self._closed = True
+        self._image.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def share(self) -> plane.Device:
+        """The device, for a front end; :meth:`close` is refused until :meth:`unshare`."""
+        with self._lock:
+            self._check_open()
+            self._users += 1
+            return self._device
+
+    def unshare(self) -> None:
+        """A front end is done with the device."""
+        with self._lock:
+            self._users -= 1
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the disk was closed", path=self.path)
+
+
+def _extent(raw: plane.device.RawExtent) -> Extent:
+    return Extent(
+        raw.offset, raw.length, _STATES[raw.state], None if raw.depth < 0 else raw.depth
+    )
+
+
+class _DiskFile(io.RawIOBase):
+    """A disk behind the interface of a raw binary file; closing it leaves the disk open."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return not self._disk.read_only
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._disk.size}
+        if whence not in base:
+            raise ValueError(f"whence is {whence}, not 0, 1 or 2")
+        if base[whence] + offset < 0:
+            raise ValueError("the position would be negative")
+        self._position = base[whence] + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        length = max(0, min(len(view), self._disk.size - self._position))
+        if length:
+            self._disk.preadinto(view[:length], self._position)
+        self._position += length
+        return length
+
+    def write(self, data: Any) -> int:
+        if self._disk.read_only:
+            raise ReadOnlyError("it is open for reading only", path=self._disk.path)
+        view = memoryview(data).cast("B")
+        length = max(0, min(len(view), self._disk.size - self._position))
+        if length == 0 and len(view):
+            raise OSError(28, "the disk ends here")
+        self._disk.pwrite(view[:length], self._position)
+        self._position += length
+        return length
+
+    def flush(self) -> None:
+        if not self.closed and not self._disk.closed and not self._disk.read_only:
+            self._disk.flush()

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: MIT
+"""The VHDX engine: it answers the faults of an image's map.
+
+Python decides where every block lives; C moves the bytes. The map has one page a payload block. An
+entry's tag keeps the block's state, so the table can be turned back into BAT entries.
+
+Threads: faults come from any thread. ``_lock`` guards space and table residency and is never held
+across a barrier; ``_gate_lock`` makes the first change happen once; commits are serialised by the
+map's rounds, so the journal needs no lock of its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vhdx import plane
+from vhdx.errors import ClosedError, DamagedError, NoSpaceError, Reason
+from vhdx.format import bat
+from vhdx.format.bat import BlockState
+from vhdx.image import journal
+from vhdx.image.allocation import check_entries, survey
+from vhdx.image.space import Space
+from vhdx.units import GIB, MIB, TIB
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from vhdx.format.header import Header
+    from vhdx.image.host import HostFile
+    from vhdx.image.structure import Structure
+
+__all__ = ["Engine"]
+
+LARGEST_DISK = 64 * TIB
+_SURVEY_ENTRIES = 1 << 17  # a table of up to 1 MiB is validated whole, also for reading
+_RESIDENT_CHUNKS = 4096
+_RANGE_PAGES = 4096
+_COMMIT_PAGES = 1024
+_OWN, _PARENT = 0, 1
+_FIRST_GRANT, _LARGEST_GRANT = 64 * MIB, 4 * GIB
+
+_HOLE_TAGS = {
+    BlockState.NOT_PRESENT: 0,
+    BlockState.UNDEFINED: 1,
+    BlockState.ZERO: 2 | plane.TAG_ZERO,
+    BlockState.UNMAPPED: 3,
+}
+
+
+class Engine:
+    """Fault handler of one open VHDX file.
+
+    Args:
+        host: the file; it belongs to the engine from here on.
+        structure: of the file.
+        parent: device of the parent, for a differencing image.
+        write: whether the image may be changed.
+        pool: for background work.
+    """
+
+    def __init__(
+        self,
+        host: HostFile,
+        structure: Structure,
+        parent: plane.Device | None,
+        *,
+        write: bool,
+        pool: plane.Pool,
+    ) -> None:
+        self.host = host
+        self.structure = structure
+        self._leaf = host.leaf
+        self._geometry = structure.geometry
+        self._lock = threading.Lock()
+        self._gate_lock = threading.Lock()
+        self._resident: OrderedDict[int, None] = OrderedDict()
+        self._closed = False
+        self._journal = journal.Journal(self._leaf, structure.header)
+        self._space: Space | None = None
+        furthest = 0
+        self._grant_bytes = _FIRST_GRANT
+        self._referenced_end = self._leaf.size
+        if write or self._geometry.entries <= _SURVEY_ENTRIES:
+            taken = survey(structure, self._leaf)
+            furthest = taken.furthest
+            if write:
+                self._space = Space(
+                    self._leaf, taken, self._geometry.block_size, sparse=host.sparse
+                )
+        lowers = [self._leaf] if parent is None else [self._leaf, parent]
+        self.map = plane.Map(
+            self,
+            self._geometry.virtual_size,
+            LARGEST_DISK,
+            self._geometry.block_size,
+            lowers,
+            parent=None if parent is None else _PARENT,
+            in_place=structure.parameters.leave_blocks_allocated
+            and not structure.parameters.has_parent,
+            read_only=not write,
+            gated=write,
+            pool=pool,
+            path=host.path,
+        )
+        if write and furthest > self._leaf.size:
+            # The file ends inside its last block (QEMU's fixed images do): writes need the rest.
+            self.open_gate()
+            self._leaf.resize(furthest)
+
+    @property
+    def header(self) -> Header:
+        """The current header."""
+        return self._journal.header
+
+    # ---- loading ----
+
+    def load(self, first: int, count: int) -> None:
+        """Installs the entries of these blocks from the BAT ([MS-VHDX] 2.5)."""
+        start = first // plane.CHUNK_PAGES * plane.CHUNK_PAGES
+        stop = min(
+            -(-(first + count) // plane.CHUNK_PAGES) * plane.CHUNK_PAGES, self._geometry.blocks
+        )
+        if stop <= start:
+            return
+        with self._lock:
+            # Under the lock, so that no entry that was read before a commit is installed after it.
+            blocks = np.arange(start, stop, dtype=np.uint64)
+            indices = self._geometry.indices(blocks)
+            base = int(indices[0])
+            data = self.structure.overlay.read(
+                self.structure.bat.offset + base * bat.ENTRY_SIZE,
+                (int(indices[-1]) + 1 - base) * bat.ENTRY_SIZE,
+            )
+            table = np.frombuffer(data, "<u8").astype(np.uint64)
+            values = table[(indices - np.uint64(base)).astype(np.int64)]
+            bad, error = check_entries(
+                self.structure, indices, values, self.structure.overlay.size
+            )
+            entries = self._entries_of(blocks, values)
+            if error is not None:
+                entries[bad] = 0
+            self.map.install(start, entries)
+            self._note_resident(start, stop)
+        if error is not None and bad[first - start : first - start + count].any():
+            raise error
+
+    def _entries_of(
+        self, blocks: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.uint64]:
+        states, offsets = bat.state_of(values), bat.offset_of(values)
+        kinds = np.full(len(values), plane.Kind.HOLE, np.uint64)
+        tags = np.zeros(len(values), np.uint64)
+        lowers = np.zeros(len(values), np.uint64)
+        where = np.zeros(len(values), np.uint64)
+        for state, tag in _HOLE_TAGS.items():
+            tags[states == state] = tag
+        stored = states >= BlockState.FULLY_PRESENT
+        where[stored] = offsets[stored]
+        tags[stored] = BlockState.FULLY_PRESENT
+        kinds[stored] = plane.Kind.DATA
+        # The file may end inside the last block; what is missing reads zeros.
+        cut = stored & (offsets + np.uint64(self._geometry.block_size) > self._leaf.size)
+        if self._space is None:
+            kinds[cut] = plane.Kind.SHARED
+        if self._geometry.has_parent:
+            absent = states == BlockState.NOT_PRESENT
+            kinds[absent] = plane.Kind.SHARED
+            lowers[absent] = _PARENT
+            where[absent] = blocks[absent] * np.uint64(self._geometry.block_size)
+            partial = states == BlockState.PARTIALLY_PRESENT
+            kinds[partial] = plane.Kind.MIXED
+            tags[partial] = BlockState.PARTIALLY_PRESENT
+            for block in blocks[partial].tolist():
+                self.map.set_bitmap(
+                    block, self._geometry.logical_sector_size, self._sector_bitmap(block)
+                )
+        return plane.entries(kinds, lowers, where, tags)
+
+    def _sector_bitmap(self, block: int) -> bytes:
+        """The part of the sector bitmap block that describes ``block`` ([MS-VHDX] 2.4)."""
+        chunk, within = divmod(block, self._geometry.chunk_ratio)
+        at = self.structure.bat.offset + self._geometry.bitmap_index(chunk) * bat.ENTRY_SIZE
+        entry = np.frombuffer(self.structure.overlay.read(at, 8), "<u8").astype(np.uint64)
+        offset = int(bat.offset_of(entry)[0])
+        present = int(bat.state_of(entry)[0]) >= bat.BitmapState.PRESENT
+        if not present or offset < MIB or offset + MIB > self.structure.overlay.size:
+            raise DamagedError(
+                f"block {block} is partially present, but its sector bitmap is not there",
+                reason=Reason.SECTOR_BITMAP,
+                path=self.host.path,
+                offset=at,
+            )
+        length = MIB // self._geometry.chunk_ratio
+        return self.structure.overlay.read(offset + within * length, length)
+
+    def _note_resident(self, start: int, stop: int) -> None:
+        for chunk in range(start // plane.CHUNK_PAGES, -(-stop // plane.CHUNK_PAGES)):
+            self._resident[chunk] = None
+            self._resident.move_to_end(chunk)
+        excess = len(self._resident) - _RESIDENT_CHUNKS
+        if excess > 0:
+            # The oldest go, and some more, so that not every load has to drop.
+            oldest = list(self._resident)[: excess + _RESIDENT_CHUNKS // 8]
+            for chunk in oldest:
+                if self.map.drop(chunk, 1):
+                    del self._resident[chunk]
+
+    # ---- changing ----
+
+    def open_gate(self) -> None:
+        """Headers and log before the first change ([MS-VHDX] 2.2.2)."""
+        with self._gate_lock:
+            if self._closed:
+                raise ClosedError("the disk was closed", path=self.host.path)
+            if not self._journal.is_open:
+                self._journal.open(self._leaf.size)
+            self.map.set_gate(is_open=True)
+
+    def grant(self, wanted: int) -> None:
+        """Hands ready blocks to C: reused ones, zeroed, then fresh ones past the end."""
+        assert self._space is not None
+        block = self._geometry.block_size
+        with self._lock:
+            if self._closed:
+                return
+            count = max(wanted, 1, self._grant_bytes // block)
+            try:
+                offsets = self._space.take(count)
+            except NoSpaceError:
+                self._grant_bytes = _FIRST_GRANT
+                if wanted == 0:
+                    return  # nobody waits; who needs space will be told
+                offsets = self._space.take(wanted)
+            self._grant_bytes = min(2 * self._grant_bytes, _LARGEST_GRANT)
+            if not self.host.sparse:
+                self._grant_bytes = _FIRST_GRANT
+            self.map.grant(_OWN, offsets, BlockState.FULLY_PRESENT)
+
+    def change_range(self, operation: plane.Operation, first: int, count: int) -> None:
+        """Whole blocks become ZERO or UNMAPPED and give their space back."""
+        state = BlockState.ZERO if operation == plane.Operation.ZERO else BlockState.UNMAPPED
+        new_hole = plane.entries(plane.Kind.HOLE, 0, 0, _HOLE_TAGS[state])
+        for start in range(first, first + count, _RANGE_PAGES):
+            pages = np.arange(start, min(start + _RANGE_PAGES, first + count), dtype=np.uint64)
+            while len(pages):
+                pages = self._change_pages(pages, new_hole, state)
+
+    def _change_pages(
+        self, pages: npt.NDArray[np.uint64], new_hole: npt.NDArray[np.uint64], state: BlockState
+    ) -> npt.NDArray[np.uint64]:
+        """One attempt; returns the pages that changed under it."""
+        low, high = int(pages[0]), int(pages[-1]) + 1
+        found = self.map.read_entries(low, high - low)[(pages - np.uint64(low)).astype(np.int64)]
+        kinds, offsets, _ = plane.fields(found)
+        if (kinds == plane.Kind.ASK).any():
+            self.load(low, high - low)
+            return pages
+        wanted = found != new_hole
+        if state == BlockState.UNMAPPED:
+            wanted &= kinds != plane.Kind.HOLE  # what holds nothing stays as it is
+        pages, found = pages[wanted], found[wanted]
+        if not len(pages):
+            return pages
+        kinds, offsets = kinds[wanted], offsets[wanted]
+        mismatched = self.map.replace(pages, found, np.full(len(pages), new_hole, np.uint64))
+        done = ~mismatched & (kinds == plane.Kind.DATA)
+        if done.any():
+            assert self._space is not None
+            generation = self.map.statistics()["dirty_generation"]
+            with self._lock:
+                self._space.release_after(generation, offsets[done])
+        return pages[mismatched]
+
+    def commit(
+        self, pages: npt.NDArray[np.uint64], new: npt.NDArray[np.uint64], generation: int
+    ) -> None:
+        """Writes the BAT entries of published blocks through the log; their data are durable."""
+        assert self._space is not None
+        self._journal.barrier_passed()
+        # The last publication of a block counts.
+        blocks, last = np.unique(pages[::-1], return_index=True)
+        kinds, offsets, tags = plane.fields(new[::-1][last])
+        stored = kinds == plane.Kind.DATA
+        offsets[~stored] = 0
+        if stored.any():
+            # Granted before it was published, so the barrier made the file this long.
+            end = int(offsets.max()) + self._geometry.block_size
+            self._referenced_end = max(self._referenced_end, end)
+        values = bat.pack_entries(tags & np.uint64(7), offsets)
+        positions = self.structure.bat.offset + self._geometry.indices(blocks) * np.uint64(8)
+        sectors = positions // np.uint64(4096)
+        anchors = []
+        starts = np.flatnonzero(np.concatenate(([True], np.diff(sectors) != 0)))
+        for first in range(0, len(starts), _COMMIT_PAGES):
+            following = first + _COMMIT_PAGES
+            stop = starts[following] if following < len(starts) else len(sectors)
+            some = slice(int(starts[first]), int(stop))
+            anchors.append(self._commit_sectors(positions[some], values[some]))
+        with self._lock:
+            self._space.release_after(generation, np.concatenate(anchors))
+            self._space.committed(generation)
+
+    def _commit_sectors(
+        self, positions: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.uint64]:
+        """Logs and applies entries; returns the offsets of soft anchors that they replace."""
+        sectors, inverse = np.unique(positions // np.uint64(4096), return_inverse=True)
+        offsets = sectors * np.uint64(4096)
+        contents = journal.read_pages(self._leaf, offsets)
+        table = contents.reshape(-1).view("<u8")
+        slots = inverse * 512 + ((positions % np.uint64(4096)) // np.uint64(8)).astype(np.int64)
+        old = table[slots].astype(np.uint64)
+        states, anchors = bat.state_of(old), bat.offset_of(old)
+        anchored = (states == BlockState.UNDEFINED) | (states == BlockState.UNMAPPED)
+        anchored &= (anchors >= MIB) & (
+            anchors + np.uint64(self._geometry.block_size) <= np.uint64(self._leaf.size)
+        )
+        table[slots] = values
+        self._journal.commit(offsets, contents, self._referenced_end)
+        return anchors[anchored]
+
+    # ---- the end ----
+
+    def close(self) -> None:
+        """Commits, stops the map, clears the log and lets go of the file.
+
+        The file is closed in any case; the first failure is raised.
+        """
+        try:
+            if self._space is not None and self.map.state == 0:
+                self.map.flush()
+        finally:
+            poisoned = self.map.state != 0
+            with self._gate_lock:
+                self._closed = True
+            self.map.close()
+            try:
+                if self._space is not None and self._journal.is_open and not poisoned:
+                    self._finish(self._space)
+            finally:
+                self.host.close()
+
+    def _finish(self, space: Space) -> None:
+        with self._lock:
+            space.give_back(self.map.revoke())
+            end = space.end
+        self._journal.close()
+        if end < self._leaf.size:
+            self._leaf.resize(end)
+            self._leaf.flush()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""Host files that hold images: opened, checked, locked, and turned into a leaf of the plane."""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from vhdx import plane
+from vhdx.errors import HostIOError, NotFoundError, ReadOnlyError, Reason
+from vhdx.image import lock
+
+__all__ = ["HostFile", "open_host"]
+
+_LARGEST_FILE = (1 << 63) - 1
+
+
+class HostFile:
+    """An open host file and its leaf.
+
+    Attributes:
+        path: as the caller gave it.
+        leaf: the device that reaches its bytes.
+        read_only: whether it was opened for reading.
+        sparse: whether released space is given back to the host.
+        key: (device, inode), which tell whether two paths are the same file.
+    """
+
+    def __init__(
+        self, path: str, leaf: plane.Device, *, read_only: bool, sparse: bool, key: tuple[int, int]
+    ) -> None:
+        self.path = path
+        self.leaf = leaf
+        self.read_only = read_only
+        self.sparse = sparse
+        self.key = key
+
+    def close(self) -> None:
+        """Closes the file and so lets go of its locks; nothing may use the leaf any more."""
+        if isinstance(self.leaf, plane.File):
+            self.leaf.close()
+
+    def allocated(self) -> int:
+        """Bytes that the host has set aside for the file."""
+        return os.stat(self.path).st_blocks * 512
+
+
+def open_host(path: str | os.PathLike[str], *, write: bool, sparse: bool = True) -> HostFile:
+    """Opens and locks a regular file or block device.
+
+    Raises:
+        NotFoundError, ReadOnlyError, HostIOError: it is not there, not writable, or no such file.
+        InUseError: somebody else has it open in a way that excludes this.
+    """
+    name = os.fspath(path)
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for its other end.
+        fd = os.open(name, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError as error:
+        raise NotFoundError("there is no such file", path=name) from error
+    except IsADirectoryError as error:
+        raise HostIOError("it is a directory", reason=Reason.NOT_A_FILE, path=name) from error
+    except PermissionError as error:
+        if write and os.access(name, os.R_OK):
+            raise ReadOnlyError("the file may not be written", path=name) from error
+        raise HostIOError(
+            "permission denied", reason=Reason.PERMISSION, path=name, hint="check its owner"
+        ) from error
+    except OSError as error:
+        if write and error.errno == 30:  # EROFS
+            raise ReadOnlyError("its file system is mounted read-only", path=name) from error
+        raise HostIOError(error.strerror or "it cannot be opened", path=name) from error
+    try:
+        status = os.fstat(fd)
+        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
+            kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+            raise HostIOError(f"it is {kind}", reason=Reason.NOT_A_FILE, path=name)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        lock.acquire(fd, name, write=write)
+    except BaseException:
+        os.close(fd)
+        raise
+    leaf = plane.File(fd, size, read_only=not write, sparse=sparse, path=name)
+    return HostFile(
+        name, leaf, read_only=not write, sparse=sparse, key=(status.st_dev, status.st_ino)
+    )

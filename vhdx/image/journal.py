@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: MIT
+"""Headers and the log of an image that is open for writing.
+
+Order of a first change ([MS-VHDX] 2.2.2, 2.3): new FileWriteGuid and DataWriteGuid in a header; an
+empty log entry, durable; only then the LogGuid in the headers. So a LogGuid always has a valid
+sequence behind it.
+
+Order of a commit: the caller made the data durable; then for each group of pages: log entry, barrier,
+apply; and before a further entry a barrier again, so that an entry needs none before it. Two entries
+always fit into the log, so the one that is being written never overwrites the one that still counts.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import TYPE_CHECKING
+from uuid import UUID, uuid4
+
+import numpy as np
+
+from vhdx import plane
+from vhdx.format import header as headers
+from vhdx.format import log
+from vhdx.units import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from vhdx.format.log import Patch
+
+__all__ = ["Journal", "replay_to_file"]
+
+_READ, _WRITE, _ZERO, _FLUSH = (
+    plane.Operation.READ,
+    plane.Operation.WRITE,
+    plane.Operation.ZERO,
+    plane.Operation.FLUSH,
+)
+_MOST_PAGES = 120
+
+
+def _header_steps(header: headers.Header) -> list[plane.Step]:
+    return [
+        plane.Step(_WRITE, headers.HEADER_OFFSETS[header.slot], buffer=header.pack()),
+        plane.Step(_FLUSH),
+    ]
+
+
+def replay_to_file(leaf: plane.Device, header: headers.Header, sequence: log.Sequence) -> (
+    headers.Header
+):
+    """Replays the log into the file ([MS-VHDX] 2.3.3) and clears the LogGuid.
+
+    A crash at any moment leaves an image that replays again to the same content. The DataWriteGuid
+    stays, because no guest could tell the difference.
+
+    Returns:
+        The header that is current afterwards.
+    """
+    header = header.successor(file_write_guid=uuid4())
+    leaf.batch(_header_steps(header))
+    patches = log.patches_of(sequence)
+    end = max((p.offset + p.length for p in patches), default=0)
+    size = max(leaf.size, end, sequence.head.last_file_offset)
+    if size > leaf.size:
+        leaf.resize(size)
+    leaf.batch([*(_patch_step(patch) for patch in patches), plane.Step(_FLUSH)])
+    for _ in range(2):  # both copies, so that neither asks for a replay again
+        header = header.successor(log_guid=headers.NIL)
+        leaf.batch(_header_steps(header))
+    return header
+
+
+def _patch_step(patch: Patch) -> plane.Step:
+    if patch.data is None:
+        return plane.Step(_ZERO, patch.offset, patch.length)
+    return plane.Step(_WRITE, patch.offset, buffer=patch.data)
+
+
+class Journal:
+    """Writes headers and log entries of one open image; the caller serialises the calls.
+
+    Owns the header section and the log region of the file, and nothing else.
+    """
+
+    def __init__(self, leaf: plane.Device, header: headers.Header) -> None:
+        self._leaf = leaf
+        self._header = header
+        self._head = 0  # where the next entry goes, bytes in the log
+        self._previous_length = 0
+        self._sequence = 0
+        self._applied_durable = True
+
+    @property
+    def header(self) -> headers.Header:
+        """The current header."""
+        return self._header
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the log is in use, so that a crash needs a replay."""
+        return self._header.log_guid != headers.NIL
+
+    def open(self, log_span_size: int) -> None:
+        """Prepares the first change of this open; four barriers.
+
+        Args:
+            log_span_size: bytes of the file now, durable already.
+        """
+        header = self._header.successor(file_write_guid=uuid4(), data_write_guid=uuid4())
+        guid = uuid4()
+        self._sequence = secrets.randbits(62) + 1
+        empty = self._pack(guid, np.empty(0, np.uint64), np.empty((0, 4096), np.uint8),
+                           log_span_size)
+        self._leaf.batch(
+            [
+                *_header_steps(header),
+                *self._entry_steps(empty),
+                plane.Step(_FLUSH),
+                *_header_steps(second := header.successor(log_guid=guid)),
+                *_header_steps(third := second.successor()),
+            ]
+        )
+        self._header = third
+        self._advance(len(empty))
+
+    def commit(
+        self,
+        offsets: npt.NDArray[np.uint64],
+        pages: npt.NDArray[np.uint8],
+        file_size: int,
+    ) -> None:
+        """Makes a change of 4 KiB pages durable through the log, then applies it.
+
+        Args:
+            offsets: of the pages in the file, bytes.
+            pages: their new content, n by 4096 bytes.
+            file_size: bytes of the file, durable already.
+        """
+        for first in range(0, len(offsets), _MOST_PAGES):
+            some = slice(first, first + _MOST_PAGES)
+            steps: list[plane.Step] = []
+            if not self._applied_durable:
+                # Its tail is itself: what was applied before must be durable.
+                steps.append(plane.Step(_FLUSH))
+            entry = self._pack(self._header.log_guid, offsets[some], pages[some], file_size)
+            steps += self._entry_steps(entry)
+            steps.append(plane.Step(_FLUSH))
+            steps += _page_steps(_WRITE, offsets[some], pages[some])
+            self._applied_durable = False
+            self._leaf.batch(steps)
+            self._advance(len(entry))  # only now: a failed entry is written over
+
+    def barrier_passed(self) -> None:
+        """Notes that everything applied so far is durable (the data barrier of a commit)."""
+        self._applied_durable = True
+
+    def close(self) -> None:
+        """Clears the LogGuid of both headers; everything applied becomes durable first."""
+        first = self._header.successor(log_guid=headers.NIL)
+        second = first.successor()
+        self._leaf.batch(
+            [plane.Step(_FLUSH), *_header_steps(first), *_header_steps(second)]
+        )
+        self._header = second
+
+    def _pack(
+        self,
+        guid: UUID,
+        offsets: npt.NDArray[np.uint64],
+        pages: npt.NDArray[np.uint8],
+        file_size: int,
+    ) -> bytes:
+        size = file_size // MIB * MIB
+        return log.pack_entry(
+            guid,
+            self._sequence,
+            self._head,
+            offsets,
+            pages,
+            flushed_file_offset=size,
+            last_file_offset=size,
+        )
+
+    def _entry_steps(self, entry: bytes) -> list[plane.Step]:
+        base, length = self._header.log_offset, self._header.log_length
+        assert self._previous_length + len(entry) <= length
+        first = min(len(entry), length - self._head)
+        steps = [plane.Step(_WRITE, base + self._head, buffer=entry[:first])]
+        if first < len(entry):
+            steps.append(plane.Step(_WRITE, base, buffer=entry[first:]))
+        return steps
+
+    def _advance(self, length: int) -> None:
+        self._head = (self._head + length) % self._header.log_length
+        self._previous_length = length
+        self._sequence += 1
+
+
+def _page_steps(
+    operation: plane.Operation, offsets: npt.NDArray[np.uint64], pages: npt.NDArray[np.uint8]
+) -> Sequence[plane.Step]:
+    """A step for each run of pages that are neighbours in the file; offsets ascend."""
+    if not len(offsets):
+        return []
+    breaks = np.flatnonzero(np.diff(offsets) != log.SECTOR) + 1
+    starts = [0, *breaks.tolist()]
+    ends = [*breaks.tolist(), len(offsets)]
+    return [
+        plane.Step(operation, int(offsets[a]), buffer=pages[a:b])
+        for a, b in zip(starts, ends, strict=True)
+    ]
+
+
+def read_pages(
+    leaf: plane.Device, offsets: npt.NDArray[np.uint64]
+) -> npt.NDArray[np.uint8]:
+    """The 4 KiB pages at these ascending offsets, n by 4096 bytes."""
+    pages = np.empty((len(offsets), log.SECTOR), np.uint8)
+    leaf.batch(_page_steps(_READ, offsets, pages))
+    return pages

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: MIT
+"""Opens an image of any known format."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from vhdx import plane
+from vhdx.errors import InvalidArgumentError, Reason, UnsupportedError
+from vhdx.image.disk import Disk, Format
+from vhdx.image.host import open_host
+from vhdx.image.raw import RawImage
+from vhdx.image.vhdx_image import is_vhdx, open_vhdx
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["RAW_SUFFIXES", "open_disk"]
+
+RAW_SUFFIXES = (".raw", ".img")
+_MODES = {"r": False, "r+": True}
+
+
+def open_disk(
+    path: str | os.PathLike[str],
+    mode: str = "r",
+    *,
+    format: str | None = None,
+    chain: bool = True,
+    parent_search: Sequence[str | os.PathLike[str]] = (),
+    sparse: bool = True,
+) -> Disk:
+    """Opens a disk image.
+
+    The format is told by its signature. Raw only by name (.raw, .img) or by ``format``, and then the
+    content is never looked at, because a guest can write any signature into its disk.
+
+    Args:
+        path: of the image.
+        mode: "r", or "r+" to change it. With "r" a log that must be replayed is replayed in memory
+            and the file is not changed; with "r+" it is replayed into the file.
+        format: "vhdx" or "raw" instead of looking.
+        chain: open the parents of a differencing image; else this layer alone.
+        parent_search: further directories to look for parents in.
+        sparse: give the space of trimmed and zeroed blocks back to the host.
+
+    Raises:
+        NotFoundError, HostIOError, ReadOnlyError: the file cannot be opened.
+        InUseError: another program has it open in a way that excludes this.
+        UnsupportedError: no known format.
+        DamagedError, MissingParentError: it must not be used as it is.
+    """
+    if mode not in _MODES:
+        raise InvalidArgumentError(f"the mode is {mode!r}", hint='use "r" or "r+"')
+    if format not in {None, "vhdx", "raw"}:
+        raise InvalidArgumentError(f"the format {format!r} is unknown", hint='use "vhdx" or "raw"')
+    write = _MODES[mode]
+    host = open_host(path, write=write, sparse=sparse)
+    raw = format == "raw" or (format is None and host.path.lower().endswith(RAW_SUFFIXES))
+    image: Format
+    if raw:
+        image = RawImage(host, write=write, pool=plane.default_pool())
+    elif format == "vhdx" or is_vhdx(host.leaf):
+        image = open_vhdx(
+            host,
+            write=write,
+            chain=chain,
+            parent_search=[os.fspath(each) for each in parent_search],
+            pool=plane.default_pool(),
+        )
+    else:
+        host.close()
+        raise UnsupportedError(
+            "its format is not known",
+            reason=Reason.UNKNOWN_FORMAT,
+            path=host.path,
+            hint='a raw image is opened with --format raw (format="raw")',
+        )
+    return Disk(image)

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT
+"""Free space of an image file: what C is granted from, and what comes back.
+
+A block's space that was released is free only when the BAT change that released it is durable, or a
+crash would show one block's bytes in another. Reused space is zeroed before it is granted; the data
+barrier of the commit that refers to it makes the zeros durable.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from vhdx import plane
+from vhdx.errors import NoSpaceError
+from vhdx.units import MIB, round_up
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from vhdx.image.allocation import Taken
+
+__all__ = ["Space"]
+
+
+class Space:
+    """Places of one block each; the caller serialises the calls.
+
+    Args:
+        leaf: the file.
+        taken: what of it belongs to something.
+        block_size: bytes.
+        sparse: whether fresh space may stay unallocated until it is written.
+    """
+
+    def __init__(
+        self, leaf: plane.Device, taken: Taken, block_size: int, *, sparse: bool
+    ) -> None:
+        self._leaf = leaf
+        self._sparse = sparse
+        self._block = block_size
+        self._end = taken.end
+        self._free: deque[int] = deque(taken.gaps(block_size).tolist())
+        self._pending: deque[tuple[int, npt.NDArray[np.uint64]]] = deque()
+        self._committed = 0
+
+    @property
+    def end(self) -> int:
+        """The first byte behind everything that was handed out and not given back."""
+        return self._end
+
+    def take(self, count: int) -> npt.NDArray[np.uint64]:
+        """Offsets of up to ``count`` places (1 or more) that read zeros.
+
+        Raises:
+            NoSpaceError: the host has no space for a single one.
+        """
+        if self._free:
+            some = [self._free.popleft() for _ in range(min(count, len(self._free)))]
+            try:
+                for offset in some:
+                    self._leaf.zero(offset, self._block)
+            except BaseException:
+                self._free.extendleft(reversed(some))
+                raise
+            return np.array(some, np.uint64)
+        start = round_up(self._end, MIB)
+        while True:
+            try:
+                self._extend(start, count * self._block)
+                break
+            except NoSpaceError:
+                if count == 1:
+                    raise
+                count //= 2
+        self._end = start + count * self._block
+        return start + np.arange(count, dtype=np.uint64) * np.uint64(self._block)
+
+    def _extend(self, start: int, length: int) -> None:
+        size = self._leaf.size
+        # Bytes past the end that an earlier crash left behind may be anything.
+        if size > start:
+            self._leaf.zero(start, min(size - start, length))
+        if size < start + length:
+            self._leaf.resize(start + length)
+        if not self._sparse:
+            try:
+                self._leaf.zero(start, length, no_hole=True)
+            except NoSpaceError:
+                self._leaf.resize(max(size, start))
+                raise
+
+    def release_after(self, generation: int, offsets: npt.NDArray[np.uint64]) -> None:
+        """These places are free as soon as ``generation`` is committed."""
+        if len(offsets):
+            self._pending.append((generation, offsets))
+
+    def committed(self, generation: int) -> None:
+        """Everything up to ``generation`` is durable: frees what waited for it."""
+        self._committed = max(self._committed, generation)
+        waiting = list(self._pending)
+        self._pending.clear()
+        for wanted, offsets in waiting:
+            if wanted > self._committed:
+                self._pending.append((wanted, offsets))
+                continue
+            self._leaf.batch(
+                [
+                    plane.Step(plane.Operation.TRIM, offset, self._block)
+                    for offset in offsets.tolist()
+                ]
+            )
+            self._free.extend(offsets.tolist())
+
+    def give_back(self, offsets: npt.NDArray[np.uint64]) -> None:
+        """Places that were never used; the end moves down over what is free."""
+        free = sorted({*self._free, *offsets.tolist()})
+        while free and free[-1] + self._block == self._end:
+            self._end = free.pop()
+        self._free = deque(free)

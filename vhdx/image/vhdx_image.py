@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: MIT
+"""An open VHDX image: its engine, and the chain of parents under it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from vhdx import plane
+from vhdx.errors import (
+    DamagedError,
+    MissingParentError,
+    NotFoundError,
+    Reason,
+    UnsupportedError,
+    VhdxError,
+)
+from vhdx.format import header as headers
+from vhdx.image import journal
+from vhdx.image.allocation import block_counts
+from vhdx.image.engine import Engine
+from vhdx.image.host import HostFile, open_host
+from vhdx.image.structure import Structure, read_structure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = ["VhdxImage", "is_vhdx", "open_vhdx"]
+
+_LONGEST_CHAIN = 256
+
+
+class _Missing:
+    """Stands for a parent that was not opened: every read of it says so."""
+
+    def __init__(self, path: str, why: MissingParentError) -> None:
+        self._path = path
+        self._why = why
+
+    def _refuse(self, offset: int) -> MissingParentError:
+        return MissingParentError(
+            f"the sector at {offset:#x} of the disk is not in this layer: {self._why.message}",
+            path=self._path,
+            hint=self._why.hint,
+        )
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        raise self._refuse(offset)
+
+    def pwrite(self, data: memoryview, offset: int) -> None:
+        raise self._refuse(offset)
+
+    def zero(self, offset: int, length: int) -> None:
+        raise self._refuse(offset)
+
+    def trim(self, offset: int, length: int) -> None:
+        raise self._refuse(offset)
+
+    def flush(self) -> None:
+        """Nothing to make durable."""
+
+    def resize(self, size: int) -> None:
+        raise UnsupportedError("a missing parent has no size", path=self._path)
+
+    def extents(self, offset: int, length: int) -> Iterable[plane.device.RawExtent]:
+        return [plane.device.RawExtent(offset, length, plane.HOLE, -1)]
+
+
+class VhdxImage:
+    """An open VHDX image.
+
+    Attributes:
+        engine: of the file.
+        parent: the image below, or None.
+        parent_info: path, linkage and found, for a differencing image.
+    """
+
+    name = "vhdx"
+
+    def __init__(
+        self, engine: Engine, parent: VhdxImage | None, parent_info: dict[str, Any] | None,
+        *, log_was_dirty: bool,
+    ) -> None:
+        parameters = engine.structure.parameters
+        self.engine = engine
+        self.parent = parent
+        self.parent_info = parent_info
+        self.device: plane.Device = engine.map
+        self.path = engine.host.path
+        self.read_only = engine.host.read_only
+        self.block_size = parameters.block_size
+        self.logical_sector_size = parameters.logical_sector_size
+        self.physical_sector_size = parameters.physical_sector_size
+        self._log_was_dirty = log_was_dirty
+
+    @property
+    def kind(self) -> str:
+        """"dynamic", "fixed" or "differencing"."""
+        parameters = self.engine.structure.parameters
+        if parameters.has_parent:
+            return "differencing"
+        return "fixed" if parameters.leave_blocks_allocated else "dynamic"
+
+    def describe(self) -> dict[str, Any]:
+        """What the structures say; blocks as the file holds them once all is committed."""
+        if not self.read_only:
+            self.device.flush()
+        structure, header = self.engine.structure, self.engine.header
+        return {
+            "type": self.kind,
+            "file_size": self.engine.host.leaf.size,
+            "allocated_size": self.engine.host.allocated(),
+            "creator": structure.creator,
+            "disk_id": str(structure.parameters.disk_id),
+            "data_write_id": str(header.data_write_guid),
+            "log_dirty": self._log_was_dirty,
+            "parent": self.parent_info,
+            "blocks": block_counts(structure, self.engine.host.leaf),
+        }
+
+    def close(self) -> None:
+        """Closes this layer, then those below; the first failure is raised."""
+        try:
+            self.engine.close()
+        finally:
+            if self.parent is not None:
+                self.parent.close()
+
+
+def open_vhdx(
+    host: HostFile,
+    *,
+    write: bool,
+    chain: bool,
+    parent_search: Sequence[str],
+    pool: plane.Pool,
+) -> VhdxImage:
+    """Opens the VHDX in ``host``, which belongs to the image from here on, also on failure.
+
+    Args:
+        host: opened for writing when ``write``.
+        write: replay the log into the file, and allow changes.
+        chain: open the parents; else sectors that this layer lacks raise MissingParentError.
+        parent_search: directories in which parents are looked for, too.
+        pool: for background work.
+    """
+    return _open(host, write, chain, tuple(parent_search), pool, {host.key})
+
+
+def _open(
+    host: HostFile,
+    write: bool,
+    chain: bool,
+    search: tuple[str, ...],
+    pool: plane.Pool,
+    seen: set[tuple[int, int]],
+) -> VhdxImage:
+    parent: VhdxImage | None = None
+    try:
+        structure = read_structure(host)
+        info: dict[str, Any] | None = None
+        lower: plane.Device | None = None
+        if structure.parent is not None:
+            if write:
+                raise UnsupportedError(
+                    "differencing images can only be read so far", path=host.path, hint='use "r"'
+                )
+            if chain:
+                parent, info = _open_parent(host, structure, search, pool, seen)
+                lower = parent.device
+            else:
+                why = MissingParentError("its parents were not opened (chain=False)")
+                lower = plane.Callback(
+                    _Missing(host.path, why), structure.geometry.virtual_size, read_only=True
+                )
+                info = _parent_info(structure, None)
+        dirty = structure.sequence is not None
+        if write:
+            structure = _prepare_for_writing(host, structure)
+        engine = Engine(host, structure, lower, write=write, pool=pool)
+    except BaseException as error:
+        host.close()
+        if parent is not None:
+            parent.close()
+        if isinstance(error, VhdxError) and error.path is None:
+            error.path = host.path
+        raise
+    return VhdxImage(engine, parent, info, log_was_dirty=dirty and not write)
+
+
+def _prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
+    header = structure.header
+    if header.log_length == 0:
+        raise DamagedError(
+            "it has no log, so it cannot be changed safely",
+            reason=Reason.LOG_LOCATION,
+            path=host.path,
+            hint="convert it into a new image",
+        )
+    if structure.sequence is not None:
+        journal.replay_to_file(host.leaf, header, structure.sequence)
+        structure = read_structure(host)
+    return structure
+
+
+def _parent_info(structure: Structure, found: str | None) -> dict[str, Any]:
+    assert structure.parent is not None
+    paths = structure.parent.paths
+    return {
+        "path": paths[0][1] if paths else None,
+        "linkage": [str(guid) for guid in structure.parent.linkages],
+        "found": found,
+    }
+
+
+def _candidates(host: HostFile, structure: Structure, search: Sequence[str]) -> list[Path]:
+    """Where the parent may be: its relative path, beside the child, in the search path."""
+    assert structure.parent is not None
+    here = Path(host.path).parent
+    found: list[Path] = []
+    for kind, value in structure.parent.paths:
+        windows = PureWindowsPath(value)
+        if kind == "relative_path" and not windows.anchor:
+            found.append(here.joinpath(*windows.parts))
+        for directory in (here, *(Path(each) for each in search)):
+            found.append(directory / windows.name)
+    return list(dict.fromkeys(found))
+
+
+def _existing(path: Path) -> Path | None:
+    """The file of that name; letters of either case will do, as on Windows."""
+    if path.exists():
+        return path
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return None
+    same = [name for name in names if name.casefold() == path.name.casefold()]
+    return path.with_name(same[0]) if len(same) == 1 else None
+
+
+def _open_parent(
+    host: HostFile,
+    structure: Structure,
+    search: tuple[str, ...],
+    pool: plane.Pool,
+    seen: set[tuple[int, int]],
+) -> tuple[VhdxImage, dict[str, Any]]:
+    if len(seen) >= _LONGEST_CHAIN:
+        raise MissingParentError(
+            f"the chain of parents is longer than {_LONGEST_CHAIN}",
+            reason=Reason.PARENT_DEPTH,
+            path=host.path,
+        )
+    refusals: list[MissingParentError] = []
+    for candidate in _candidates(host, structure, search):
+        path = _existing(candidate)
+        if path is None:
+            continue
+        try:
+            below = open_host(path, write=False)
+        except NotFoundError:
+            continue
+        if below.key in seen:
+            below.close()
+            raise MissingParentError(
+                f"the chain of parents comes back to {path}",
+                reason=Reason.PARENT_CYCLE,
+                path=host.path,
+            )
+        parent = _open(below, False, True, search, pool, seen | {below.key})
+        refusal = _mismatch(host, structure, parent)
+        if refusal is None:
+            return parent, _parent_info(structure, str(path))
+        parent.close()
+        refusals.append(refusal)
+    if refusals:
+        raise refusals[0]
+    assert structure.parent is not None
+    named = ", ".join(value for _, value in structure.parent.paths) or "no path at all"
+    raise MissingParentError(
+        f"its parent was not found (it names {named})",
+        path=host.path,
+        hint="put the parent beside it, or say where it is with --parent-dir (parent_search=)",
+    )
+
+
+def _mismatch(
+    host: HostFile, structure: Structure, parent: VhdxImage
+) -> MissingParentError | None:
+    assert structure.parent is not None
+    found = parent.engine.structure
+    if found.header.data_write_guid not in structure.parent.linkages:
+        return MissingParentError(
+            f"{parent.path} was changed since this image was made from it, or is another disk",
+            reason=Reason.PARENT_CHANGED,
+            path=host.path,
+            hint="find the parent as it was, or open this layer alone (chain=False)",
+        )
+    if found.parameters.logical_sector_size != structure.parameters.logical_sector_size:
+        return MissingParentError(
+            f"{parent.path} has another logical sector size",
+            reason=Reason.PARENT_MISMATCH,
+            path=host.path,
+        )
+    return None
+
+
+def is_vhdx(leaf: plane.Device) -> bool:
+    """Whether the file begins with the VHDX signature ([MS-VHDX] 2.2.1)."""
+    return leaf.size >= len(headers.SIGNATURE) and leaf.read(8, 0) == headers.SIGNATURE
