@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: MIT
+"""Image formats: opening, creating and converting disks.
+
+Owns: which bytes of a host file mean what. Never: how they are moved (the plane does).
+"""
+
+from vhdx.image.convert import convert
+from vhdx.image.create import create_vhdx as create
+from vhdx.image.disk import Disk, Extent, ExtentState
+from vhdx.image.opening import open_disk as open
+
+__all__ = ["Disk", "Extent", "ExtentState", "convert", "create", "open"]

@@ -35,7 +35,14 @@ from vhdx.units import MIB
 if TYPE_CHECKING:
     StrPath = str | os.PathLike[str]
 
-__all__ = ["DEFAULT_BLOCK_SIZE", "Progress", "create_vhdx", "new_file"]
+__all__ = [
+    "DEFAULT_BLOCK_SIZE",
+    "Progress",
+    "check_parameters",
+    "create_vhdx",
+    "new_file",
+    "write_image",
+]
 
 DEFAULT_BLOCK_SIZE = 32 * MIB
 _CREATOR = "vhdx 0.1.0"
@@ -81,22 +88,35 @@ def create_vhdx(
     Raises:
         InvalidArgumentError, ExistsError, NotFoundError, NoSpaceError, HostIOError.
     """
-    parameters = _parameters(
-        path, size, kind, block_size, logical_sector_size, physical_sector_size, disk_id
+    parameters = check_parameters(
+        path,
+        size,
+        kind=kind,
+        block_size=block_size,
+        logical_sector_size=logical_sector_size,
+        physical_sector_size=physical_sector_size,
+        disk_id=disk_id,
     )
     with new_file(path, force=force, sparse=sparse) as leaf:
-        _write_image(leaf, parameters, sparse=sparse, progress=progress)
+        write_image(leaf, parameters, sparse=sparse, progress=progress)
 
 
-def _parameters(
+def check_parameters(
     path: StrPath,
     size: int,
+    *,
     kind: str,
     block_size: int | None,
-    logical: int,
-    physical: int,
-    disk_id: UUID | None,
+    logical_sector_size: int,
+    physical_sector_size: int,
+    disk_id: UUID | None = None,
 ) -> metadata.DiskParameters:
+    """The parameters of a new image; see :func:`create_vhdx`.
+
+    Raises:
+        InvalidArgumentError: one is out of its range.
+    """
+    logical, physical = logical_sector_size, physical_sector_size
     block = DEFAULT_BLOCK_SIZE if block_size is None else block_size
 
     def refuse(message: str, hint: str) -> InvalidArgumentError:
@@ -130,13 +150,14 @@ def _parameters(
     )
 
 
-def _write_image(
+def write_image(
     leaf: plane.Device,
     parameters: metadata.DiskParameters,
     *,
     sparse: bool,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> None:
+    """Writes an empty image over an empty leaf, headers last."""
     geometry = Geometry(
         parameters.virtual_size, parameters.block_size, parameters.logical_sector_size, False
     )

@@ -24,20 +24,29 @@ class HostFile:
         read_only: whether it was opened for reading.
         sparse: whether released space is given back to the host.
         key: (device, inode), which tell whether two paths are the same file.
+        keep: leave the leaf open in :meth:`close`, because it is the caller's.
     """
 
     def __init__(
-        self, path: str, leaf: plane.Device, *, read_only: bool, sparse: bool, key: tuple[int, int]
+        self,
+        path: str,
+        leaf: plane.Device,
+        *,
+        read_only: bool,
+        sparse: bool,
+        key: tuple[int, int],
+        keep: bool = False,
     ) -> None:
         self.path = path
         self.leaf = leaf
         self.read_only = read_only
         self.sparse = sparse
         self.key = key
+        self._keep = keep
 
     def close(self) -> None:
         """Closes the file and so lets go of its locks; nothing may use the leaf any more."""
-        if isinstance(self.leaf, plane.File):
+        if isinstance(self.leaf, plane.File) and not self._keep:
             self.leaf.close()
 
     def allocated(self) -> int:

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: MIT
+"""Converts images: only what the source stores is read, only what is not zero is written."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vhdx import plane
+from vhdx.errors import InvalidArgumentError, VhdxError
+from vhdx.image import create
+from vhdx.image.disk import Disk, ExtentState
+from vhdx.image.engine import Engine
+from vhdx.image.host import HostFile
+from vhdx.image.opening import RAW_SUFFIXES, open_disk
+from vhdx.image.structure import read_structure
+from vhdx.units import MIB, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from vhdx.image.create import Progress, StrPath
+
+__all__ = ["convert", "destination_format"]
+
+_PIECE = 2 * MIB
+_AHEAD = 4
+_FORMATS = ("vhdx", "raw")
+
+
+def destination_format(path: StrPath, to: str | None) -> str:
+    """The format of a destination: ``to``, or by the ending of its name.
+
+    Raises:
+        InvalidArgumentError: neither tells.
+    """
+    if to is not None:
+        if to not in _FORMATS:
+            raise InvalidArgumentError(f"the format {to!r} is unknown", hint="use vhdx or raw")
+        return to
+    name = os.fspath(path).lower()
+    if name.endswith((".vhdx", ".avhdx")):
+        return "vhdx"
+    if name.endswith(RAW_SUFFIXES):
+        return "raw"
+    raise InvalidArgumentError(
+        "its name does not tell the format", path=path, hint="say it with --to vhdx or --to raw"
+    )
+
+
+def convert(
+    source: StrPath,
+    destination: StrPath,
+    *,
+    to: str | None = None,
+    format: str | None = None,
+    kind: str = "dynamic",
+    block_size: int | None = None,
+    logical_sector_size: int | None = None,
+    physical_sector_size: int | None = None,
+    chain: bool = True,
+    parent_search: Sequence[StrPath] = (),
+    sparse: bool = True,
+    force: bool = False,
+    progress: Progress | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> int:
+    """Copies a disk into a new image.
+
+    The destination is written under a temporary name and gets its own when it is whole and durable;
+    when the copy fails or is cancelled nothing is left behind.
+
+    Args:
+        source: an image.
+        destination: where; an existing file is refused unless ``force``.
+        to: "vhdx" or "raw"; by the ending of the name when None.
+        format: of the source, as in :func:`vhdx.open`.
+        kind: "dynamic" or "fixed", for VHDX.
+        block_size, logical_sector_size, physical_sector_size: for VHDX; the source's sectors and
+            32 MiB blocks when None.
+        chain, parent_search: as in :func:`vhdx.open`.
+        sparse: leave holes in the host file where the disk is zero.
+        force: replace what is there.
+        progress: called with the bytes done and the bytes that the source stores.
+        cancel: asked between pieces; the copy stops when it answers True.
+
+    Returns:
+        Bytes of zeros that were added to fill the last sector; 0 unless the source is raw and its
+        size is no multiple of the logical sector.
+
+    Raises:
+        VhdxError: as :func:`vhdx.open` and :func:`vhdx.create`; reason CANCELLED when cancelled.
+    """
+    target = destination_format(destination, to)
+    with open_disk(
+        source, "r", format=format, chain=chain, parent_search=parent_search
+    ) as disk, create.new_file(destination, force=force, sparse=sparse) as leaf:
+        if target == "raw":
+            leaf.resize(disk.size)
+            if not sparse:
+                leaf.zero(0, disk.size, no_hole=True)
+            _copy(disk, leaf, progress, cancel)
+            return 0
+        logical = disk.logical_sector_size if logical_sector_size is None else logical_sector_size
+        size = round_up(disk.size, max(logical, 512))
+        parameters = create.check_parameters(
+            destination,
+            size,
+            kind=kind,
+            block_size=block_size,
+            logical_sector_size=logical,
+            physical_sector_size=disk.physical_sector_size
+            if physical_sector_size is None
+            else physical_sector_size,
+        )
+        create.write_image(leaf, parameters, sparse=sparse)
+        host = HostFile(
+            os.fspath(destination), leaf, read_only=False, sparse=sparse, key=(0, 0), keep=True
+        )
+        engine = Engine(host, read_structure(host), None, write=True, pool=plane.default_pool())
+        try:
+            _copy(disk, engine.map, progress, cancel)
+        finally:
+            engine.close()
+        return size - disk.size
+
+
+def _pieces(disk: Disk) -> Iterator[tuple[int, int]]:
+    for extent in disk.extents():
+        if extent.state is not ExtentState.DATA:
+            continue
+        end = extent.offset + extent.length
+        at = extent.offset
+        while at < end:
+            # To multiples of the piece, so that pieces and blocks do not straddle.
+            stop = min(end, (at // _PIECE + 1) * _PIECE)
+            yield at, stop - at
+            at = stop
+
+
+def _copy(
+    disk: Disk,
+    target: plane.Device,
+    progress: Progress | None,
+    cancel: Callable[[], bool] | None,
+) -> None:
+    """Reads on one thread while another writes; zeros are not written (the target is new)."""
+    pieces = list(_pieces(disk))
+    total = sum(length for _, length in pieces)
+    free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+    for _ in range(_AHEAD):
+        free.put(bytearray(_PIECE))
+    filled: queue.SimpleQueue[tuple[int, int, bytearray] | BaseException | None]
+    filled = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def read() -> None:
+        try:
+            for offset, length in pieces:
+                buffer = free.get()
+                if stop.is_set():
+                    return
+                disk.preadinto(memoryview(buffer)[:length], offset)
+                filled.put((offset, length, buffer))
+            filled.put(None)
+        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+            filled.put(error)
+
+    reader = threading.Thread(target=read, name="convert-read", daemon=True)
+    reader.start()
+    done = 0
+    try:
+        while (item := filled.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            offset, length, buffer = item
+            if cancel is not None and cancel():
+                raise VhdxError(
+                    "the conversion was cancelled", reason=_CANCELLED, path=disk.path
+                )
+            _write_data(target, memoryview(buffer)[:length], offset)
+            free.put(buffer)
+            done += length
+            if progress is not None:
+                progress(done, total)
+        target.flush()
+    finally:
+        stop.set()
+        free.put(bytearray())
+        reader.join()
+
+
+_CANCELLED = create.Reason.CANCELLED
+_GRAIN = 64 << 10
+_ZEROS = bytes(_GRAIN)
+
+
+def _write_data(target: plane.Device, data: memoryview, offset: int) -> None:
+    """Writes ``data`` but for its grains of 64 KiB that are all zero."""
+    start: int | None = None
+    for at in range(0, len(data), _GRAIN):
+        grain = data[at : at + _GRAIN]
+        if grain == _ZEROS[: len(grain)]:
+            if start is not None:
+                target.write(data[start:at], offset + start)
+                start = None
+        elif start is None:
+            start = at
+    if start is not None:
+        target.write(data[start:], offset + start)

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: MIT
+"""NBD front end: the handshake in Python, the transmission phase in C.
+
+Source: NetworkBlockDevice doc/proto.md. :mod:`vhdx.nbd.handshake` is a pure state machine over
+bytes; :mod:`vhdx.nbd.server` owns sockets, threads and limits.
+"""
+
+from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
+from vhdx.nbd.server import Limits, Server, serve
+
+__all__ = ["ExportTerms", "Handshake", "Limits", "Negotiated", "Server", "serve"]

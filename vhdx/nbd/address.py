@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: MIT
+"""Where a server listens, written as an NBD URI (NetworkBlockDevice doc/uri.md)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import parse_qsl, quote, urlsplit
+
+from vhdx.errors import HostIOError, InUseError, InvalidArgumentError, Reason
+
+__all__ = ["Address", "listen", "parse_address", "runtime_directory", "uri_of"]
+
+_PORT = 10809
+_LONGEST_SOCKET_PATH = 107
+_BACKLOG = 128
+
+
+@dataclass(frozen=True)
+class Address:
+    """A unix socket (``path``), or a TCP host and port; port 0 lets the kernel choose."""
+
+    path: str | None = None
+    host: str | None = None
+    port: int = _PORT
+
+
+def parse_address(uri: str) -> Address:
+    """The address in ``nbd+unix:///?socket=PATH`` or ``nbd://HOST[:PORT]``.
+
+    Raises:
+        InvalidArgumentError: another scheme, an export name, or unknown parameters.
+    """
+
+    def refuse(why: str) -> InvalidArgumentError:
+        return InvalidArgumentError(
+            f"cannot listen on {uri!r}: {why}",
+            hint="write nbd+unix:///?socket=/run/disk.sock or nbd://127.0.0.1:10809",
+        )
+
+    parts = urlsplit(uri)
+    if parts.path not in {"", "/"} or parts.fragment or parts.username is not None:
+        raise refuse("an address names no export and no user")
+    parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
+    if parts.scheme == "nbd+unix":
+        path = parameters.pop("socket", "")
+        if not path or parts.netloc:
+            raise refuse("it needs ?socket=PATH and no host")
+        if parameters:
+            raise refuse(f"the parameter {next(iter(parameters))!r} is unknown")
+        if len(os.fsencode(path)) > _LONGEST_SOCKET_PATH:
+            raise refuse(f"the path is longer than {_LONGEST_SOCKET_PATH} bytes")
+        return Address(path=path)
+    if parts.scheme == "nbd":
+        if parameters:
+            raise refuse(f"the parameter {next(iter(parameters))!r} is unknown")
+        try:
+            port = _PORT if parts.port is None else parts.port
+        except ValueError as error:
+            raise refuse("the port is not a number from 0 to 65535") from error
+        if not parts.hostname:
+            raise refuse("it needs a host")
+        return Address(host=parts.hostname, port=port)
+    raise refuse("the scheme is neither nbd nor nbd+unix")
+
+
+def runtime_directory() -> Path:
+    """The directory of this user's sockets, made with mode 0700.
+
+    Raises:
+        HostIOError: it belongs to somebody else, or cannot be made.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base:
+        path = Path(base) / "vhdx"
+    elif os.geteuid() == 0:
+        path = Path("/run/vhdx")
+    else:
+        path = Path(f"/tmp/vhdx-{os.geteuid()}")  # noqa: S108 - its owner is checked below
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise HostIOError(f"it cannot be made: {error.strerror}", path=path) from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise HostIOError("it belongs to somebody else", reason=Reason.PERMISSION, path=path)
+    if status.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def private_address(name: str) -> Address:
+    """A socket of its own in the runtime directory."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40]
+    return Address(path=str(runtime_directory() / f"{safe}-{secrets.token_hex(4)}.sock"))
+
+
+def listen(address: Address) -> tuple[socket.socket, Address]:
+    """A listening socket, and the address with the port that was chosen.
+
+    Raises:
+        InUseError: somebody listens there already.
+        HostIOError: it cannot be bound.
+    """
+    try:
+        if address.path is not None:
+            return _listen_unix(address.path), address
+        family, _, _, _, where = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+            listener.listen(_BACKLOG)
+        except BaseException:
+            listener.close()
+            raise
+        return listener, Address(host=address.host, port=listener.getsockname()[1])
+    except OSError as error:
+        if isinstance(error, InUseError):
+            raise
+        shown = address.path or f"{address.host}:{address.port}"
+        kind = InUseError if error.errno == errno.EADDRINUSE else HostIOError
+        raise kind(f"cannot listen there: {error.strerror or error}", path=shown) from error
+
+
+def _listen_unix(path: str) -> socket.socket:
+    if Path(path).is_socket():
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                Path(path).unlink()  # its server is dead
+            except OSError:
+                pass
+            else:
+                raise InUseError("another server listens there", path=path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        listener.bind(path)
+        listener.listen(_BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def uri_of(address: Address, export: str) -> str:
+    """The URI of an export at ``address``; "" is the default export."""
+    name = quote(export, safe="")
+    if address.path is not None:
+        return f"nbd+unix:///{name}?socket={quote(address.path, safe='/')}"
+    host = f"[{address.host}]" if address.host and ":" in address.host else address.host
+    return f"nbd://{host}:{address.port}/{name}"

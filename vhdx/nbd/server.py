@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: MIT
+"""The NBD server: listeners, connections, limits and the orderly end.
+
+Threads: one accepts, and one serves each connection: the handshake in Python, then C until the client
+leaves, with the GIL released. ``_lock`` guards the table of connections.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from vhdx import plane
+from vhdx.errors import InvalidArgumentError, ProtocolError, VhdxError
+from vhdx.image.disk import Disk
+from vhdx.image.opening import open_disk
+from vhdx.nbd.address import Address, listen, parse_address, private_address, uri_of
+from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import TracebackType
+
+__all__ = ["Limits", "Server", "serve"]
+
+_log = logging.getLogger(__name__)
+_SEND_BUFFER = 2 << 20
+_SWITCH_INTERVAL = 0.0001
+_LONGEST_NAME = 4096
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What clients may use.
+
+    Attributes:
+        connections: at once, over all exports.
+        handshake_seconds: until an export is chosen.
+        options: of a handshake.
+        option_bytes: data of one option.
+        requests: under way in one connection.
+        connection_bytes: payload under way in one connection.
+        server_bytes: payload under way in all connections.
+        payload: bytes of one READ or WRITE.
+    """
+
+    connections: int = 100
+    handshake_seconds: float = 10.0
+    options: int = 32
+    option_bytes: int = 64 << 10
+    requests: int = 64
+    connection_bytes: int = 64 << 20
+    server_bytes: int = 512 << 20
+    payload: int = 32 << 20
+
+
+@dataclass
+class _Export:
+    disk: Disk
+    device: plane.Device
+    owned: bool
+    description: str
+
+    def terms(self, name: str) -> ExportTerms:
+        return ExportTerms(name, self.description, self.device.size, self.disk.read_only)
+
+
+class _Client:
+    """One accepted socket and its thread."""
+
+    def __init__(self, peer: socket.socket) -> None:
+        self.socket: socket.socket | None = peer
+        self.connection: plane.Connection | None = None
+        self.thread: threading.Thread | None = None
+        self.export = ""
+
+
+class Server:
+    """Serves disks over NBD until :meth:`close`.
+
+    Args:
+        exports: by name, a path or an open :class:`Disk`. A path is opened and closed by the
+            server; a Disk stays the caller's, coherent with the clients, and cannot be closed
+            while it is served. With a single export, "" is another name for it.
+        listen: ``nbd+unix:///?socket=PATH`` or ``nbd://HOST[:PORT]``; a private unix socket when
+            None.
+        read_only: refuse changes.
+        limits: what clients may use.
+        format: of the paths, as in :func:`vhdx.open`.
+    """
+
+    def __init__(
+        self,
+        exports: Mapping[str, Disk | str | os.PathLike[str]],
+        *,
+        listen_on: str | None = None,
+        read_only: bool = False,
+        limits: Limits | None = None,
+        format: str | None = None,
+    ) -> None:
+        if not exports:
+            raise InvalidArgumentError("there is nothing to serve")
+        self._limits = Limits() if limits is None else limits
+        self._lock = threading.Lock()
+        self._clients: set[_Client] = set()
+        self._exports: dict[str, _Export] = {}
+        self._closing = False
+        self._slots = 0
+        self._cleanup = contextlib.ExitStack()
+        try:
+            self._pool = plane.Pool(byte_limit=self._limits.server_bytes)
+            self._cleanup.callback(self._pool.close)
+            for name, source in exports.items():
+                self._add(name, source, read_only=read_only, format=format)
+            address = (
+                private_address(next(iter(exports)) or "disk")
+                if listen_on is None
+                else parse_address(listen_on)
+            )
+            self._listener, self._address = listen(address)
+            self._cleanup.callback(self._stop_listening)
+        except BaseException:
+            self._cleanup.close()
+            raise
+        self._interval = sys.getswitchinterval()
+        # A fault waits for the GIL; the default would let a busy Python thread hold it for 5 ms.
+        sys.setswitchinterval(min(self._interval, _SWITCH_INTERVAL))
+        self._cleanup.callback(sys.setswitchinterval, self._interval)
+        self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
+        self._acceptor.start()
+
+    def _add(
+        self,
+        name: str,
+        source: Disk | str | os.PathLike[str],
+        *,
+        read_only: bool,
+        format: str | None,
+    ) -> None:
+        if "\0" in name or len(name.encode()) > _LONGEST_NAME:
+            raise InvalidArgumentError(f"{name[:80]!r} cannot be the name of an export")
+        owned = not isinstance(source, Disk)
+        disk = (
+            source
+            if isinstance(source, Disk)
+            else open_disk(source, "r" if read_only else "r+", format=format)
+        )
+        if owned:
+            self._cleanup.callback(disk.close)
+        elif read_only and not disk.read_only:
+            raise InvalidArgumentError(
+                f"the disk of export {name!r} is open for writing", hint='open it with "r"'
+            )
+        device = disk.share()
+        self._cleanup.callback(disk.unshare)
+        self._exports[name] = _Export(
+            disk, device, owned, f"{disk.format} {Path(disk.path).name}"
+        )
+
+    # ---- facts ----
+
+    @property
+    def uri(self) -> str:
+        """Of the first export."""
+        return next(iter(self.uris.values()))
+
+    @property
+    def uris(self) -> dict[str, str]:
+        """Of each export, by name."""
+        return {name: uri_of(self._address, name) for name in self._exports}
+
+    @property
+    def socket_path(self) -> str | None:
+        """Of the unix socket, or None with TCP."""
+        return self._address.path
+
+    @property
+    def connections(self) -> int:
+        """Clients that are connected now."""
+        with self._lock:
+            return len(self._clients)
+
+    def counters(self) -> list[tuple[str, plane.ConnectionCounters]]:
+        """Export and counters of each connection that is past its handshake."""
+        with self._lock:
+            return [
+                (client.export, client.connection.counters())
+                for client in self._clients
+                if client.connection is not None
+            ]
+
+    # ---- connections ----
+
+    def _lookup(self, name: str) -> ExportTerms | None:
+        if name == "" and len(self._exports) == 1:
+            name = next(iter(self._exports))
+        export = self._exports.get(name)
+        return None if export is None else export.terms(name)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                peer, _ = self._listener.accept()
+            except OSError as error:
+                if self._closing:
+                    return
+                _log.warning("cannot accept a connection: %s", error)
+                time.sleep(0.1)  # out of descriptors: they come back when clients leave
+                continue
+            client = _Client(peer)
+            with self._lock:
+                refuse = self._closing or len(self._clients) >= self._limits.connections
+                if not refuse:
+                    self._clients.add(client)
+            if refuse:
+                peer.close()
+                continue
+            thread = threading.Thread(
+                target=self._serve, args=(client,), name="nbd-connection", daemon=True
+            )
+            client.thread = thread
+            try:
+                thread.start()
+            except RuntimeError as error:
+                _log.warning("cannot start a thread for a connection: %s", error)
+                self._forget(client)
+
+    def _forget(self, client: _Client) -> None:
+        with self._lock:
+            self._clients.discard(client)
+            peer, client.socket = client.socket, None
+        if peer is not None:
+            peer.close()
+
+    def _serve(self, client: _Client) -> None:
+        try:
+            negotiated = self._handshake(client)
+            if negotiated is not None:
+                self._transmit(client, negotiated)
+        except (OSError, ProtocolError) as error:
+            _log.info("connection dropped: %s", error)
+        except Exception:
+            _log.exception("connection failed")
+        finally:
+            client.connection = None
+            self._forget(client)
+
+    def _handshake(self, client: _Client) -> Negotiated | None:
+        peer = client.socket
+        assert peer is not None
+        if peer.family != socket.AF_UNIX:
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        deadline = time.monotonic() + self._limits.handshake_seconds
+        handshake = Handshake(
+            self._lookup,
+            lambda: {name: export.terms(name) for name, export in self._exports.items()},
+            largest_payload=self._limits.payload,
+            most_options=self._limits.options,
+            option_bytes=self._limits.option_bytes,
+        )
+        answer = handshake.greeting()
+        while True:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0:
+                raise ProtocolError("the handshake took too long")
+            peer.settimeout(remaining)
+            peer.sendall(answer)
+            if handshake.negotiated is not None or handshake.finished:
+                return handshake.negotiated
+            data = peer.recv(64 << 10)
+            if not data:
+                return None
+            handshake.shutting_down = self._closing
+            answer = handshake.receive(data)
+
+    def _transmit(self, client: _Client, negotiated: Negotiated) -> None:
+        export = self._exports[negotiated.export]
+        with self._lock:
+            if self._closing or client.socket is None:
+                return
+            client.socket.settimeout(None)
+            fd = client.socket.detach()
+            client.socket = None
+            self._slots += 1
+            client.export = negotiated.export
+            client.connection = connection = plane.Connection(
+                fd,
+                export.device,
+                self._pool,
+                early=negotiated.early,
+                slot=self._slots,
+                read_only=export.disk.read_only,
+                structured=negotiated.structured,
+                context_id=negotiated.context_id,
+                largest_payload=self._limits.payload,
+                requests_limit=self._limits.requests,
+                bytes_limit=self._limits.connection_bytes,
+            )
+        code = connection.serve()
+        if code < 0:
+            _log.info("connection of export %r ended: code %d", negotiated.export, code)
+
+    # ---- the end ----
+
+    def _stop_listening(self) -> None:
+        # Closing a socket does not wake the thread that accepts on it; shutting it down does.
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        if self._address.path is not None:
+            with contextlib.suppress(OSError):
+                Path(self._address.path).unlink()
+
+    def close(self, drain_seconds: float = 10.0) -> None:
+        """Takes no new request, finishes what is under way, flushes, and closes what it opened.
+
+        Args:
+            drain_seconds: after this, clients that do not read their replies are cut off.
+
+        Raises:
+            VhdxError: an image could not be made durable.
+        """
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+            clients = list(self._clients)
+            for client in clients:
+                if client.connection is not None:
+                    client.connection.stop()
+                elif client.socket is not None:
+                    with contextlib.suppress(OSError):
+                        client.socket.shutdown(socket.SHUT_RDWR)
+        deadline = time.monotonic() + drain_seconds
+        for cut in (False, True):
+            for client in clients:
+                connection = client.connection
+                if cut and connection is not None:
+                    connection.abort()
+                if client.thread is not None:
+                    client.thread.join(None if cut else max(0.0, deadline - time.monotonic()))
+        failure: VhdxError | None = None
+        for export in self._exports.values():
+            try:
+                if not export.disk.read_only:
+                    export.device.flush()
+            except VhdxError as error:
+                failure = error
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._acceptor.join()
+        self._cleanup.close()
+        if failure is not None:
+            raise failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def serve(
+    exports: Mapping[str, Disk | str | os.PathLike[str]],
+    *,
+    listen: str | None = None,
+    read_only: bool = False,
+    limits: Limits | None = None,
+    format: str | None = None,
+) -> Server:
+    """Starts to serve disks over NBD; a context manager that stops at its end.
+
+    See :class:`Server` for the arguments.
+
+    Raises:
+        InvalidArgumentError, InUseError, HostIOError: it cannot listen.
+        VhdxError: an image cannot be opened.
+    """
+    return Server(exports, listen_on=listen, read_only=read_only, limits=limits, format=format)
