@@ -123,7 +123,10 @@ class VhdxError(Exception):
         return text if self.hint is None else f"{text}; {self.hint}"
 
     def __reduce__(self) -> tuple[object, ...]:
-        return (_rebuild, (type(self), self.message, self.reason, self.path, self.offset, self.hint))
+        return (
+            _rebuild,
+            (type(self), self.message, self.reason, self.path, self.offset, self.hint),
+        )
 
 
 def _rebuild(

@@ -28,11 +28,11 @@ def parse_size(text: str) -> int:
     if match is None:
         raise InvalidArgumentError(f"{text!r} is not a size", hint="write 64G, 512M or 4096")
     whole, _, fraction = match[1].partition(".")
-    unit = 1024 ** _POWERS[match[2].upper()]
+    unit: int = 1 << 10 * _POWERS[match[2].upper()]
     value, rest = divmod(int(whole + fraction) * unit, 10 ** len(fraction))
     if rest:
         raise InvalidArgumentError(f"{text!r} is not a whole number of bytes")
-    return value
+    return int(value)
 
 
 def format_size(size: int) -> str:

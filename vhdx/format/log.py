@@ -10,6 +10,7 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from uuid import UUID
 
 import numpy as np
 
@@ -18,8 +19,6 @@ from vhdx.format.region import TABLE_OFFSETS
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
-    from uuid import UUID
-
     import numpy.typing as npt
 
 __all__ = [
@@ -29,6 +28,7 @@ __all__ = [
     "Sequence",
     "entry_length",
     "find_active_sequence",
+    "guid_at",
     "pack_entry",
     "parse_entry",
     "patches_of",
@@ -151,6 +151,11 @@ def pack_entry(
     return bytes(sealed)
 
 
+def guid_at(log: bytes, offset: int) -> UUID:
+    """The LogGuid that the entry header at ``offset`` names, valid or not."""
+    return UUID(bytes_le=bytes(_HEADER.unpack_from(log, offset)[7]))
+
+
 def _circular(log: bytes, offset: int, length: int) -> bytes:
     part = log[offset : offset + length]
     return part if len(part) == length else part + log[: length - len(part)]
@@ -170,9 +175,10 @@ def _parse_patches(
             sector = data[at : at + SECTOR]
             if len(sector) != SECTOR or sector[:4] != b"data":
                 return None
-            high, low = struct.unpack_from("<I", sector, 4)[0], struct.unpack_from(
-                "<I", sector, 4092
-            )[0]
+            high, low = (
+                struct.unpack_from("<I", sector, 4)[0],
+                struct.unpack_from("<I", sector, 4092)[0],
+            )
             if high << 32 | low != sequence_number:
                 return None
             content = leading + sector[8:4092] + trailing
@@ -232,9 +238,7 @@ def parse_entry(log: bytes, offset: int, guid: UUID, log_offset: int) -> Entry |
     return Entry(offset, length, tail, number, flushed, last, patches)
 
 
-def _run_from(
-    log: bytes, start: int, guid: UUID, log_offset: int, budget: list[int]
-) -> list[Entry]:
+def _run_from(log: bytes, start: int, guid: UUID, log_offset: int, budget: list[int]) -> list[Entry]:
     """The longest run of entries with consecutive numbers that begins at ``start``."""
     run: list[Entry] = []
     offset, used = start, 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import dataclass
 from uuid import UUID
@@ -137,7 +138,7 @@ def parse_table(data: bytes, region_offset: int, region_length: int) -> list[Ite
             raise refuse(f"metadata item {guid} is listed twice", where)
         items[guid, item.is_user] = item
     spans = sorted((item.offset, item.length) for item in items.values() if item.length)
-    for (offset, length), (following, _) in zip(spans, spans[1:], strict=False):
+    for (offset, length), (following, _) in itertools.pairwise(spans):
         if following < offset + length:
             raise refuse("metadata items overlap", 0)
     return list(items.values())

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from dataclasses import dataclass
 from uuid import UUID
@@ -124,7 +125,7 @@ def check_regions(
         known[region.guid] = region
         spans.append((region.offset, region.end, f"region {region.guid}"))
     spans.sort()
-    for (_, end, name), (start, _, other) in zip(spans, spans[1:], strict=False):
+    for (_, end, name), (start, _, other) in itertools.pairwise(spans):
         if start < end:
             raise DamagedError(
                 f"{other} overlaps {name}", reason=Reason.REGION_OVERLAP, offset=table_offset

@@ -65,9 +65,7 @@ def is_payload(structure: Structure, indices: npt.NDArray[np.uint64]) -> npt.NDA
 
 
 def _refuse(structure: Structure, index: int, message: str, reason: Reason) -> DamagedError:
-    return DamagedError(
-        message, reason=reason, offset=structure.bat.offset + index * bat.ENTRY_SIZE
-    )
+    return DamagedError(message, reason=reason, offset=structure.bat.offset + index * bat.ENTRY_SIZE)
 
 
 def check_entries(
@@ -90,9 +88,8 @@ def check_entries(
     starts = blocks * np.uint64(structure.geometry.block_size)
     needed = np.minimum(
         np.uint64(structure.geometry.block_size),
-        np.uint64(structure.geometry.virtual_size) - np.minimum(
-            starts, np.uint64(structure.geometry.virtual_size)
-        ),
+        np.uint64(structure.geometry.virtual_size)
+        - np.minimum(starts, np.uint64(structure.geometry.virtual_size)),
     )
     stored = _STORED[states]
     bad_state = ~_VALID[states]
@@ -118,8 +115,7 @@ def check_entries(
     return bad, _refuse(
         structure,
         index,
-        f"block {block} is said to be at {int(offsets[i]):#x}, "
-        f"but the file has {file_size:#x} bytes",
+        f"block {block} is said to be at {int(offsets[i]):#x}, but the file has {file_size:#x} bytes",
         Reason.BAT_OFFSET,
     )
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 import os
 import queue
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vhdx import plane
-from vhdx.errors import InvalidArgumentError, VhdxError
+from vhdx.errors import InvalidArgumentError, Reason, VhdxError
 from vhdx.image import create
 from vhdx.image.disk import Disk, ExtentState
 from vhdx.image.engine import Engine
@@ -95,9 +94,10 @@ def convert(
         VhdxError: as :func:`vhdx.open` and :func:`vhdx.create`; reason CANCELLED when cancelled.
     """
     target = destination_format(destination, to)
-    with open_disk(
-        source, "r", format=format, chain=chain, parent_search=parent_search
-    ) as disk, create.new_file(destination, force=force, sparse=sparse) as leaf:
+    with (
+        open_disk(source, "r", format=format, chain=chain, parent_search=parent_search) as disk,
+        create.new_file(destination, force=force, sparse=sparse) as leaf,
+    ):
         if target == "raw":
             leaf.resize(disk.size)
             if not sparse:
@@ -166,7 +166,7 @@ def _copy(
                 disk.preadinto(memoryview(buffer)[:length], offset)
                 filled.put((offset, length, buffer))
             filled.put(None)
-        except BaseException as error:  # noqa: BLE001 - raised by the thread that waits
+        except BaseException as error:
             filled.put(error)
 
     reader = threading.Thread(target=read, name="convert-read", daemon=True)
@@ -178,9 +178,7 @@ def _copy(
                 raise item
             offset, length, buffer = item
             if cancel is not None and cancel():
-                raise VhdxError(
-                    "the conversion was cancelled", reason=_CANCELLED, path=disk.path
-                )
+                raise VhdxError("the conversion was cancelled", reason=_CANCELLED, path=disk.path)
             _write_data(target, memoryview(buffer)[:length], offset)
             free.put(buffer)
             done += length
@@ -193,7 +191,7 @@ def _copy(
         reader.join()
 
 
-_CANCELLED = create.Reason.CANCELLED
+_CANCELLED = Reason.CANCELLED
 _GRAIN = 64 << 10
 _ZEROS = bytes(_GRAIN)
 

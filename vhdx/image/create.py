@@ -182,9 +182,7 @@ def write_image(
     leaf.write(header.pack_identifier(_CREATOR), 0)
     leaf.flush()
     # Without a header nothing opens; so it comes when all the rest is durable.
-    first = header.Header(
-        0, 0, uuid4(), uuid4(), header.NIL, 0, 1, _LOG_OFFSET, _LOG_LENGTH
-    )
+    first = header.Header(0, 0, uuid4(), uuid4(), header.NIL, 0, 1, _LOG_OFFSET, _LOG_LENGTH)
     for each in (first, first.successor()):
         leaf.write(each.pack(), header.HEADER_OFFSETS[each.slot])
     leaf.flush()
@@ -207,9 +205,7 @@ def _allocate(
 
 def _fill_bat(leaf: plane.Device, geometry: Geometry, payload: int) -> None:
     for first in range(0, geometry.blocks, _BAT_ENTRIES_AT_ONCE):
-        blocks = np.arange(
-            first, min(first + _BAT_ENTRIES_AT_ONCE, geometry.blocks), dtype=np.uint64
-        )
+        blocks = np.arange(first, min(first + _BAT_ENTRIES_AT_ONCE, geometry.blocks), dtype=np.uint64)
         indices = geometry.indices(blocks)
         table = np.zeros(int(indices[-1] - indices[0]) + 1, "<u8")
         table[(indices - indices[0]).astype(np.int64)] = bat.pack_entries(

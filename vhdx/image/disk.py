@@ -72,12 +72,15 @@ class Format(Protocol):
     """What an image format gives a disk."""
 
     name: str
-    device: plane.Device
     block_size: int
     logical_sector_size: int
     physical_sector_size: int
     read_only: bool
     path: str
+
+    @property
+    def device(self) -> plane.Device:
+        """What requests go to."""
 
     def describe(self) -> dict[str, Any]:
         """What ``vhdx info`` shows beyond the common part; sizes in bytes."""
@@ -113,7 +116,7 @@ class Disk:
 
     @property
     def format(self) -> str:
-        """"vhdx" or "raw"."""
+        """The name of the image format: "vhdx" or "raw"."""
         return self._image.name
 
     @property
@@ -284,9 +287,7 @@ class Disk:
 
 
 def _extent(raw: plane.device.RawExtent) -> Extent:
-    return Extent(
-        raw.offset, raw.length, _STATES[raw.state], None if raw.depth < 0 else raw.depth
-    )
+    return Extent(raw.offset, raw.length, _STATES[raw.state], None if raw.depth < 0 else raw.depth)
 
 
 class _DiskFile(io.RawIOBase):

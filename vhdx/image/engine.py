@@ -88,9 +88,7 @@ class Engine:
             taken = survey(structure, self._leaf)
             furthest = taken.furthest
             if write:
-                self._space = Space(
-                    self._leaf, taken, self._geometry.block_size, sparse=host.sparse
-                )
+                self._space = Space(self._leaf, taken, self._geometry.block_size, sparse=host.sparse)
         lowers = [self._leaf] if parent is None else [self._leaf, parent]
         self.map = plane.Map(
             self,
@@ -137,9 +135,7 @@ class Engine:
             )
             table = np.frombuffer(data, "<u8").astype(np.uint64)
             values = table[(indices - np.uint64(base)).astype(np.int64)]
-            bad, error = check_entries(
-                self.structure, indices, values, self.structure.overlay.size
-            )
+            bad, error = check_entries(self.structure, indices, values, self.structure.overlay.size)
             entries = self._entries_of(blocks, values)
             if error is not None:
                 entries[bad] = 0
@@ -321,7 +317,8 @@ class Engine:
         )
         table[slots] = values
         self._journal.commit(offsets, contents, self._referenced_end)
-        return anchors[anchored]
+        released: npt.NDArray[np.uint64] = anchors[anchored]
+        return released
 
     # ---- the end ----
 

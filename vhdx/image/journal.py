@@ -48,9 +48,9 @@ def _header_steps(header: headers.Header) -> list[plane.Step]:
     ]
 
 
-def replay_to_file(leaf: plane.Device, header: headers.Header, sequence: log.Sequence) -> (
-    headers.Header
-):
+def replay_to_file(
+    leaf: plane.Device, header: headers.Header, sequence: log.Sequence
+) -> headers.Header:
     """Replays the log into the file ([MS-VHDX] 2.3.3) and clears the LogGuid.
 
     A crash at any moment leaves an image that replays again to the same content. The DataWriteGuid
@@ -112,8 +112,7 @@ class Journal:
         header = self._header.successor(file_write_guid=uuid4(), data_write_guid=uuid4())
         guid = uuid4()
         self._sequence = secrets.randbits(62) + 1
-        empty = self._pack(guid, np.empty(0, np.uint64), np.empty((0, 4096), np.uint8),
-                           log_span_size)
+        empty = self._pack(guid, np.empty(0, np.uint64), np.empty((0, 4096), np.uint8), log_span_size)
         self._leaf.batch(
             [
                 *_header_steps(header),
@@ -161,9 +160,7 @@ class Journal:
         """Clears the LogGuid of both headers; everything applied becomes durable first."""
         first = self._header.successor(log_guid=headers.NIL)
         second = first.successor()
-        self._leaf.batch(
-            [plane.Step(_FLUSH), *_header_steps(first), *_header_steps(second)]
-        )
+        self._leaf.batch([plane.Step(_FLUSH), *_header_steps(first), *_header_steps(second)])
         self._header = second
 
     def _pack(
@@ -214,9 +211,7 @@ def _page_steps(
     ]
 
 
-def read_pages(
-    leaf: plane.Device, offsets: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.uint8]:
+def read_pages(leaf: plane.Device, offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
     """The 4 KiB pages at these ascending offsets, n by 4096 bytes."""
     pages = np.empty((len(offsets), log.SECTOR), np.uint8)
     leaf.batch(_page_steps(_READ, offsets, pages))

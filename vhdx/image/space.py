@@ -35,9 +35,7 @@ class Space:
         sparse: whether fresh space may stay unallocated until it is written.
     """
 
-    def __init__(
-        self, leaf: plane.Device, taken: Taken, block_size: int, *, sparse: bool
-    ) -> None:
+    def __init__(self, leaf: plane.Device, taken: Taken, block_size: int, *, sparse: bool) -> None:
         self._leaf = leaf
         self._sparse = sparse
         self._block = block_size
@@ -107,10 +105,7 @@ class Space:
                 self._pending.append((wanted, offsets))
                 continue
             self._leaf.batch(
-                [
-                    plane.Step(plane.Operation.TRIM, offset, self._block)
-                    for offset in offsets.tolist()
-                ]
+                [plane.Step(plane.Operation.TRIM, offset, self._block) for offset in offsets.tolist()]
             )
             self._free.extend(offsets.tolist())
 

@@ -79,8 +79,12 @@ class VhdxImage:
     name = "vhdx"
 
     def __init__(
-        self, engine: Engine, parent: VhdxImage | None, parent_info: dict[str, Any] | None,
-        *, log_was_dirty: bool,
+        self,
+        engine: Engine,
+        parent: VhdxImage | None,
+        parent_info: dict[str, Any] | None,
+        *,
+        log_was_dirty: bool,
     ) -> None:
         parameters = engine.structure.parameters
         self.engine = engine
@@ -96,7 +100,7 @@ class VhdxImage:
 
     @property
     def kind(self) -> str:
-        """"dynamic", "fixed" or "differencing"."""
+        """The type: "dynamic", "fixed" or "differencing"."""
         parameters = self.engine.structure.parameters
         if parameters.has_parent:
             return "differencing"
@@ -223,8 +227,7 @@ def _candidates(host: HostFile, structure: Structure, search: Sequence[str]) -> 
         windows = PureWindowsPath(value)
         if kind == "relative_path" and not windows.anchor:
             found.append(here.joinpath(*windows.parts))
-        for directory in (here, *(Path(each) for each in search)):
-            found.append(directory / windows.name)
+        found += [directory / windows.name for directory in (here, *map(Path, search))]
     return list(dict.fromkeys(found))
 
 
@@ -286,9 +289,7 @@ def _open_parent(
     )
 
 
-def _mismatch(
-    host: HostFile, structure: Structure, parent: VhdxImage
-) -> MissingParentError | None:
+def _mismatch(host: HostFile, structure: Structure, parent: VhdxImage) -> MissingParentError | None:
     assert structure.parent is not None
     found = parent.engine.structure
     if found.header.data_write_guid not in structure.parent.linkages:

@@ -242,9 +242,7 @@ class Handshake:
             struct.pack(">HQH", INFO_EXPORT, terms.size, self._flags_of(terms)),
         )
         if INFO_NAME in wishes:
-            answer += _reply(
-                option, REP_INFO, struct.pack(">H", INFO_NAME) + terms.name.encode()
-            )
+            answer += _reply(option, REP_INFO, struct.pack(">H", INFO_NAME) + terms.name.encode())
         if INFO_DESCRIPTION in wishes:
             answer += _reply(
                 option, REP_INFO, struct.pack(">H", INFO_DESCRIPTION) + terms.description.encode()
@@ -253,9 +251,7 @@ class Handshake:
             answer += _reply(
                 option,
                 REP_INFO,
-                struct.pack(
-                    ">HIII", INFO_BLOCK_SIZE, 1, terms.preferred_block, self.largest_payload
-                ),
+                struct.pack(">HIII", INFO_BLOCK_SIZE, 1, terms.preferred_block, self.largest_payload),
             )
         if option == GO:
             self._begin(name, terms)
@@ -273,9 +269,7 @@ class Handshake:
         if self.lookup(name) is None:
             return _refuse(option, ERR_UNKNOWN, f"there is no export {_shown(name)}")
         listing = option == LIST_META_CONTEXT
-        wanted = _BASE_ALLOCATION in queries or (
-            listing and (not queries or "base:" in queries)
-        )
+        wanted = _BASE_ALLOCATION in queries or (listing and (not queries or "base:" in queries))
         answer = b""
         if wanted:
             body = struct.pack(">I", 0 if listing else _CONTEXT_ID) + _BASE_ALLOCATION.encode()

@@ -22,7 +22,7 @@ from vhdx import plane
 from vhdx.errors import InvalidArgumentError, ProtocolError, VhdxError
 from vhdx.image.disk import Disk
 from vhdx.image.opening import open_disk
-from vhdx.nbd.address import Address, listen, parse_address, private_address, uri_of
+from vhdx.nbd.address import listen, parse_address, private_address, uri_of
 from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
 
 if TYPE_CHECKING:
@@ -161,9 +161,7 @@ class Server:
             )
         device = disk.share()
         self._cleanup.callback(disk.unshare)
-        self._exports[name] = _Export(
-            disk, device, owned, f"{disk.format} {Path(disk.path).name}"
-        )
+        self._exports[name] = _Export(disk, device, owned, f"{disk.format} {Path(disk.path).name}")
 
     # ---- facts ----
 

@@ -1,8 +1,6 @@
 from typing import Any
 
-import _cffi_backend
-
-ffi: _cffi_backend.FFI
+ffi: Any
 
 class _Lib:
     vx_python_fault: Any
@@ -66,9 +64,7 @@ class _Lib:
     def vx_map_set_bitmap(
         self, device: Any, page: int, sector_shift: int, bits: Any, length: int, /
     ) -> int: ...
-    def vx_map_read_entries(
-        self, device: Any, first: int, count: int, entries: Any, /
-    ) -> None: ...
+    def vx_map_read_entries(self, device: Any, first: int, count: int, entries: Any, /) -> None: ...
     def vx_map_drop(self, device: Any, first_chunk: int, count: int, /) -> int: ...
     def vx_map_replace(
         self,

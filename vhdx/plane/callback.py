@@ -89,7 +89,7 @@ def _guarded(identity: int, method: str, argument: Any) -> int:
         return check.E_CLOSED
     try:
         getattr(owner, method)(argument)
-    except BaseException as error:  # noqa: BLE001 - it goes on, in its thread, behind its code
+    except BaseException as error:
         return check.code_of(error)
     return 0
 
@@ -111,7 +111,7 @@ def vx_python_resize(identity: int, size: int) -> int:
         return check.E_CLOSED
     try:
         owner.backend.resize(size)
-    except BaseException as error:  # noqa: BLE001 - as above
+    except BaseException as error:
         return check.code_of(error)
     return 0
 

@@ -240,9 +240,7 @@ class Device:
             slot.offset = step.offset
             slot.length = step.length
             if step.buffer is not None:
-                view = ffi.from_buffer(
-                    "uint8_t[]", step.buffer, step.operation == Operation.READ
-                )
+                view = ffi.from_buffer("uint8_t[]", step.buffer, step.operation == Operation.READ)
                 keep.append(view)
                 slot.buffer = view
                 slot.length = len(view)
@@ -261,9 +259,7 @@ def _offset(value: int) -> int:
     # cffi refuses what is not a uint64_t with OverflowError; a range error says more.
     if 0 <= value < 1 << 64:
         return value
-    raise check.CODES[check.E_RANGE][0](
-        f"{value} is not a position in a disk", reason=Reason.RANGE
-    )
+    raise check.CODES[check.E_RANGE][0](f"{value} is not a position in a disk", reason=Reason.RANGE)
 
 
 class File(Device):
@@ -302,7 +298,7 @@ def _is_memory_file_system(fd: int) -> bool:
     try:
         target = os.stat(f"/proc/self/fd/{fd}").st_dev
         device = f"{os.major(target)}:{os.minor(target)}"
-        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:  # noqa: PTH123
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as mounts:
             for line in mounts:
                 fields = line.split()
                 if fields[2] == device:

@@ -171,9 +171,7 @@ class Map(Device):
         """Sets the sector bitmap of a page (a bit a sector, 1: stored in this device)."""
         shift = sector_size.bit_length() - 1
         view = ffi.from_buffer("uint8_t[]", bits)
-        check.raise_for(
-            lib.vx_map_set_bitmap(self.handle, page, shift, view, len(view)), self.path
-        )
+        check.raise_for(lib.vx_map_set_bitmap(self.handle, page, shift, view, len(view)), self.path)
 
     def read_entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
         """The entries of these pages as they stand."""

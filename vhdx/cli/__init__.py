@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: MIT
+"""The ``vhdx`` command. Commands stand in modules of their own; this one puts them together."""
+
+from __future__ import annotations
+
+import click
+
+from vhdx import __version__
+from vhdx.cli import images, serving
+from vhdx.cli.output import VhdxGroup
+
+__all__ = ["main"]
+
+
+@click.group(
+    cls=VhdxGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Sizes are written 64G, 512M or 4096, in binary units. "
+    "Exit codes: 0 done, 1 failed, 2 usage, 3 image damaged, 4 in use, 130 interrupted. "
+    'For completion in bash: eval "$(_VHDX_COMPLETE=bash_source vhdx)"',
+)
+@click.version_option(__version__, prog_name="vhdx")
+def main() -> None:
+    """Real VHDX images on Linux: create, look at, convert and serve them."""
+
+
+for command in (
+    images.create,
+    images.info,
+    images.map_extents,
+    images.dump,
+    images.convert,
+    serving.serve,
+):
+    main.add_command(command)

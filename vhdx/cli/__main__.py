@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: MIT
+"""``python -m vhdx.cli``: the same as ``vhdx``."""
+
+from vhdx.cli import main
+
+main(prog_name="vhdx")

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: MIT
+"""Commands on image files: create, info, map, dump, convert."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from vhdx import image
+from vhdx.cli.output import SIZE, print_json, progress_bar
+from vhdx.image import dump as dumping
+from vhdx.units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["convert", "create", "dump", "info", "map_extents"]
+
+_format = click.option(
+    "--format", "format_", type=click.Choice(["vhdx", "raw"]), help="Format, instead of looking."
+)
+_parents = click.option(
+    "--parent-dir",
+    multiple=True,
+    type=click.Path(file_okay=False),
+    help="Look for parents here, too; may be repeated.",
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@click.option("--size", type=SIZE, required=True, help="Of the virtual disk, such as 64G.")
+@click.option(
+    "--type", "kind", type=click.Choice(["dynamic", "fixed"]), default="dynamic", show_default=True
+)
+@click.option("--block-size", type=SIZE, help="1M to 256M, a power of two. [default: 32M]")
+@click.option("--logical-sector", type=click.Choice(["512", "4096"]), default="512")
+@click.option("--physical-sector", type=click.Choice(["512", "4096"]), default="4096")
+@click.option("--no-sparse", is_flag=True, help="Leave no unallocated parts in the host file.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+def create(
+    path: str,
+    size: int,
+    kind: str,
+    block_size: int | None,
+    logical_sector: str,
+    physical_sector: str,
+    no_sparse: bool,
+    force: bool,
+) -> None:
+    """Create an empty VHDX image.
+
+    Example: vhdx create disk.vhdx --size 64G
+    """
+    with progress_bar("allocating") as progress:
+        image.create(
+            path,
+            size,
+            kind=kind,
+            block_size=block_size,
+            logical_sector_size=int(logical_sector),
+            physical_sector_size=int(physical_sector),
+            sparse=not no_sparse,
+            force=force,
+            progress=progress,
+        )
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@_format
+@_parents
+@click.option("--no-chain", is_flag=True, help="Do not open the parents.")
+@_json
+def info(
+    path: str, format_: str | None, parent_dir: tuple[str, ...], no_chain: bool, as_json: bool
+) -> None:
+    """Show what an image is.
+
+    Example: vhdx info disk.vhdx --json
+    """
+    with image.open(path, format=format_, parent_search=parent_dir, chain=not no_chain) as disk:
+        facts = disk.describe()
+    if as_json:
+        print_json(facts)
+        return
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _shown(name, value))
+    Console(soft_wrap=True, highlight=False).print(table)
+
+
+def _shown(name: str, value: Any) -> str:
+    if name.endswith("_size") and isinstance(value, int):
+        return f"{format_size(value)} ({value} bytes)" if value >= 1024 else f"{value} bytes"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key.replace('_', ' ')} {entry}" for key, entry in value.items() if entry != 0
+        )
+    return str(value)
+
+
+@click.command(name="map")
+@click.argument("path", type=click.Path())
+@_format
+@_parents
+@_json
+def map_extents(path: str, format_: str | None, parent_dir: tuple[str, ...], as_json: bool) -> None:
+    """Show which ranges of a disk are stored, zero, or holes.
+
+    Example: vhdx map disk.vhdx
+    """
+    with image.open(path, format=format_, parent_search=parent_dir) as disk:
+        if as_json:
+            print_json(
+                [
+                    {"offset": e.offset, "length": e.length, "state": e.state, "depth": e.depth}
+                    for e in disk.extents()
+                ]
+            )
+            return
+        click.echo(f"{'offset':>16}  {'length':>16}  {'state':<6} depth")
+        for extent in disk.extents():
+            depth = "" if extent.depth is None else extent.depth
+            click.echo(
+                f"{extent.offset:>16}  {extent.length:>16}  {extent.state.value:<6} {depth}".rstrip()
+            )
+
+
+@click.command()
+@click.argument("what", type=click.Choice(dumping.SECTIONS))
+@click.argument("path", type=click.Path())
+@_json
+def dump(what: str, path: str, as_json: bool) -> None:
+    """Print on-disk structures as they stand, damaged ones too.
+
+    Example: vhdx dump headers disk.vhdx
+    """
+    found = dumping.dump(path, what)
+    if as_json:
+        print_json(list(found))
+        return
+    _print_records(found)
+
+
+def _print_records(records: Iterable[dict[str, Any]]) -> None:
+    for record in records:
+        click.echo(
+            "  ".join(
+                f"{name}={value:#x}"
+                if name in dumping.HEXADECIMAL and isinstance(value, int)
+                else f"{name}={value}"
+                for name, value in record.items()
+            )
+        )
+
+
+@click.command()
+@click.argument("source", type=click.Path())
+@click.argument("destination", type=click.Path())
+@click.option("--to", type=click.Choice(["vhdx", "raw"]), help="Format, else by the name's ending.")
+@_format
+@_parents
+@click.option(
+    "--type", "kind", type=click.Choice(["dynamic", "fixed"]), default="dynamic", show_default=True
+)
+@click.option("--block-size", type=SIZE, help="1M to 256M, a power of two. [default: 32M]")
+@click.option("--logical-sector", type=click.Choice(["512", "4096"]), help="[default: the source's]")
+@click.option("--no-sparse", is_flag=True, help="Leave no unallocated parts in the host file.")
+@click.option("--force", is_flag=True, help="Replace what is there.")
+def convert(
+    source: str,
+    destination: str,
+    to: str | None,
+    format_: str | None,
+    parent_dir: tuple[str, ...],
+    kind: str,
+    block_size: int | None,
+    logical_sector: str | None,
+    no_sparse: bool,
+    force: bool,
+) -> None:
+    """Copy a disk into a new image; only what is stored is read.
+
+    Example: vhdx convert disk.raw disk.vhdx
+    """
+    with progress_bar("converting") as progress:
+        padded = image.convert(
+            source,
+            destination,
+            to=to,
+            format=format_,
+            kind=kind,
+            block_size=block_size,
+            logical_sector_size=None if logical_sector is None else int(logical_sector),
+            parent_search=parent_dir,
+            sparse=not no_sparse,
+            force=force,
+            progress=progress,
+        )
+    if padded:
+        click.echo(
+            f"vhdx: {source} does not end at a sector: {padded} bytes of zeros were added", err=True
+        )

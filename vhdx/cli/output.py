@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""What all commands share: sizes, errors with their exit codes, JSON and progress."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+from vhdx.errors import (
+    DamagedError,
+    InUseError,
+    InvalidArgumentError,
+    MissingParentError,
+    VhdxError,
+)
+from vhdx.units import parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["SIZE", "VhdxGroup", "exit_code", "print_json", "progress_bar"]
+
+DONE, FAILED, USAGE, DAMAGED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+def exit_code(error: BaseException) -> int:
+    """What the command ends with for ``error``."""
+    if isinstance(error, InvalidArgumentError):
+        return USAGE
+    if isinstance(error, DamagedError | MissingParentError):
+        return DAMAGED
+    if isinstance(error, InUseError):
+        return IN_USE
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return FAILED
+
+
+class _Size(click.ParamType):  # type: ignore[type-arg]
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        try:
+            return parse_size(value)
+        except InvalidArgumentError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE = _Size()
+
+
+class VhdxGroup(click.Group):
+    """Turns errors into one line and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the command; never shows a traceback for what a user can meet."""
+        kwargs["standalone_mode"] = False
+        try:
+            result = super().main(*args, **kwargs)
+            sys.stdout.flush()
+            sys.exit(result if isinstance(result, int) else DONE)
+        except click.exceptions.Exit as error:
+            sys.exit(error.exit_code)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except VhdxError as error:
+            click.echo(f"vhdx: {error}", err=True)
+            sys.exit(exit_code(error))
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("vhdx: interrupted", err=True)
+            sys.exit(INTERRUPTED)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has left
+                with contextlib.suppress(OSError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                sys.exit(FAILED)
+            click.echo(f"vhdx: {error}", err=True)
+            sys.exit(FAILED)
+
+
+def print_json(value: object) -> None:
+    """Prints ``value`` for programs."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, nothing otherwise; call it with the bytes done and the bytes in all."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done, total: None
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""The command that serves images over NBD."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vhdx import nbd
+from vhdx.cli.output import DONE, INTERRUPTED
+from vhdx.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+__all__ = ["serve"]
+
+
+def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
+    exports: dict[str, str | os.PathLike[str]] = {}
+    for each in paths:
+        name, equals, path = each.partition("=")
+        if not equals or Path(each).exists():
+            name, path = Path(each).stem, each
+        if name in exports:
+            raise InvalidArgumentError(
+                f"two exports would be called {name!r}", hint="name them: NAME=PATH"
+            )
+        exports[name] = path
+    return exports
+
+
+@click.command()
+@click.argument("paths", nargs=-1, required=True, metavar="[NAME=]PATH...")
+@click.option(
+    "--listen",
+    metavar="URI",
+    help="nbd+unix:///?socket=PATH or nbd://HOST[:PORT]. [default: a private unix socket]",
+)
+@click.option("--read-only", "-r", is_flag=True, help="Refuse changes.")
+@click.option(
+    "--format", "format_", type=click.Choice(["vhdx", "raw"]), help="Format, instead of looking."
+)
+@click.option(
+    "--run",
+    "command",
+    metavar="CMD",
+    help="Run a shell command with $uri, then stop with its code.",
+)
+@click.option(
+    "--drain-seconds", type=float, default=10.0, show_default=True, help="Patience at the end."
+)
+@click.option("--max-connections", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--handshake-seconds", type=float, default=10.0, show_default=True)
+def serve(
+    paths: tuple[str, ...],
+    listen: str | None,
+    read_only: bool,
+    format_: str | None,
+    command: str | None,
+    drain_seconds: float,
+    max_connections: int,
+    handshake_seconds: float,
+) -> int:
+    """Serve images over NBD until SIGTERM or Ctrl-C.
+
+    The first line on standard output is the URI of the first export, once it accepts connections.
+
+    Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock
+    """
+    events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+    stopping = threading.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if stopping.is_set():
+            os._exit(128 + number)  # the second one ends at once
+        stopping.set()
+        events.put(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    limits = nbd.Limits(connections=max_connections, handshake_seconds=handshake_seconds)
+    server = nbd.serve(
+        _exports(paths), listen=listen, read_only=read_only, limits=limits, format=format_
+    )
+    code = DONE
+    try:
+        if command is None:
+            for uri in server.uris.values():
+                click.echo(uri)
+        else:
+            code = _run(command, server, events)
+        if command is None and events.get() == signal.SIGINT:
+            code = INTERRUPTED
+    finally:
+        server.close(drain_seconds)
+    return code
+
+
+def _run(command: str, server: nbd.Server, events: queue.SimpleQueue[int | None]) -> int:
+    """Runs ``command`` beside the server; a signal is passed on to it."""
+    environment = os.environ | {"uri": server.uri, "unixsocket": server.socket_path or ""}
+    child = subprocess.Popen(command, shell=True, env=environment)  # noqa: S602 - it is the user's
+
+    def wait() -> None:
+        child.wait()
+        events.put(None)
+
+    threading.Thread(target=wait, name="serve-run", daemon=True).start()
+    number = events.get()
+    if number is not None:
+        child.send_signal(number)
+    code = child.wait()
+    return 128 - code if code < 0 else code

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""Prints on-disk structures as they stand, damaged ones too, without changing or locking anything."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vhdx import plane
+from vhdx.errors import HostIOError, InvalidArgumentError, NotFoundError, UnsupportedError
+from vhdx.format import bat, log, metadata, region
+from vhdx.format import header as headers
+from vhdx.image.host import HostFile
+from vhdx.image.structure import Structure, read_structure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["HEXADECIMAL", "SECTIONS", "dump"]
+
+SECTIONS = ("headers", "regions", "metadata", "bat", "log")
+HEXADECIMAL = frozenset({"offset", "log_offset", "tail", "file_offset", "end"})
+_ENTRIES_AT_ONCE = 1 << 14
+
+
+def dump(path: str | os.PathLike[str], section: str) -> Iterator[dict[str, Any]]:
+    """Records of one section ("headers", "regions", "metadata", "bat", "log") of a VHDX file.
+
+    Raises:
+        NotFoundError, HostIOError, UnsupportedError: it cannot be read, or is no VHDX file.
+        DamagedError: what leads to the section is damaged.
+    """
+    if section not in SECTIONS:
+        raise InvalidArgumentError(
+            f"the section {section!r} is unknown", hint=f"choose {', '.join(SECTIONS)}"
+        )
+    host = _open_unlocked(os.fspath(path))
+    try:
+        if host.leaf.size < 8 or host.leaf.read(8, 0) != headers.SIGNATURE:
+            raise UnsupportedError("it is not a VHDX file", path=path)
+        yield from _READERS[section](host)
+    finally:
+        host.close()
+
+
+def _open_unlocked(path: str) -> HostFile:
+    try:
+        if not Path(path).is_file():
+            raise NotFoundError("there is no such file", path=path)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        if isinstance(error, NotFoundError):
+            raise
+        raise HostIOError(error.strerror or "it cannot be opened", path=path) from error
+    leaf = plane.File(fd, os.fstat(fd).st_size, read_only=True, path=path)
+    return HostFile(path, leaf, read_only=True, sparse=True, key=(0, 0))
+
+
+def _piece(host: HostFile, offset: int, length: int) -> bytes:
+    return host.leaf.read(max(0, min(length, host.leaf.size - offset)), min(offset, host.leaf.size))
+
+
+def _headers(host: HostFile) -> Iterator[dict[str, Any]]:
+    identifier = _piece(host, 0, headers.IDENTIFIER_SIZE)
+    yield {"structure": "identifier", "offset": 0, "creator": headers.parse_creator(identifier)}
+    for slot, offset in enumerate(headers.HEADER_OFFSETS):
+        found = headers.parse_header(_piece(host, offset, headers.HEADER_SIZE), slot)
+        record: dict[str, Any] = {"structure": f"header {slot + 1}", "offset": offset}
+        if found is None:
+            yield record | {"valid": False}
+            continue
+        yield record | {
+            "valid": True,
+            "sequence_number": found.sequence_number,
+            "file_write_guid": str(found.file_write_guid),
+            "data_write_guid": str(found.data_write_guid),
+            "log_guid": str(found.log_guid),
+            "log_version": found.log_version,
+            "version": found.version,
+            "log_offset": found.log_offset,
+            "log_length": found.log_length,
+        }
+
+
+def _regions(host: HostFile) -> Iterator[dict[str, Any]]:
+    for number, offset in enumerate(region.TABLE_OFFSETS, 1):
+        found = region.parse_table(_piece(host, offset, region.TABLE_SIZE))
+        if found is None:
+            yield {"table": number, "offset": offset, "valid": False}
+            continue
+        names = {region.BAT: "BAT", region.METADATA: "metadata"}
+        for each in found:
+            yield {
+                "table": number,
+                "valid": True,
+                "guid": str(each.guid),
+                "name": names.get(each.guid, "unknown"),
+                "offset": each.offset,
+                "length": each.length,
+                "required": each.required,
+            }
+
+
+def _metadata(host: HostFile) -> Iterator[dict[str, Any]]:
+    structure = read_structure(host)
+    known = {
+        value: name.lower()
+        for name, value in vars(metadata).items()
+        if name.isupper() and type(value).__name__ == "UUID"
+    }
+    for item in structure.items:
+        at = structure.metadata_region.offset + item.offset
+        data = structure.overlay.read(at, min(item.length, 64)) if item.length else b""
+        yield {
+            "name": known.get(item.guid, "unknown"),
+            "guid": str(item.guid),
+            "offset": at if item.length else 0,
+            "length": item.length,
+            "user": item.is_user,
+            "virtual_disk": item.is_virtual_disk,
+            "required": item.is_required,
+            "data": data.hex(),
+        }
+    if structure.parent is not None:
+        for key, value in structure.parent.entries.items():
+            yield {"name": "parent_locator", "key": key, "value": value}
+
+
+def _entry_names(structure: Structure) -> tuple[dict[int, str], int]:
+    return {state.value: state.name for state in bat.BlockState}, structure.geometry.chunk_ratio
+
+
+def _bat(host: HostFile) -> Iterator[dict[str, Any]]:
+    structure = read_structure(host)
+    names, ratio = _entry_names(structure)
+    total = structure.geometry.entries
+    for first in range(0, total, _ENTRIES_AT_ONCE):
+        count = min(_ENTRIES_AT_ONCE, total - first)
+        at = structure.bat.offset + first * bat.ENTRY_SIZE
+        values = np.frombuffer(structure.overlay.read(at, count * bat.ENTRY_SIZE), "<u8")
+        for i in np.flatnonzero(values).tolist():
+            value, index = int(values[i]), first + i
+            chunk, within = divmod(index, ratio + 1)
+            block = chunk * ratio + within
+            kind = "sector_bitmap" if within == ratio else "payload"
+            state = value & 7
+            yield {
+                "index": index,
+                "offset": at + i * bat.ENTRY_SIZE,
+                "kind": kind,
+                "block": chunk if kind == "sector_bitmap" else block,
+                "state": names.get(state, f"reserved {state}"),
+                "file_offset": value >> 20 << 20,
+                "reserved": value >> 3 & 0x1FFFF,
+            }
+
+
+def _log(host: HostFile) -> Iterator[dict[str, Any]]:
+    copies = [
+        headers.parse_header(_piece(host, offset, headers.HEADER_SIZE), slot)
+        for slot, offset in enumerate(headers.HEADER_OFFSETS)
+    ]
+    header = headers.choose_header(copies[0], copies[1])
+    data = _piece(host, header.log_offset, header.log_length)
+    active: set[int] = set()
+    if header.log_guid != headers.NIL:
+        sequence = log.find_active_sequence(data, header.log_guid, header.log_offset)
+        if sequence is not None:
+            active = {entry.offset for entry in sequence.entries}
+    for at in range(0, len(data) - log.SECTOR + 1, log.SECTOR):
+        if data[at : at + 4] != b"loge":
+            continue
+        guid = log.guid_at(data, at)
+        entry = log.parse_entry(data, at, guid, header.log_offset)
+        record: dict[str, Any] = {
+            "offset": header.log_offset + at,
+            "guid": str(guid),
+            "valid": entry is not None,
+            "active": at in active,
+        }
+        if entry is not None:
+            record |= {
+                "sequence_number": entry.sequence_number,
+                "tail": entry.tail,
+                "length": entry.length,
+                "flushed_file_offset": entry.flushed_file_offset,
+                "last_file_offset": entry.last_file_offset,
+                "patches": [
+                    f"{'zero' if p.data is None else 'data'} {p.offset:#x}+{p.length:#x}"
+                    for p in entry.patches
+                ],
+            }
+        yield record
+
+
+_READERS = {
+    "headers": _headers,
+    "regions": _regions,
+    "metadata": _metadata,
+    "bat": _bat,
+    "log": _log,
+}
