@@ -57,6 +57,7 @@ struct vx_nbd_connection {
     uint64_t under_way, bytes_under_way;
     bool disconnecting; /* no further request is read */
     bool gone;          /* the peer takes no replies */
+    bool held;          /* the front request found no room when it was last tried */
     bool starved;       /* the front request waits for the pool's byte limit */
     int result;
 
@@ -331,7 +332,8 @@ static void reply_operation(vx_nbd_connection *c, operation *op)
 
 /* ---- requests ---- */
 
-enum outcome { TAKEN, HELD, LOST };
+/* HELD: there is no room for it now. SHORT: more of it must arrive. LOST: the stream is. */
+enum outcome { TAKEN, HELD, SHORT, LOST };
 
 static bool room_for_reply(vx_nbd_connection *c, size_t staged)
 {
@@ -440,7 +442,7 @@ static enum outcome take_write(vx_nbd_connection *c, const nbd_request *wire)
         return TAKEN;
     }
     if (wire->length > present && wire->length <= INPUT_BYTES / 4)
-        return HELD; /* small: wait until it is here */
+        return SHORT; /* small: wait until it is here */
     operation *op = start_operation(c, wire, wire->length);
     if (op == NULL)
         return HELD;
@@ -546,9 +548,11 @@ static void discard_payload(vx_nbd_connection *c)
 /* Takes everything that can be taken. False: the connection is lost. */
 static bool take_input(vx_nbd_connection *c)
 {
+    c->held = false;
     while (!c->disconnecting && c->filling == NULL) {
         if (c->discard > 0) {
-            if (c->begin == c->end || !room_for_reply(c, 64))
+            c->held = !room_for_reply(c, 64);
+            if (c->begin == c->end || c->held)
                 break;
             discard_payload(c);
             continue;
@@ -558,7 +562,8 @@ static bool take_input(vx_nbd_connection *c)
         enum outcome outcome = take_request(c);
         if (outcome == LOST)
             return false;
-        if (outcome == HELD)
+        c->held = outcome == HELD;
+        if (outcome != TAKEN)
             break;
     }
     return true;
@@ -689,12 +694,15 @@ int vx_nbd_serve(vx_nbd_connection *c)
     for (;;) {
         if (atomic_load(&c->stopping) && c->filling == NULL)
             c->disconnecting = true;
+        uint64_t under_way, waiting;
         if (!take_input(c)) {
             c->result = c->gone ? VX_E_IO : VX_E_PROTOCOL;
             c->disconnecting = true;
         }
+        under_way = c->under_way;
         if (c->under_way > 0)
             take_completions(c);
+        waiting = c->output.bytes;
         if (!c->gone && c->output.bytes > 0 && nbd_output_send(&c->output, c->fd) < 0)
             c->gone = true;
         if (c->gone) {
@@ -707,6 +715,10 @@ int vx_nbd_serve(vx_nbd_connection *c)
             abandon_filling(c);
         if (c->disconnecting && c->under_way == 0 && c->output.bytes == 0)
             return c->result;
+        /* Room came up since the front request was refused: no event will say so again. */
+        if (c->held && (c->under_way < under_way || c->output.bytes < waiting ||
+                        (c->under_way == 0 && c->output.bytes == 0 && !c->starved)))
+            continue;
         if (!wait_for_events(c)) {
             c->disconnecting = true;
             abandon_filling(c);
