@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,22 +56,31 @@ class Target:
     Attributes:
         name: in reports.
         uri: of its export.
-        pid: of its process, for CPU time.
+        process: for CPU time and the end.
     """
 
     name: str
     uri: str
     process: subprocess.Popen[bytes]
-    done: list[Any] = field(default_factory=list)
 
     def cpu_seconds(self) -> float:
         """User and system time so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / _TICKS
 
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """Lets it run; outside of this it is stopped, so that it takes nothing from the others."""
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGSTOP)
+
     def stop(self) -> float:
         """Ends it; returns the seconds that took (a clean close is part of writing)."""
         began = time.monotonic()
+        self.process.send_signal(signal.SIGCONT)
         self.process.send_signal(signal.SIGTERM)
         self.process.wait()
         return time.monotonic() - began

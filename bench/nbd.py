@@ -80,14 +80,15 @@ def steady(size: int, rounds: int, seconds: float, base: Path, *, pinned: bool) 
         ]
         try:
             for target in targets:  # the page cache is warm for all alike
-                subprocess.run(["nbdcopy", target.uri, "null:"], check=True)
+                with target.awake():
+                    subprocess.run(["nbdcopy", target.uri, "null:"], check=True)
             for name, options in STEADY.items():
                 found = results.setdefault(name, {})
                 for _ in range(rounds):
                     for target in targets:
-                        found.setdefault(target.name, []).append(
-                            _measure(target, seconds, client, options)
-                        )
+                        with target.awake():
+                            measured = _measure(target, seconds, client, options)
+                        found.setdefault(target.name, []).append(measured)
         finally:
             for target in targets:
                 target.stop()

@@ -50,15 +50,20 @@ static int read_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t
     return VX_DONE;
 }
 
+static bool bit_of(const uint8_t *bits, uint64_t at)
+{
+    return (uint32_t)bits[at / 8] >> (at % 8) & 1u;
+}
+
 /* The end of the run of equal bits that begins at sector `at`, at most `end`. */
 static uint64_t run_of_bits(const uint8_t *bits, uint64_t at, uint64_t end)
 {
-    unsigned value = bits[at / 8] >> (at % 8) & 1u;
+    bool value = bit_of(bits, at);
     uint8_t whole = value ? 0xff : 0;
     while (at < end) {
         if (at % 8 == 0 && end - at >= 8 && bits[at / 8] == whole)
             at += 8;
-        else if ((bits[at / 8] >> (at % 8) & 1u) == value)
+        else if (bit_of(bits, at) == value)
             at++;
         else
             break;
@@ -72,7 +77,7 @@ static uint64_t mixed_run(const vx_bitmap *bitmap, uint64_t within, uint64_t sto
     uint64_t sector = within >> bitmap->sector_shift;
     uint64_t last = ((stop - 1) >> bitmap->sector_shift) + 1;
     uint64_t end = run_of_bits(bitmap->bits, sector, last) << bitmap->sector_shift;
-    *stored = bitmap->bits[sector / 8] >> (sector % 8) & 1u;
+    *stored = bit_of(bitmap->bits, sector);
     return end < stop ? end : stop;
 }
 

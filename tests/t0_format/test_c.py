@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: MIT
+"""C unit tests under sanitizers, and the stress of the map with guarantees taken away."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
+SOURCES = sorted((ROOT / "csrc").glob("*.c"))
+UNITS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
+
+
+def build(target: Path, main: Path, *options: str) -> Path:
+    program = target / main.stem
+    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", *options, *WARNINGS]
+    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'c'}", *map(str, SOURCES), str(main)]
+    subprocess.run([*command, "-o", str(program), "-lpthread"], check=True)
+    return program
+
+
+def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(program), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
+def test_unit_under_address_and_undefined_behaviour_sanitizer(unit, tmp_path):
+    program = build(
+        tmp_path, unit, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
+    )
+    result = run(program)
+    assert result.returncode == 0, result.stderr
+
+
+STRESS = ROOT / "tests" / "c" / "stress_map.c"
+
+
+def test_map_stress_under_address_sanitizer(tmp_path):
+    program = build(tmp_path, STRESS, "-O1", "-fsanitize=address,undefined")
+    result = run(program, "4")
+    assert result.returncode == 0, result.stderr
+
+
+def test_map_stress_under_thread_sanitizer(tmp_path):
+    # -fno-builtin, or the copies of the memory leaf are inlined and nothing is seen.
+    program = build(tmp_path, STRESS, "-O1", "-fsanitize=thread", "-fno-builtin")
+    result = run(program, "6", TSAN_OPTIONS="halt_on_error=1")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        pytest.param(1, id="no quiesce after sharing"),
+        pytest.param(2, id="no quiesce after publishing"),
+        pytest.param(4, id="flush does not wait for the commit generation"),
+        pytest.param(8, id="busy pages do not hold up writers"),
+    ],
+)
+def test_map_stress_fails_without(mutation, tmp_path):
+    program = build(tmp_path, STRESS, "-O1", "-DVX_MUTATE", "-fno-builtin")
+    result = run(program, "30", str(mutation))
+    assert result.returncode == 1
+    assert "failed:" in result.stderr
