@@ -41,7 +41,9 @@ STEADY = {
 }
 
 
-def _measure(target: Target, seconds: float, cpu: int | None, options: tuple[str, ...]) -> dict[str, float]:
+def _measure(
+    target: Target, seconds: float, cpu: int | None, options: tuple[str, ...]
+) -> dict[str, float]:
     before = target.cpu_seconds()
     job = fio(target.uri, cpu, *options, "--time_based", f"--runtime={seconds}")
     used = target.cpu_seconds() - before

@@ -45,7 +45,7 @@ def sample(tmp_path):
     """Call it with the name of a sample image: a fresh, sparse copy of it."""
 
     def unpack(name: str) -> Path:
-        for suffix, opener in ((".gz", gzip.open), (".bz2", bz2.open)):
+        for suffix, opener in ((".gz", gzip.open), (".bz2", bz2.open)):  # noqa: B007
             packed = DATA / "images" / (name + suffix)
             if packed.exists():
                 break
