@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What every benchmark shares: the machine, pinned processes, peers' servers, CPU time, statistics."""
+"""What benchmarks share: the machine, pinned processes, peers' servers, CPU time, statistics."""
 
 from __future__ import annotations
 

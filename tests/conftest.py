@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fixtures of all tests. Folders are numbered by layer: the first failure is the lowest broken one."""
+"""Fixtures. Folders are numbered by layer: the first failure is the lowest broken one."""
 
 from __future__ import annotations
 
