@@ -7,8 +7,9 @@
  *
  *   VX_DONE     request->result holds 0 or a negative vx_error; nothing more will happen
  *   VX_AGAIN    only with VX_NOWAIT: answering now would block; nothing lasting was done
- *   VX_PARKED   request->complete will be called exactly once, from another thread; only when
- *               VX_NOWAIT is not set
+ *   VX_PARKED   request->complete is called exactly once, maybe before vx_submit returns: nobody but
+ *               the completion may touch the request any more. Only when VX_NOWAIT is not set. The
+ *               device must not use request->memo, which belongs to the submitter's stack
  *   VX_FAULTED  the device lacks something that its fault handler must provide; request->fault
  *               says what. The whole stack is unwound: no epoch, lock or buffer is held. The
  *               driver (run.h) calls the handler once and submits the request again.

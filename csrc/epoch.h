@@ -17,7 +17,7 @@
 #include <stdatomic.h>
 #include <stdint.h>
 
-#define VX_EPOCH_SLOTS 64u
+#define VX_EPOCH_SLOTS 128u
 
 typedef struct vx_epochs {
     _Alignas(64) _Atomic uint64_t now; /* starts at 1 */

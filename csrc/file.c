@@ -83,8 +83,8 @@ static int put(file_device *file, vx_request *request, const uint8_t *data, uint
             done += (uint64_t)n;
         } else if (errno != EINTR) {
             int os_error = errno;
-            fail_here(file, request, offset + done);
-            if (flags & RWF_DSYNC && code_of(os_error) == VX_E_IO)
+            vx_fail(&file->device, request, code_of(os_error), os_error, offset + done);
+            if (flags & RWF_DSYNC) /* its space is there, so it is the barrier that failed */
                 vx_device_set_state(&file->device, VX_E_POISONED);
             return request->result;
         }
@@ -106,8 +106,10 @@ static int file_write(file_device *file, vx_request *request)
         }
         began = vx_now_ns();
     }
-    if (put(file, request, request->buffer, request->length, request->offset,
-            fua ? RWF_DSYNC : 0) != VX_OK)
+    /* FUA writes twice: the first finds the space, so that what the second fails at is durability. */
+    if (put(file, request, request->buffer, request->length, request->offset, 0) != VX_OK ||
+        (fua && put(file, request, request->buffer, request->length, request->offset,
+                    RWF_DSYNC) != VX_OK))
         return VX_DONE;
     if (fua)
         atomic_fetch_add(&file->barriers, 1);

@@ -5,7 +5,7 @@
  *   READ    with NOWAIT only what the page cache holds (RWF_NOWAIT); memory file systems never block
  *   WRITE   buffered; with NOWAIT done at once, because it only copies into the page cache, unless
  *           one lately took longer than VX_SLOW_WRITE_NS: then the next ones are sent to the pool
- *   FUA     RWF_DSYNC
+ *   FUA     a plain write, which may find no space, then RWF_DSYNC, which poisons when it fails
  *   ZERO    punches a hole in a sparse file, else FALLOC_FL_ZERO_RANGE, else writes zeros
  *   TRIM    punches a hole in a sparse file, else nothing
  *   FLUSH   fdatasync, or fsync when the file's size was changed since the last barrier

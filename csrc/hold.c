@@ -63,9 +63,11 @@ static int hold_submit(vx_device *device, vx_request *request)
     uint32_t bit = 1u << request->operation;
     pthread_mutex_lock(&hold->lock);
     vx_hold_settings now = hold->settings;
-    bool fail = (now.fail_mask & bit) && hold->matched++ >= now.fail_after;
+    bool again = (request->flags & VX_NOWAIT) &&
+                 ((now.again_mask | now.park_mask | now.fail_mask) & bit);
+    bool fail = !again && (now.fail_mask & bit) && hold->matched++ >= now.fail_after;
     pthread_mutex_unlock(&hold->lock);
-    if ((request->flags & VX_NOWAIT) && ((now.again_mask | now.park_mask) & bit))
+    if (again)
         return VX_AGAIN;
     if (fail) {
         if (request->operation == VX_FLUSH)

@@ -2,7 +2,8 @@
  *
  * A device for tests that passes requests on and misbehaves on demand: parks them for a time, hands
  * up a delay, answers AGAIN, or fails the n-th request of an operation. All settings may change
- * while it is used. Operations are chosen by a mask of 1 << vx_operation.
+ * while it is used. A parked request is resumed by the pool, which must not be the one whose threads
+ * wait for it. Operations are chosen by a mask of 1 << vx_operation.
  */
 #ifndef VX_HOLD_H
 #define VX_HOLD_H

@@ -7,10 +7,9 @@
 
 bool vx_map_open_inside(vx_map *map, vx_request *request)
 {
-    int state = atomic_load(&map->device.state);
-    if (state == 0 || state == VX_E_POISONED)
+    if (!atomic_load(&map->closed))
         return true;
-    vx_fail(&map->device, request, state, 0, request->offset);
+    vx_fail(&map->device, request, VX_E_CLOSED, 0, request->offset);
     return false;
 }
 
@@ -65,7 +64,8 @@ static int map_resize(vx_device *device, uint64_t size)
 static void map_destroy(vx_device *device)
 {
     vx_map *map = (vx_map *)device;
-    vx_map_close(device);
+    if (vx_map_close(device) == VX_E_FORKED)
+        return; /* left to the end of the process */
     for (uint32_t i = 0; i < map->lower_count; i++)
         vx_device_release(map->lowers[i]);
     for (vx_bitmap *next, *bitmap = map->bitmap_list; bitmap != NULL; bitmap = next) {
@@ -174,16 +174,20 @@ int vx_map_set_bitmap(vx_device *device, uint64_t page, uint32_t sector_shift,
     return code;
 }
 
-void vx_map_close(vx_device *device)
+int vx_map_close(vx_device *device)
 {
     vx_map *map = (vx_map *)device;
+    if (vx_device_state(device) == VX_E_FORKED)
+        return VX_E_FORKED; /* its locks and epochs belong to threads of another process */
     vx_device_set_state(device, VX_E_CLOSED);
+    atomic_store(&map->closed, true);
     pthread_mutex_lock(&map->lock);
+    map->closing = true;
     pthread_cond_broadcast(&map->changed);
-    while (map->jobs > 0)
-        pthread_cond_wait(&map->changed, &map->lock);
     pthread_mutex_unlock(&map->lock);
+    /* Who was let in finishes, and may still publish; nobody comes after. */
     vx_epoch_quiesce(&map->epochs);
+    return vx_map_last_round(map);
 }
 
 void vx_map_statistics_of(vx_device *device, vx_map_statistics *statistics)

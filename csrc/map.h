@@ -84,8 +84,10 @@ int vx_map_grant(vx_device *device, uint32_t lower, uint64_t count, const uint64
 uint64_t vx_map_revoke(vx_device *device, uint64_t capacity, uint64_t *offsets);
 void vx_map_gate(vx_device *device, bool open);
 
-/* Refuses new requests (CLOSED) and waits until no access, round or refill is under way. */
-void vx_map_close(vx_device *device);
+/* Refuses new requests (CLOSED), waits until no access, round or refill is under way, and commits
+ * what was published and is not durable yet. 0; POISONED when that could not be done; FORKED at once
+ * in a child of fork. */
+int vx_map_close(vx_device *device);
 void vx_map_statistics_of(vx_device *device, vx_map_statistics *statistics);
 
 #endif

@@ -8,11 +8,11 @@ static void progressed(vx_map *map)
     atomic_fetch_add(&map->device.progress, 1);
 }
 
-bool vx_published_reserve(vx_published *list)
+bool vx_published_reserve(vx_published *list, uint64_t more)
 {
-    if (list->count < list->capacity)
+    if (list->capacity - list->count >= more)
         return true;
-    uint64_t capacity = list->capacity == 0 ? 256 : 2 * list->capacity;
+    uint64_t capacity = 2 * list->capacity + 256 + more;
     uint64_t *pages = realloc(list->pages, capacity * sizeof *pages);
     if (pages != NULL)
         list->pages = pages;
@@ -27,11 +27,12 @@ bool vx_published_reserve(vx_published *list)
 
 void vx_map_publish_locked(vx_map *map, uint64_t page, uint64_t entry)
 {
-    atomic_store(&map->table.entries[page], entry);
+    /* First: whoever uses the new entry must find the generation raised. */
+    atomic_fetch_add(&map->dirty_generation, 1);
     atomic_fetch_add(&map->table.dirty[page / VX_CHUNK_PAGES], 1);
     map->published.pages[map->published.count] = page;
     map->published.entries[map->published.count++] = entry;
-    atomic_fetch_add(&map->dirty_generation, 1);
+    atomic_store(&map->table.entries[page], entry);
 }
 
 bool vx_map_is_busy_locked(const vx_map *map, uint64_t page)
@@ -109,7 +110,7 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
                        uint8_t *mismatched)
 {
     vx_map *map = (vx_map *)device;
-    int64_t mismatches = 0;
+    int64_t mismatches = 0, code = VX_OK;
     bool quiesce = false;
     for (uint64_t i = 0; i < count; i++)
         if (pages[i] >= map->table.pages || vx_entry_lower(entries[i]) >= map->lower_count)
@@ -118,17 +119,17 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
     for (uint64_t i = 0; i < count; i++) {
         while (vx_map_is_busy_locked(map, pages[i]))
             pthread_cond_wait(&map->changed, &map->lock);
-        mismatched[i] = vx_map_entry(map, pages[i]) != expected[i];
-        if (mismatched[i]) {
-            mismatches++;
-        } else if (!publish) {
-            atomic_store(&map->table.entries[pages[i]], entries[i]);
-        } else if (vx_published_reserve(&map->published)) {
-            vx_map_publish_locked(map, pages[i], entries[i]);
-        } else {
-            pthread_mutex_unlock(&map->lock);
-            return VX_E_NOMEM;
+        if (publish && !vx_published_reserve(&map->published, 1)) {
+            code = VX_E_NOMEM; /* what was replaced so far still needs the quiesce */
+            break;
         }
+        mismatched[i] = vx_map_entry(map, pages[i]) != expected[i];
+        if (mismatched[i])
+            mismatches++;
+        else if (publish)
+            vx_map_publish_locked(map, pages[i], entries[i]);
+        else
+            atomic_store(&map->table.entries[pages[i]], entries[i]);
         quiesce |= !mismatched[i] && !skips_quiesce(map, entries[i]);
     }
     progressed(map);
@@ -137,7 +138,7 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
     pthread_mutex_unlock(&map->lock);
     if (quiesce)
         vx_epoch_quiesce(&map->epochs);
-    return mismatches;
+    return code == VX_OK ? mismatches : code;
 }
 
 static bool reserve_grants_locked(vx_map *map, uint64_t more)

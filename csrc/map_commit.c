@@ -33,7 +33,7 @@ static int commit(vx_map *map, const vx_published *taken, uint64_t generation)
 static bool put_back_locked(vx_map *map, vx_published *taken)
 {
     for (uint64_t i = 0; i < map->published.count; i++) {
-        if (!vx_published_reserve(taken))
+        if (!vx_published_reserve(taken, 1))
             return false;
         taken->pages[taken->count] = map->published.pages[i];
         taken->entries[taken->count++] = map->published.entries[i];
@@ -62,7 +62,7 @@ static void run_round_locked(vx_map *map)
     bool retry = false;
     int code = vx_device_state(&map->device);
     if (code == VX_E_CLOSED)
-        code = VX_OK; /* what was accepted before the close is finished */
+        code = VX_OK; /* the last round of a close, or one that began before it */
     if (code == VX_OK)
         code = flush_lowers(map, &failure);
     if (code == VX_OK && taken.count > 0) {
@@ -126,12 +126,30 @@ void vx_map_round(vx_job *job)
 
 void vx_map_commit_in_background_locked(vx_map *map)
 {
-    if (map->round_running || map->starved || map->pool == NULL ||
+    if (map->round_running || map->closing || map->starved || map->pool == NULL ||
         map->published.count < VX_BACKGROUND_COMMIT)
         return;
     map->round_running = true;
     map->jobs++;
     vx_pool_push(map->pool, &map->round_job);
+}
+
+int vx_map_last_round(vx_map *map)
+{
+    int code = VX_OK;
+    pthread_mutex_lock(&map->lock);
+    while (map->jobs > 0)
+        pthread_cond_wait(&map->changed, &map->lock);
+    if (map->published.count > 0) {
+        map->jobs++;
+        run_round_locked(map);
+        end_rounds_locked(map);
+        if (map->published.count > 0 ||
+            atomic_load(&map->committed_generation) != atomic_load(&map->dirty_generation))
+            code = VX_E_POISONED;
+    }
+    pthread_mutex_unlock(&map->lock);
+    return code;
 }
 
 int vx_map_flush(vx_map *map, vx_request *request)
@@ -141,6 +159,10 @@ int vx_map_flush(vx_map *map, vx_request *request)
     if (map->device.read_only || vx_mutated(map, VX_NO_COMMIT_WAIT))
         return vx_succeed(request);
     pthread_mutex_lock(&map->lock);
+    if (map->closing) {
+        pthread_mutex_unlock(&map->lock);
+        return vx_fail(&map->device, request, VX_E_CLOSED, 0, 0);
+    }
     request->next = NULL;
     if (map->flush_tail != NULL)
         map->flush_tail->next = request;

@@ -41,6 +41,7 @@ typedef struct vx_map {
     uint32_t parent;
     uint32_t flags;
     _Atomic bool gate_open;
+    _Atomic bool closed; /* no access may begin; the state may say POISONED instead */
     vx_pool *pool;
     vx_bitmap **bitmaps; /* by page; reserved when the first is set */
     vx_bitmap *bitmap_list;
@@ -57,6 +58,7 @@ typedef struct vx_map {
     vx_published published; /* since the last round began */
     vx_published spare;     /* the other half of the swap */
     uint64_t rounds_started, rounds_finished;
+    bool closing; /* no further round begins, but the last one of vx_map_close */
     bool round_running;
     bool starved; /* the last commit found no space: none is tried until a flush asks */
     vx_request *flush_head, *flush_tail;
@@ -112,8 +114,8 @@ int vx_map_extents(vx_map *map, vx_request *request);
 int vx_map_write(vx_map *map, vx_request *request);
 int vx_map_zero_or_trim(vx_map *map, vx_request *request);
 
-/* map_change.c. Under lock: room for one more publication; publication itself. */
-bool vx_published_reserve(vx_published *list);
+/* map_change.c. Under lock: room for more publications; publication itself. */
+bool vx_published_reserve(vx_published *list, uint64_t more);
 void vx_map_publish_locked(vx_map *map, uint64_t page, uint64_t entry);
 bool vx_map_is_busy_locked(const vx_map *map, uint64_t page);
 void vx_map_refill_locked(vx_map *map);
@@ -121,6 +123,8 @@ void vx_map_refill(vx_job *job);
 
 /* map_commit.c */
 int vx_map_flush(vx_map *map, vx_request *request);
+/* For vx_map_close: waits for rounds and refills, then commits what is left. */
+int vx_map_last_round(vx_map *map);
 void vx_map_commit_in_background_locked(vx_map *map);
 void vx_map_round(vx_job *job);
 

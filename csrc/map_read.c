@@ -22,16 +22,13 @@ static void read_hole(vx_request *request, uint64_t offset, uint64_t length)
 
 /* Reads from a lower device; what lies past its end is zeros. */
 static int read_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t lower_offset,
-                      uint64_t offset, uint64_t length, bool clip)
+                      uint64_t offset, uint64_t length)
 {
     vx_device *device = map->lowers[lower];
-    uint64_t present = length;
-    if (clip) {
-        uint64_t size = vx_device_size(device);
-        present = lower_offset >= size ? 0
-                  : size - lower_offset < length ? size - lower_offset
-                                                 : length;
-    }
+    uint64_t size = vx_device_size(device);
+    uint64_t present = lower_offset >= size             ? 0
+                       : size - lower_offset < length ? size - lower_offset
+                                                      : length;
     if (present > 0) {
         vx_request child;
         vx_request_child(&child, request, VX_READ, lower_offset, present,
@@ -92,9 +89,9 @@ static int read_mixed(vx_map *map, vx_request *request, uint64_t page, uint64_t 
             return vx_fail(&map->device, request, VX_E_MISSING_PARENT, 0, base + within);
         int answer = stored ? read_lower(map, request, vx_entry_lower(entry),
                                          vx_entry_offset(entry) + within, base + within,
-                                         end - within, false)
+                                         end - within)
                             : read_lower(map, request, map->parent, base + within, base + within,
-                                         end - within, true);
+                                         end - within);
         if (answer != VX_DONE || request->result != 0)
             return answer;
         within = end;
@@ -113,11 +110,9 @@ static int read_segment(vx_map *map, vx_request *request, uint64_t page, uint64_
         read_hole(request, at, length);
         return VX_DONE;
     case VX_DATA:
-        return read_lower(map, request, vx_entry_lower(entry), vx_entry_offset(entry) + within, at,
-                          length, false);
     case VX_SHARED:
         return read_lower(map, request, vx_entry_lower(entry), vx_entry_offset(entry) + within, at,
-                          length, true);
+                          length);
     case VX_MIXED:
         return read_mixed(map, request, page, entry, at, length);
     case VX_ASK:
@@ -127,10 +122,26 @@ static int read_segment(vx_map *map, vx_request *request, uint64_t page, uint64_
     }
 }
 
+/* A restart reads again from `at` on, and would note the holes there twice. */
+static void forget_holes_after(vx_request *request, uint64_t at)
+{
+    while (request->extent_count > 0) {
+        vx_extent *last = &request->extents[request->extent_count - 1];
+        if (last->offset + last->length <= at)
+            return;
+        if (last->offset < at) {
+            last->length = at - last->offset;
+            return;
+        }
+        request->extent_count--;
+    }
+}
+
 int vx_map_read(vx_map *map, vx_request *request)
 {
     uint64_t end = request->offset + request->length;
     request->result = VX_OK;
+    forget_holes_after(request, request->offset + request->done);
     while (request->done < request->length) {
         uint64_t at = request->offset + request->done, page = at >> map->page_shift;
         uint64_t stop = (page + 1) << map->page_shift;
@@ -186,11 +197,14 @@ static int extents_of_lower(vx_map *map, vx_request *request, uint32_t lower, ui
             vx_request_adopt(request, &child);
             return answer;
         }
-        for (uint32_t i = 0; i < child.extent_count && !*full; i++) {
-            *full = !add_extent(request, offset + at, found[i].length, found[i].state,
-                                found[i].depth);
-            at += found[i].length;
+        uint64_t before = at;
+        for (uint32_t i = 0; i < child.extent_count && at < present && !*full; i++) {
+            uint64_t n = found[i].length < present - at ? found[i].length : present - at;
+            *full = !add_extent(request, offset + at, n, found[i].state, found[i].depth);
+            at += n;
         }
+        if (at == before && !*full) /* a device that has nothing to say of its own range */
+            return vx_fail(&map->device, request, VX_E_INVALID, 0, offset + at);
     }
     if (!*full && present < length)
         *full = !add_extent(request, offset + present, length - present, VX_EXTENT_HOLE, -1);

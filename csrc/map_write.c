@@ -7,7 +7,8 @@
 
 #define COPY_PIECE ((uint64_t)1 << 20)
 
-enum { STAGE_MOVING = 0, STAGE_FLUSH = 1 };
+/* BUFFERED: some part of a FUA write went without FUA, so only a flush can end it. */
+enum { STAGE_MOVING = 0, STAGE_FLUSH = 1, STAGE_BUFFERED = 2 };
 
 /* What a step tells its loop. */
 enum step { STEP_DONE, STEP_RETRY, STEP_ANSWER };
@@ -86,7 +87,7 @@ static enum step fill_and_publish_locked(vx_map *map, vx_request *request, uint6
     *answer = fill_page(map, request, old, grant.entry);
     bool filled = *answer == VX_DONE && request->result == VX_OK;
     pthread_mutex_lock(&map->lock);
-    if (filled && !vx_published_reserve(&map->published)) {
+    if (filled && !vx_published_reserve(&map->published, 1)) {
         vx_fail(&map->device, request, VX_E_NOMEM, 0, request->offset);
         filled = false;
     }
@@ -111,8 +112,9 @@ static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *
                 map->busy_count == VX_BUSY_PAGES;
     uint64_t old = vx_map_entry(map, page);
     bool wanted = vx_entry_kind(old) == VX_HOLE || vx_entry_kind(old) == VX_SHARED;
-    if (vx_device_state(&map->device) != 0) {
-        vx_fail(&map->device, request, vx_device_state(&map->device), 0, request->offset);
+    if (map->closing || vx_device_state(&map->device) != 0) {
+        int state = vx_device_state(&map->device);
+        vx_fail(&map->device, request, state == 0 ? VX_E_CLOSED : state, 0, request->offset);
         step = STEP_ANSWER;
     } else if (busy) {
         if (nowait) {
@@ -126,7 +128,7 @@ static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *
     } else if (map->grant_count == 0) {
         *answer = vx_map_fault(map, request, VX_FAULT_GRANT, page, 1);
         step = STEP_ANSWER;
-    } else if (!vx_published_reserve(&map->published)) {
+    } else if (!vx_published_reserve(&map->published, 1)) {
         vx_fail(&map->device, request, VX_E_NOMEM, 0, request->offset);
         step = STEP_ANSWER;
     } else {
@@ -230,10 +232,12 @@ int vx_map_write(vx_map *map, vx_request *request)
     if (gate_closed(map))
         return vx_map_fault(map, request, VX_FAULT_GATE, 0, 0);
     uint32_t flags = request->flags;
-    bool direct = (flags & VX_FUA) && atomic_load(&map->dirty_generation) ==
-                                          atomic_load(&map->committed_generation);
     if ((flags & VX_FUA) && (flags & VX_NOWAIT))
         return VX_AGAIN;
+    bool direct = (flags & VX_FUA) && request->stage != STAGE_BUFFERED &&
+                  atomic_load(&map->dirty_generation) == atomic_load(&map->committed_generation);
+    if ((flags & VX_FUA) && !direct)
+        request->stage = STAGE_BUFFERED;
     request->result = VX_OK;
     if (!direct)
         request->flags &= ~(uint32_t)VX_FUA; /* the flush at the end covers the data */

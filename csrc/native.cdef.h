@@ -73,7 +73,7 @@ int vx_map_grant(vx_device *device, uint32_t lower, uint64_t count, const uint64
                  uint32_t tag, int flag);
 uint64_t vx_map_revoke(vx_device *device, uint64_t capacity, uint64_t *offsets);
 void vx_map_gate(vx_device *device, bool open);
-void vx_map_close(vx_device *device);
+int vx_map_close(vx_device *device);
 void vx_map_statistics_of(vx_device *device, vx_map_statistics *statistics);
 
 typedef struct { uint32_t largest_payload; uint32_t context_id; uint32_t requests_limit;

@@ -21,8 +21,11 @@
 #define READ_HOLES 32u          /* holes that a structured read tells apart */
 #define STARVED_POLL_MS 5
 #define SPARE_BUFFER ((size_t)1 << 20)
-#define SPARE_BUFFERS 16u
+#define SPARE_BUFFERS 4u
 #define OUTPUT_LIMIT ((uint64_t)64 << 20)
+
+/* HELD: there is no room for it now. SHORT: more of it must arrive. LOST: it, or the stream, is. */
+enum outcome { TAKEN, HELD, SHORT, LOST };
 
 /* A request that has a life of its own: large, or not answered inline. */
 typedef struct operation {
@@ -57,6 +60,7 @@ struct vx_nbd_connection {
     uint64_t under_way, bytes_under_way;
     bool disconnecting; /* no further request is read */
     bool gone;          /* the peer takes no replies */
+    bool ended;         /* the peer sends nothing more; what it sent is still answered */
     bool held;          /* the front request found no room when it was last tried */
     bool starved;       /* the front request waits for the pool's byte limit */
     int result;
@@ -80,16 +84,11 @@ static void count(_Atomic uint64_t *counter, uint64_t by)
 
 /* ---- operations ---- */
 
-static uint8_t *take_buffer(vx_nbd_connection *c, size_t length, size_t *capacity)
+static uint8_t *take_buffer(vx_nbd_connection *c, size_t capacity)
 {
-    if (length <= SPARE_BUFFER && length > 4096) {
-        *capacity = SPARE_BUFFER;
-        if (c->spare_count > 0)
-            return c->spare[--c->spare_count];
-    } else {
-        *capacity = length;
-    }
-    return malloc(*capacity == 0 ? 1 : *capacity);
+    if (capacity == SPARE_BUFFER && c->spare_count > 0)
+        return c->spare[--c->spare_count];
+    return malloc(capacity);
 }
 
 static void free_operation(void *owner, void *context)
@@ -115,23 +114,25 @@ static bool may_start(vx_nbd_connection *c, uint64_t bytes)
                                  c->bytes_under_way + bytes <= c->terms.bytes_limit);
 }
 
-/* NULL: no room now (limits), or no memory. */
-static operation *start_operation(vx_nbd_connection *c, const nbd_request *wire, size_t length)
+/* TAKEN, and *started; HELD: no room now (limits); LOST: no memory. */
+static enum outcome start_operation(vx_nbd_connection *c, const nbd_request *wire, size_t length,
+                                    operation **started)
 {
-    if (!may_start(c, length))
-        return NULL;
-    c->starved = !vx_pool_charge(c->pool, length);
+    /* Buffers of one size are kept for the next request; small ones are not worth it. */
+    size_t capacity = length > INLINE_READ && length < SPARE_BUFFER ? SPARE_BUFFER : length;
+    if (!may_start(c, capacity))
+        return HELD;
+    c->starved = !vx_pool_charge(c->pool, capacity);
     if (c->starved)
-        return NULL;
+        return HELD;
     operation *op = malloc(sizeof *op);
     uint8_t *buffer = NULL;
-    size_t capacity = 0;
     if (op != NULL && length > 0)
-        buffer = take_buffer(c, length, &capacity);
+        buffer = take_buffer(c, capacity);
     if (op == NULL || (length > 0 && buffer == NULL)) {
-        vx_pool_discharge(c->pool, length);
+        vx_pool_discharge(c->pool, capacity);
         free(op);
-        return NULL;
+        return LOST;
     }
     memset(op, 0, offsetof(operation, extents));
     op->status = NULL;
@@ -139,11 +140,12 @@ static operation *start_operation(vx_nbd_connection *c, const nbd_request *wire,
     op->connection = c;
     op->buffer = buffer;
     op->capacity = capacity;
-    op->charged = length;
+    op->charged = capacity;
     c->under_way++;
-    c->bytes_under_way += length;
+    c->bytes_under_way += capacity;
     atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
-    return op;
+    *started = op;
+    return TAKEN;
 }
 
 static uint32_t operation_of(uint16_t command)
@@ -332,8 +334,6 @@ static void reply_operation(vx_nbd_connection *c, operation *op)
 
 /* ---- requests ---- */
 
-/* HELD: there is no room for it now. SHORT: more of it must arrive. LOST: the stream is. */
-enum outcome { TAKEN, HELD, SHORT, LOST };
 
 static bool room_for_reply(vx_nbd_connection *c, size_t staged)
 {
@@ -411,11 +411,11 @@ static enum outcome take_read(vx_nbd_connection *c, const nbd_request *wire)
     }
     if (wire->length <= INLINE_READ && read_inline(c, wire))
         return TAKEN;
-    operation *op = start_operation(c, wire, wire->length);
-    if (op == NULL)
-        return HELD;
-    submit_read(c, op);
-    return TAKEN;
+    operation *op;
+    enum outcome outcome = start_operation(c, wire, wire->length, &op);
+    if (outcome == TAKEN)
+        submit_read(c, op);
+    return outcome;
 }
 
 /* True when the write was answered inline. */
@@ -443,11 +443,13 @@ static enum outcome take_write(vx_nbd_connection *c, const nbd_request *wire)
     }
     if (wire->length > present && wire->length <= INPUT_BYTES / 4)
         return SHORT; /* small: wait until it is here */
-    operation *op = start_operation(c, wire, wire->length);
-    if (op == NULL)
-        return HELD;
+    operation *op;
+    enum outcome outcome = start_operation(c, wire, wire->length, &op);
+    if (outcome != TAKEN)
+        return outcome;
     size_t part = present < wire->length ? present : wire->length;
-    memcpy(op->buffer, payload, part);
+    if (part > 0)
+        memcpy(op->buffer, payload, part);
     c->begin += part;
     prepare(c, &op->request, wire);
     op->request.buffer = op->buffer;
@@ -466,9 +468,10 @@ static enum outcome take_other(vx_nbd_connection *c, const nbd_request *wire)
         reply_status(c, NBD_OK, wire);
         return TAKEN;
     }
-    operation *op = start_operation(c, wire, 0);
-    if (op == NULL)
-        return HELD;
+    operation *op;
+    enum outcome outcome = start_operation(c, wire, 0, &op);
+    if (outcome != TAKEN)
+        return outcome;
     prepare(c, &op->request, wire);
     if (wire->command == NBD_BLOCK_STATUS) {
         op->status = malloc(STATUS_EXTENTS * sizeof *op->status);
@@ -523,6 +526,10 @@ static enum outcome take_request(vx_nbd_connection *c)
         outcome = take_write(c, &wire);
     else
         outcome = take_other(c, &wire);
+    if (outcome == LOST) { /* no memory: that request alone fails */
+        refuse(c, &wire, NBD_ENOMEM);
+        outcome = TAKEN;
+    }
     if (outcome != TAKEN)
         return outcome;
     c->begin += NBD_REQUEST_BYTES;
@@ -609,7 +616,7 @@ static void take_completions(vx_nbd_connection *c)
 
 static bool wants_input(vx_nbd_connection *c)
 {
-    if (c->disconnecting || c->output.bytes > OUTPUT_LIMIT)
+    if (c->disconnecting || c->ended || c->output.bytes > OUTPUT_LIMIT)
         return false;
     if (c->filling != NULL)
         return true;
@@ -700,7 +707,7 @@ int vx_nbd_serve(vx_nbd_connection *c)
             c->disconnecting = true;
         }
         under_way = c->under_way;
-        if (c->under_way > 0)
+        if (c->under_way > 0 || atomic_load(&c->stopping))
             take_completions(c);
         waiting = c->output.bytes;
         if (!c->gone && c->output.bytes > 0 && nbd_output_send(&c->output, c->fd) < 0)
@@ -719,10 +726,10 @@ int vx_nbd_serve(vx_nbd_connection *c)
         if (c->held && (c->under_way < under_way || c->output.bytes < waiting ||
                         (c->under_way == 0 && c->output.bytes == 0 && !c->starved)))
             continue;
-        if (!wait_for_events(c)) {
-            c->disconnecting = true;
-            abandon_filling(c);
-        }
+        if (c->ended && !c->held && !c->disconnecting)
+            c->disconnecting = true; /* everything that came whole was taken */
+        else if (!wait_for_events(c))
+            c->ended = true;
     }
 }
 

@@ -11,9 +11,10 @@ struct vx_pool {
     pthread_cond_t work;  /* a job is ready, or the pool stops */
     pthread_cond_t clock; /* the earliest timed job changed, or the pool stops */
     vx_job *head, *tail;
-    uint32_t idle, running, limit;
+    uint32_t queued, idle, running, limit; /* idle: threads that wait, or were just signalled */
     pthread_t *threads;
-    bool stopping;
+    bool stopping;       /* timed jobs run at once */
+    bool workers_ending; /* after the clock has handed over the last of them */
 
     vx_job **heap; /* timed jobs, earliest first; equal times in the order pushed */
     size_t heap_count, heap_capacity;
@@ -30,6 +31,31 @@ uint64_t vx_now_ns(void)
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static void *worker(void *argument)
+{
+    vx_pool *pool = argument;
+    pthread_mutex_lock(&pool->lock);
+    for (;;) {
+        while (pool->head == NULL && !pool->workers_ending) {
+            pool->idle++;
+            pthread_cond_wait(&pool->work, &pool->lock);
+            pool->idle--;
+        }
+        vx_job *job = pool->head;
+        if (job == NULL)
+            break;
+        pool->head = job->next;
+        if (pool->head == NULL)
+            pool->tail = NULL;
+        pool->queued--;
+        pthread_mutex_unlock(&pool->lock);
+        job->run(job);
+        pthread_mutex_lock(&pool->lock);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return NULL;
 }
 
 vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit)
@@ -51,31 +77,14 @@ vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit)
     pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
     pthread_cond_init(&pool->clock, &attributes);
     pthread_condattr_destroy(&attributes);
-    return pool;
-}
-
-static void *worker(void *argument)
-{
-    vx_pool *pool = argument;
-    pthread_mutex_lock(&pool->lock);
-    for (;;) {
-        while (pool->head == NULL && !pool->stopping) {
-            pool->idle++;
-            pthread_cond_wait(&pool->work, &pool->lock);
-            pool->idle--;
-        }
-        vx_job *job = pool->head;
-        if (job == NULL)
-            break;
-        pool->head = job->next;
-        if (pool->head == NULL)
-            pool->tail = NULL;
-        pthread_mutex_unlock(&pool->lock);
-        job->run(job);
-        pthread_mutex_lock(&pool->lock);
+    /* One thread from the start: then a push always finds somebody, whatever it holds. */
+    if (pthread_create(&pool->threads[0], NULL, worker, pool) != 0) {
+        free(pool->threads);
+        free(pool);
+        return NULL;
     }
-    pthread_mutex_unlock(&pool->lock);
-    return NULL;
+    pool->running = 1;
+    return pool;
 }
 
 static void enqueue_locked(vx_pool *pool, vx_job *job)
@@ -86,7 +95,8 @@ static void enqueue_locked(vx_pool *pool, vx_job *job)
     else
         pool->head = job;
     pool->tail = job;
-    if (pool->idle == 0 && pool->running < pool->limit &&
+    pool->queued++;
+    if (pool->queued > pool->idle && pool->running < pool->limit && !pool->workers_ending &&
         pthread_create(&pool->threads[pool->running], NULL, worker, pool) == 0)
         pool->running++;
     pthread_cond_signal(&pool->work);
@@ -96,13 +106,7 @@ void vx_pool_push(vx_pool *pool, vx_job *job)
 {
     pthread_mutex_lock(&pool->lock);
     enqueue_locked(pool, job);
-    bool stranded = pool->running == 0;
-    if (stranded) { /* no thread could be started: the caller is the worker */
-        pool->head = pool->tail = NULL;
-    }
     pthread_mutex_unlock(&pool->lock);
-    if (stranded)
-        job->run(job);
 }
 
 static bool earlier(const vx_job *a, const vx_job *b)
@@ -204,6 +208,7 @@ void vx_pool_destroy(vx_pool *pool)
     if (pool->clock_running)
         pthread_join(pool->clock_thread, NULL);
     pthread_mutex_lock(&pool->lock);
+    pool->workers_ending = true;
     pthread_cond_broadcast(&pool->work);
     uint32_t running = pool->running;
     pthread_mutex_unlock(&pool->lock);

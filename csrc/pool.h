@@ -2,7 +2,8 @@
  *
  * Threads for what may block, and a clock for what must wait.
  *
- * Jobs run in the order they were pushed, on at most `threads` threads that are started when needed.
+ * Jobs run in the order they were pushed, on at most `threads` threads: one from the start, further
+ * ones when needed.
  * A job pushed with a time (CLOCK_MONOTONIC, nanoseconds) runs no earlier than that. The memory of a
  * job belongs to its owner and may be reused as soon as `run` was entered.
  *
@@ -25,7 +26,7 @@ struct vx_job {
     uint64_t sequence;
 };
 
-vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit); /* NULL: no memory */
+vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit); /* NULL: no memory or thread */
 /* Runs what is queued (timed jobs at once), stops the threads and frees the pool. */
 void vx_pool_destroy(vx_pool *pool);
 void vx_pool_push(vx_pool *pool, vx_job *job);

@@ -62,6 +62,8 @@ int vx_run(vx_device *device, vx_request *request)
     for (;;) {
         uint64_t done = request->done;
         answer = vx_submit(device, request);
+        if (answer == VX_PARKED)
+            return VX_PARKED; /* it may be complete, and gone, already */
         if (request->done != done)
             request->memo->count = 0;
         if (answer == VX_AGAIN)
@@ -69,7 +71,7 @@ int vx_run(vx_device *device, vx_request *request)
         else if (answer != VX_FAULTED || !answer_fault(request, &last, &progress))
             break;
     }
-    if (lend && answer != VX_PARKED)
+    if (lend)
         request->memo = NULL;
     return answer == VX_FAULTED ? VX_DONE : answer;
 }

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Damaged and hostile images: the right refusal with path, offset and reason, and not a byte changed."""
+"""Damaged and hostile images: the right refusal, with path, offset and reason; nothing changed."""
 
 from __future__ import annotations
 
@@ -375,7 +375,7 @@ def test_full_host_fails_the_request_alone(small_host):
         disk.pwrite(b"A" * MIB, 0)
         disk.flush()
         ballast.write_bytes(b"x" * (8 * MIB))
-        with pytest.raises(vhdx.NoSpaceError) as caught:
+        with pytest.raises(vhdx.NoSpaceError) as caught:  # noqa: PT012
             for block in range(1, 20):
                 disk.pwrite(b"B" * MIB, block * MIB)
                 written = block

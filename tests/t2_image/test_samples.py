@@ -89,7 +89,7 @@ def test_hyper_v_checkpoint_alone(sample):
     path, digest, sectors = sample("differencing.avhdx"), hashlib.sha256(), 0
     with vhdx.open(path, chain=False) as disk:
         for extent in disk.extents():
-            if extent.state is not vhdx.ExtentState.DATA:
+            if extent.depth != 0:
                 with pytest.raises(vhdx.MissingParentError):
                     disk.pread(1, extent.offset)
                 continue
@@ -101,6 +101,12 @@ def test_hyper_v_checkpoint_alone(sample):
     assert digest.hexdigest() == "2185d7f6039a06064e39d5ab5469c6ba34a5ce7c55a4a304fcd2fae8e13a9a06"
     assert info["type"] == "differencing"
     assert info["parent"]["found"] is None
+
+
+def test_converting_a_layer_alone_fails_rather_than_leaving_zeros(sample, tmp_path):
+    with pytest.raises(vhdx.MissingParentError):
+        vhdx.convert(sample("differencing.avhdx"), tmp_path / "out.raw", chain=False)
+    assert not (tmp_path / "out.raw").exists()
 
 
 def test_hyper_v_checkpoint_without_its_parent_is_refused(sample):

@@ -16,6 +16,7 @@ __all__ = [
     "HEADER_SECTION",
     "HEADER_SIZE",
     "IDENTIFIER_SIZE",
+    "LARGEST_FILE",
     "NIL",
     "SIGNATURE",
     "Header",
@@ -37,6 +38,9 @@ NIL = UUID(int=0)
 _LAYOUT = struct.Struct("<4sIQ16s16s16sHHIQ")
 assert _LAYOUT.size == 80
 _CREATOR_BYTES = 512
+LARGEST_FILE = 1 << 48
+"""Bytes of the largest file that is believed: 256 TiB, four times the largest disk."""
+_LARGEST_SEQUENCE = (1 << 64) - (1 << 32)
 _LARGEST_LOG = 256 * MIB  # a hostile length must not make us read without end
 
 
@@ -166,6 +170,12 @@ def choose_header(first: Header | None, second: Header | None) -> Header:
 
 def _check(header: Header) -> None:
     where = HEADER_OFFSETS[header.slot]
+    if header.sequence_number > _LARGEST_SEQUENCE:
+        raise DamagedError(
+            f"sequence number {header.sequence_number} has no successor",
+            reason=Reason.HEADERS,
+            offset=where + 8,
+        )
     if header.version != 1:
         raise DamagedError(
             f"header version {header.version} is not 1",

@@ -42,6 +42,7 @@ assert _HEADER.size == 64
 assert _DATA.size == 32
 assert _ZERO.size == 32
 _FIRST_DESCRIPTOR = 64
+_MOST_PATCHES = 1 << 17
 _DESCRIPTOR = 32
 
 _DATA_DTYPE = np.dtype(
@@ -224,8 +225,7 @@ def parse_entry(log: bytes, offset: int, guid: UUID, log_offset: int) -> Entry |
         or tail % SECTOR
         or tail >= len(log)
         or number == 0
-        or flushed % MIB
-        or last % MIB
+        or count > _MOST_PATCHES
         or _descriptor_sectors(count) * SECTOR > length
     ):
         return None
@@ -241,15 +241,16 @@ def parse_entry(log: bytes, offset: int, guid: UUID, log_offset: int) -> Entry |
 def _run_from(log: bytes, start: int, guid: UUID, log_offset: int, budget: list[int]) -> list[Entry]:
     """The longest run of entries with consecutive numbers that begins at ``start``."""
     run: list[Entry] = []
-    offset, used = start, 0
+    offset, used, patches = start, 0, 0
     while used < len(log) and budget[0] > 0:
         entry = parse_entry(log, offset, guid, log_offset)
         budget[0] -= _claimed_length(log, offset) if entry is None else entry.length
         if entry is None or (run and entry.sequence_number != run[-1].sequence_number + 1):
             break
         used += entry.length
-        if used > len(log):
-            break  # it would overwrite its own beginning
+        patches += len(entry.patches)
+        if used > len(log) or patches > _MOST_PATCHES:
+            break  # it would overwrite its own beginning, or is made to exhaust us
         run.append(entry)
         offset = (offset + entry.length) % len(log)
     return run

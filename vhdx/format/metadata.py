@@ -13,6 +13,7 @@ from vhdx.units import KIB, MIB, TIB
 
 __all__ = [
     "INCOMPLETE",
+    "KNOWN",
     "LARGEST_DISK",
     "PARENT_LOCATOR",
     "TABLE_SIZE",
@@ -38,7 +39,7 @@ CHS_PARAMETERS = UUID("da02d7bc-3d3a-423c-ac88-2a36ab21479b")
 PMEM_LABEL = UUID("10e1ae8a-4b7e-4169-a40f-cd70de928393")
 INCOMPLETE = UUID("71cc85f0-1b69-4e28-9558-c3bf83ae75d3")
 
-_KNOWN = {
+KNOWN = {
     FILE_PARAMETERS,
     VIRTUAL_DISK_SIZE,
     VIRTUAL_DISK_ID,
@@ -128,7 +129,7 @@ def parse_table(data: bytes, region_offset: int, region_length: int) -> list[Ite
                 where,
                 Reason.INCOMPLETE,
             )
-        if item.is_required and (item.is_user or guid not in _KNOWN):
+        if item.is_required and (item.is_user or guid not in KNOWN):
             raise refuse(
                 f"metadata item {guid} is required and unknown",
                 where,

@@ -15,7 +15,7 @@ from vhdx.errors import DamagedError, Reason
 from vhdx.format import bat
 from vhdx.format.bat import BlockState
 from vhdx.format.header import HEADER_SECTION
-from vhdx.units import MIB
+from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -124,13 +124,16 @@ class Taken:
     """Which MiBs of the file belong to something.
 
     Attributes:
-        furthest: the first byte behind every block, which may be past the end of the file.
+        furthest: the first byte behind every block and region, which may be past the end of the
+            file.
+        anchors: offsets that UNMAPPED and UNDEFINED entries keep, and nothing else claims.
     """
 
     def __init__(self, structure: Structure, file_size: int) -> None:
         self._structure = structure
         self._map = np.zeros(-(-file_size // MIB) + 1, np.bool_)
-        self.furthest = 0
+        self.furthest = max(each.end for each in structure.regions)
+        self.anchors: set[int] = set()
         self._claim_span(0, HEADER_SECTION)
         header = structure.header
         self._claim_span(header.log_offset, header.log_offset + header.log_length)
@@ -176,12 +179,16 @@ class Taken:
     @property
     def end(self) -> int:
         """The first byte, a multiple of 1 MiB, that nothing is behind."""
+        return max(self._last * MIB, round_up(self.furthest, MIB))
+
+    @property
+    def _last(self) -> int:
         taken = np.flatnonzero(self._map[:-1])
-        return (int(taken[-1]) + 1) * MIB if len(taken) else 0
+        return int(taken[-1]) + 1 if len(taken) else 0
 
     def gaps(self, length: int) -> npt.NDArray[np.uint64]:
         """Offsets of free places of ``length`` bytes (a multiple of 1 MiB) before the end."""
-        free = np.concatenate(([False], ~self._map[: self.end // MIB], [False]))
+        free = np.concatenate(([False], ~self._map[: self._last], [False]))
         edges = np.flatnonzero(np.diff(free.astype(np.int8)))
         size = length // MIB
         found = [
@@ -211,11 +218,12 @@ def survey(structure: Structure, leaf: plane.Device) -> Taken:
         stored = payload & _STORED[states]
         taken.claim(indices[stored], offsets[stored], block_size)
         anchored = payload & _ANCHORED[states] & (offsets >= HEADER_SECTION)
-        anchored &= offsets + np.uint64(block_size) <= np.uint64(file_size)
+        anchored &= offsets <= np.uint64(max(0, file_size - block_size))
         taken.claim(indices[anchored], offsets[anchored], block_size)
+        taken.anchors.update(offsets[anchored].tolist())
         bitmaps = ~payload & (states >= bat.BitmapState.PRESENT) & (offsets >= HEADER_SECTION)
         bitmaps &= indices < structure.geometry.entries
-        bitmaps &= offsets + np.uint64(MIB) <= np.uint64(file_size)
+        bitmaps &= offsets <= np.uint64(max(0, file_size - MIB))
         taken.claim(indices[bitmaps], offsets[bitmaps], MIB)
     return taken
 

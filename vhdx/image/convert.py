@@ -148,8 +148,7 @@ def _copy(
     cancel: Callable[[], bool] | None,
 ) -> None:
     """Reads on one thread while another writes; zeros are not written (the target is new)."""
-    pieces = list(_pieces(disk))
-    total = sum(length for _, length in pieces)
+    total = sum(e.length for e in disk.extents() if e.state is ExtentState.DATA)
     free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
     for _ in range(_AHEAD):
         free.put(bytearray(_PIECE))
@@ -159,7 +158,7 @@ def _copy(
 
     def read() -> None:
         try:
-            for offset, length in pieces:
+            for offset, length in _pieces(disk):
                 buffer = free.get()
                 if stop.is_set():
                     return

@@ -27,9 +27,11 @@ from vhdx.errors import (
     NotFoundError,
     Reason,
     UnsupportedError,
+    VhdxError,
 )
 from vhdx.format import bat, header, metadata, region
 from vhdx.format.bat import BlockState, Geometry
+from vhdx.image import lock
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ _BAT_OFFSET = 3 * MIB
 _ALLOCATE_AT_ONCE = 1 << 30
 _BAT_ENTRIES_AT_ONCE = 1 << 20
 _PREALLOCATED_BAT = 16 * MIB
+_LONGEST_NAME = 255
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -226,33 +229,74 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
         NotFoundError, NoSpaceError, HostIOError: the file cannot be made.
     """
     target = Path(path)
-    if not force and os.path.lexists(target):
-        raise _exists(path)
-    if force and target.is_dir():
-        raise HostIOError("it is a directory", reason=Reason.NOT_A_FILE, path=path)
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.partial")
     try:
+        guard = _guard_target(target, force=force)
+        suffix = f".{secrets.token_hex(4)}.partial"
+        stem = os.fsdecode(os.fsencode(target.name)[: _LONGEST_NAME - len(suffix) - 1])
+        temporary = target.with_name(f".{stem}{suffix}")
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileNotFoundError as error:
         raise NotFoundError("there is no such directory", path=path) from error
+    except ValueError as error:
+        if isinstance(error, VhdxError):
+            raise
+        raise InvalidArgumentError("no file can have this name", path=path) from error
     except OSError as error:
+        if isinstance(error, VhdxError):
+            raise
         raise _host_error(error, path) from error
     leaf = plane.File(fd, 0, read_only=False, sparse=sparse, path=os.fspath(path))
     try:
         yield leaf
         leaf.flush()
-        if force:
-            temporary.replace(target)
-        else:
-            os.link(temporary, target)
-            temporary.unlink()
-        _sync_directory(target.parent)
-    except FileExistsError as error:
-        raise _exists(path) from error
+        try:
+            if force:
+                temporary.replace(target)
+            else:
+                _rename_new(temporary, target)
+            _sync_directory(target.parent)
+        except FileExistsError as error:
+            raise _exists(path) from error
+        except OSError as error:
+            raise _host_error(error, path) from error
     finally:
         leaf.close()
-        with contextlib.suppress(FileNotFoundError):
+        if guard is not None:
+            os.close(guard)
+        with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _guard_target(target: Path, *, force: bool) -> int | None:
+    """A locked descriptor of what is to be replaced, so that nobody loses an image that is open."""
+    if not os.path.lexists(target):
+        return None
+    if not force:
+        raise _exists(target)
+    if target.exists() and not target.is_file():
+        raise HostIOError("it is no regular file", reason=Reason.NOT_A_FILE, path=target)
+    try:
+        fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return None  # not ours to write, so nobody of ours writes it; the directory decides
+    try:
+        lock.acquire(fd, os.fspath(target), write=True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _rename_new(temporary: Path, target: Path) -> None:
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without hard links: the name may be taken in between, but not seen half.
+        if os.path.lexists(target):
+            raise FileExistsError(target) from None
+        temporary.rename(target)
 
 
 def _exists(path: StrPath) -> ExistsError:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vhdx import plane
-from vhdx.errors import ClosedError, InUseError, ReadOnlyError
+from vhdx.errors import ClosedError, InUseError, RangeError, ReadOnlyError
 from vhdx.plane.device import Buffer
 
 if TYPE_CHECKING:
@@ -178,6 +178,7 @@ class Disk:
 
     def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
         """Fills ``buffers`` one after the other; returns the bytes read."""
+        self._check_range(buffers, offset)
         done = 0
         for buffer in buffers:
             done += self._device.read_into(buffer, offset + done)
@@ -217,10 +218,19 @@ class Disk:
 
     def pwritev(self, buffers: Sequence[Buffer], offset: int, *, fua: bool = False) -> int:
         """Writes ``buffers`` one after the other; returns the bytes written."""
+        self._check_range(buffers, offset)
         done = 0
         for buffer in buffers:
             done += self._device.write(buffer, offset + done, fua=fua)
         return done
+
+    def _check_range(self, buffers: Sequence[Buffer], offset: int) -> None:
+        # The whole range before its first part, so that nothing is done short.
+        end = offset + sum(memoryview(buffer).nbytes for buffer in buffers)
+        if offset < 0 or end > self.size:
+            raise RangeError(
+                "the range is not inside the disk", path=self.path, offset=max(offset, 0)
+            )
 
     def zero(self, offset: int, length: int, *, fua: bool = False) -> None:
         """Makes the range read as zeros; whole blocks of a dynamic image give their space back."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vhdx import plane
-from vhdx.errors import ClosedError, DamagedError, NoSpaceError, Reason
+from vhdx.errors import ClosedError, DamagedError, NoSpaceError, PoisonedError, Reason
 from vhdx.format import bat
 from vhdx.format.bat import BlockState
 from vhdx.image import journal
@@ -81,13 +81,15 @@ class Engine:
         self._closed = False
         self._journal = journal.Journal(self._leaf, structure.header)
         self._space: Space | None = None
-        furthest = 0
+        self._furthest = 0
+        self._anchors: set[int] = set()
         self._grant_bytes = _FIRST_GRANT
         self._referenced_end = self._leaf.size
         if write or self._geometry.entries <= _SURVEY_ENTRIES:
             taken = survey(structure, self._leaf)
-            furthest = taken.furthest
             if write:
+                self._furthest = taken.furthest
+                self._anchors = taken.anchors
                 self._space = Space(self._leaf, taken, self._geometry.block_size, sparse=host.sparse)
         lowers = [self._leaf] if parent is None else [self._leaf, parent]
         self.map = plane.Map(
@@ -104,10 +106,6 @@ class Engine:
             pool=pool,
             path=host.path,
         )
-        if write and furthest > self._leaf.size:
-            # The file ends inside its last block (QEMU's fixed images do): writes need the rest.
-            self.open_gate()
-            self._leaf.resize(furthest)
 
     @property
     def header(self) -> Header:
@@ -138,11 +136,16 @@ class Engine:
             bad, error = check_entries(self.structure, indices, values, self.structure.overlay.size)
             entries = self._entries_of(blocks, values)
             if error is not None:
+                error.path = self.host.path
                 entries[bad] = 0
+            failures = self._set_bitmaps(blocks, entries)
             self.map.install(start, entries)
             self._note_resident(start, stop)
         if error is not None and bad[first - start : first - start + count].any():
             raise error
+        for block, failure in failures.items():
+            if first <= block < first + count:
+                raise failure
 
     def _entries_of(
         self, blocks: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]
@@ -158,10 +161,6 @@ class Engine:
         where[stored] = offsets[stored]
         tags[stored] = BlockState.FULLY_PRESENT
         kinds[stored] = plane.Kind.DATA
-        # The file may end inside the last block; what is missing reads zeros.
-        cut = stored & (offsets + np.uint64(self._geometry.block_size) > self._leaf.size)
-        if self._space is None:
-            kinds[cut] = plane.Kind.SHARED
         if self._geometry.has_parent:
             absent = states == BlockState.NOT_PRESENT
             kinds[absent] = plane.Kind.SHARED
@@ -170,11 +169,24 @@ class Engine:
             partial = states == BlockState.PARTIALLY_PRESENT
             kinds[partial] = plane.Kind.MIXED
             tags[partial] = BlockState.PARTIALLY_PRESENT
-            for block in blocks[partial].tolist():
-                self.map.set_bitmap(
-                    block, self._geometry.logical_sector_size, self._sector_bitmap(block)
-                )
         return plane.entries(kinds, lowers, where, tags)
+
+    def _set_bitmaps(
+        self, blocks: npt.NDArray[np.uint64], entries: npt.NDArray[np.uint64]
+    ) -> dict[int, DamagedError]:
+        """Gives C the bitmaps of mixed blocks; blocks without a good one, and why."""
+        failures: dict[int, DamagedError] = {}
+        kinds, _, _ = plane.fields(entries)
+        for i in np.flatnonzero(kinds == plane.Kind.MIXED).tolist():
+            block = int(blocks[i])
+            try:
+                bits = self._sector_bitmap(block)
+            except DamagedError as error:
+                failures[block] = error
+                entries[i] = 0
+            else:
+                self.map.set_bitmap(block, self._geometry.logical_sector_size, bits)
+        return failures
 
     def _sector_bitmap(self, block: int) -> bytes:
         """The part of the sector bitmap block that describes ``block`` ([MS-VHDX] 2.4)."""
@@ -212,8 +224,16 @@ class Engine:
         with self._gate_lock:
             if self._closed:
                 raise ClosedError("the disk was closed", path=self.host.path)
-            if not self._journal.is_open:
-                self._journal.open(self._leaf.size)
+            try:
+                if not self._journal.is_open:
+                    self._journal.open(self._leaf.size)
+                if self._furthest > self._leaf.size:
+                    # The file ends inside its last block, as QEMU's fixed images do.
+                    self._leaf.resize(self._furthest)
+            except BaseException:
+                # Which of its steps are durable is not known.
+                self.map.poison()
+                raise
             self.map.set_gate(is_open=True)
 
     def grant(self, wanted: int) -> None:
@@ -312,13 +332,12 @@ class Engine:
         old = table[slots].astype(np.uint64)
         states, anchors = bat.state_of(old), bat.offset_of(old)
         anchored = (states == BlockState.UNDEFINED) | (states == BlockState.UNMAPPED)
-        anchored &= (anchors >= MIB) & (
-            anchors + np.uint64(self._geometry.block_size) <= np.uint64(self._leaf.size)
-        )
         table[slots] = values
         self._journal.commit(offsets, contents, self._referenced_end)
-        released: npt.NDArray[np.uint64] = anchors[anchored]
-        return released
+        # Only what was claimed when the image was opened: anything else may be another's by now.
+        released = self._anchors.intersection(anchors[anchored].tolist())
+        self._anchors -= released
+        return np.array(sorted(released), np.uint64)
 
     # ---- the end ----
 
@@ -327,6 +346,10 @@ class Engine:
 
         The file is closed in any case; the first failure is raised.
         """
+        if self.map.state == plane.FORKED:
+            self.host.close()  # the parent's locks may be held for ever here
+            return
+        poisoned = False
         try:
             if self._space is not None and self.map.state == 0:
                 self.map.flush()
@@ -334,15 +357,26 @@ class Engine:
             poisoned = self.map.state != 0
             with self._gate_lock:
                 self._closed = True
-            self.map.close()
+            try:
+                self.map.close()
+            except PoisonedError:
+                poisoned = True
             try:
                 if self._space is not None and self._journal.is_open and not poisoned:
                     self._finish(self._space)
             finally:
                 self.host.close()
+        if poisoned and self._space is not None:
+            raise PoisonedError(
+                "an earlier flush or commit failed, so what was written since the last good one "
+                "may be lost",
+                path=self.host.path,
+                hint="open it again and check what is there",
+            )
 
     def _finish(self, space: Space) -> None:
         with self._lock:
+            space.committed(self.map.statistics()["committed_generation"])
             space.give_back(self.map.revoke())
             end = space.end
         self._journal.close()

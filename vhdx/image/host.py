@@ -7,7 +7,7 @@ import os
 import stat
 
 from vhdx import plane
-from vhdx.errors import HostIOError, NotFoundError, ReadOnlyError, Reason
+from vhdx.errors import HostIOError, InvalidArgumentError, NotFoundError, ReadOnlyError, Reason
 from vhdx.image import lock
 
 __all__ = ["HostFile", "open_host"]
@@ -25,6 +25,7 @@ class HostFile:
         sparse: whether released space is given back to the host.
         key: (device, inode), which tell whether two paths are the same file.
         keep: leave the leaf open in :meth:`close`, because it is the caller's.
+        fd: the leaf's descriptor, to ask the host about the file.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class HostFile:
         sparse: bool,
         key: tuple[int, int],
         keep: bool = False,
+        fd: int | None = None,
     ) -> None:
         self.path = path
         self.leaf = leaf
@@ -43,6 +45,7 @@ class HostFile:
         self.sparse = sparse
         self.key = key
         self._keep = keep
+        self._fd = fd
 
     def close(self) -> None:
         """Closes the file and so lets go of its locks; nothing may use the leaf any more."""
@@ -51,7 +54,7 @@ class HostFile:
 
     def allocated(self) -> int:
         """Bytes that the host has set aside for the file."""
-        return os.stat(self.path).st_blocks * 512
+        return 0 if self._fd is None else os.fstat(self._fd).st_blocks * 512
 
 
 def open_host(path: str | os.PathLike[str], *, write: bool, sparse: bool = True) -> HostFile:
@@ -67,6 +70,8 @@ def open_host(path: str | os.PathLike[str], *, write: bool, sparse: bool = True)
         fd = os.open(name, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError as error:
         raise NotFoundError("there is no such file", path=name) from error
+    except ValueError as error:
+        raise InvalidArgumentError("no file can have this name", path=name) from error
     except IsADirectoryError as error:
         raise HostIOError("it is a directory", reason=Reason.NOT_A_FILE, path=name) from error
     except PermissionError as error:
@@ -91,5 +96,10 @@ def open_host(path: str | os.PathLike[str], *, write: bool, sparse: bool = True)
         raise
     leaf = plane.File(fd, size, read_only=not write, sparse=sparse, path=name)
     return HostFile(
-        name, leaf, read_only=not write, sparse=sparse, key=(status.st_dev, status.st_ino)
+        name,
+        leaf,
+        read_only=not write,
+        sparse=sparse,
+        key=(status.st_dev, status.st_ino),
+        fd=fd,
     )

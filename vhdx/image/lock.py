@@ -85,8 +85,8 @@ def _holders(fd: int) -> str:
             if process.name == str(os.getpid()) and name == str(fd):
                 continue
             try:
-                if f" {inode} " in (process / "fdinfo" / name).read_text():
-                    command = (process / "comm").read_text().strip()
+                if f" {inode} " in (process / "fdinfo" / name).read_text(errors="replace"):
+                    command = (process / "comm").read_text(errors="replace").strip()
                     found.append(f"{command} (process {process.name})")
                     break
             except OSError:

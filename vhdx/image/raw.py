@@ -83,6 +83,9 @@ class RawImage:
 
     def close(self) -> None:
         """Flushes and closes."""
+        if self.device.state == plane.FORKED:
+            self._host.close()
+            return
         try:
             if not self.read_only and self.device.state == 0:
                 self.device.flush()

@@ -94,6 +94,8 @@ class Space:
         """These places are free as soon as ``generation`` is committed."""
         if len(offsets):
             self._pending.append((generation, offsets))
+        if generation <= self._committed:
+            self.committed(generation)
 
     def committed(self, generation: int) -> None:
         """Everything up to ``generation`` is durable: frees what waited for it."""

@@ -79,6 +79,8 @@ def _read(host: HostFile) -> Structure:
             reason=Reason.TRUNCATED,
             offset=leaf.size,
         )
+    if leaf.size > headers.LARGEST_FILE:
+        raise UnsupportedError(f"the file has {leaf.size} bytes, more than 256 TiB")
     creator = headers.parse_creator(leaf.read(headers.IDENTIFIER_SIZE, 0))
     copies = [
         headers.parse_header(leaf.read(headers.HEADER_SIZE, offset), slot)
@@ -105,7 +107,7 @@ def _read(host: HostFile) -> Structure:
     values = {
         item.guid: overlay.read(where.offset + item.offset, item.length)
         for item in items
-        if not item.is_user
+        if not item.is_user and item.guid in metadata.KNOWN
     }
     parameters = metadata.parse_parameters(values, where.offset)
     geometry = Geometry(
@@ -153,6 +155,15 @@ def _active_sequence(host: HostFile, header: headers.Header) -> log.Sequence | N
             reason=Reason.LOG_EMPTY,
             offset=header.log_offset,
             hint="older QEMU versions leave such images after a crash; `qemu-img check` opens them",
+        )
+    last = max(
+        sequence.head.last_file_offset, *(p.offset + p.length for p in log.patches_of(sequence)), 0
+    )
+    if last > headers.LARGEST_FILE:
+        raise DamagedError(
+            f"the log makes the file {last:#x} bytes long",
+            reason=Reason.LOG_TARGET,
+            offset=header.log_offset + sequence.head.offset,
         )
     if host.leaf.size < sequence.head.flushed_file_offset:
         raise DamagedError(

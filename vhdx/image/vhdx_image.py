@@ -18,7 +18,7 @@ from vhdx.errors import (
 )
 from vhdx.format import header as headers
 from vhdx.image import journal
-from vhdx.image.allocation import block_counts
+from vhdx.image.allocation import block_counts, survey
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.structure import Structure, read_structure
@@ -64,7 +64,8 @@ class _Missing:
         raise UnsupportedError("a missing parent has no size", path=self._path)
 
     def extents(self, offset: int, length: int) -> Iterable[plane.device.RawExtent]:
-        return [plane.device.RawExtent(offset, length, plane.HOLE, -1)]
+        # Not a hole: it does not read as zeros, it does not read at all.
+        return [plane.device.RawExtent(offset, length, plane.DATA, 0)]
 
 
 class VhdxImage:
@@ -202,7 +203,15 @@ def _prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
             path=host.path,
             hint="convert it into a new image",
         )
+    if header.log_offset + header.log_length > host.leaf.size:
+        raise DamagedError(
+            "the log lies outside the file",
+            reason=Reason.TRUNCATED,
+            path=host.path,
+            offset=header.log_offset,
+        )
     if structure.sequence is not None:
+        survey(structure, host.leaf)  # what must be refused is refused before it is changed
         journal.replay_to_file(host.leaf, header, structure.sequence)
         structure = read_structure(host)
     return structure
@@ -233,14 +242,15 @@ def _candidates(host: HostFile, structure: Structure, search: Sequence[str]) -> 
 
 def _existing(path: Path) -> Path | None:
     """The file of that name; letters of either case will do, as on Windows."""
-    if path.exists():
-        return path
     try:
+        if path.is_file():
+            return path
         names = os.listdir(path.parent)
-    except OSError:
+    except (OSError, ValueError):  # names that this host cannot have
         return None
     same = [name for name in names if name.casefold() == path.name.casefold()]
-    return path.with_name(same[0]) if len(same) == 1 else None
+    found = path.with_name(same[0]) if len(same) == 1 else None
+    return found if found is not None and found.is_file() else None
 
 
 def _open_parent(
@@ -256,7 +266,7 @@ def _open_parent(
             reason=Reason.PARENT_DEPTH,
             path=host.path,
         )
-    refusals: list[MissingParentError] = []
+    refusals: list[VhdxError] = []
     for candidate in _candidates(host, structure, search):
         path = _existing(candidate)
         if path is None:
@@ -265,14 +275,24 @@ def _open_parent(
             below = open_host(path, write=False)
         except NotFoundError:
             continue
+        if below.key == host.key:
+            below.close()
+            continue
         if below.key in seen:
             below.close()
-            raise MissingParentError(
-                f"the chain of parents comes back to {path}",
-                reason=Reason.PARENT_CYCLE,
-                path=host.path,
+            refusals.append(
+                MissingParentError(
+                    f"the chain of parents comes back to {path}",
+                    reason=Reason.PARENT_CYCLE,
+                    path=host.path,
+                )
             )
-        parent = _open(below, False, True, search, pool, seen | {below.key})
+            continue
+        try:
+            parent = _open(below, False, True, search, pool, seen | {below.key})
+        except VhdxError as error:
+            refusals.append(error)
+            continue
         refusal = _mismatch(host, structure, parent)
         if refusal is None:
             return parent, _parent_info(structure, str(path))

@@ -7,6 +7,7 @@ stand in ``csrc/device.h`` and ``csrc/map.h``.
 """
 
 from vhdx.plane.callback import Backend, Callback
+from vhdx.plane.check import E_FORKED as FORKED
 from vhdx.plane.connection import Connection, ConnectionCounters
 from vhdx.plane.device import (
     DATA,
@@ -26,6 +27,7 @@ from vhdx.plane.map import CHUNK_PAGES, TAG_ZERO, FaultHandler, Kind, Map, entri
 __all__ = [
     "CHUNK_PAGES",
     "DATA",
+    "FORKED",
     "HOLE",
     "TAG_ZERO",
     "ZERO",

@@ -19,6 +19,11 @@ from vhdx.plane._native import ffi
 
 __all__ = [
     "CODES",
+    "E_CLOSED",
+    "E_FORKED",
+    "E_IO",
+    "E_POISONED",
+    "E_RANGE",
     "E_UPCALL",
     "code_of",
     "failure_buffer",
@@ -146,6 +151,10 @@ def failure_buffer() -> Any:
 def code_of(error: BaseException) -> int:
     """The code that carries ``error`` through C; the exception itself waits for its thread."""
     _thread.raised = error
+    return _code(error)
+
+
+def _code(error: BaseException) -> int:
     for kind, code in _REFUSALS:
         if isinstance(error, kind):
             return code
@@ -162,11 +171,11 @@ def raise_for(code: int, path: str | None = None) -> None:
     raised, _thread.raised = _thread.raised, None
     if code >= 0:
         return
-    if raised is not None and code_of(raised) == code:
-        _thread.raised = None
+    failure = _thread.failure
+    if raised is not None and _code(raised) == code and isinstance(raised, errors.VhdxError):
+        failure.code = 0
         raise raised
     kind, reason, message, hint = CODES[code]
-    failure = _thread.failure
     offset = None
     if failure.code == code:
         offset = failure.offset

@@ -81,6 +81,7 @@ class Pool:
         if handle == ffi.NULL:
             raise HostIOError("the host is out of memory", reason=Reason.NO_MEMORY)
         self.handle = handle
+        self._process = os.getpid()
 
     @property
     def bytes_waiting(self) -> int:
@@ -90,7 +91,8 @@ class Pool:
     def close(self) -> None:
         """Runs what is queued and stops the threads; nothing may use the pool any more."""
         handle, self.handle = self.handle, ffi.NULL
-        lib.vx_pool_destroy(handle)
+        if self._process == os.getpid():  # its threads are not in a forked child
+            lib.vx_pool_destroy(handle)
 
 
 _default_pool: list[tuple[int, Pool]] = []
@@ -143,8 +145,9 @@ class Device:
 
     def read(self, length: int, offset: int) -> bytes:
         """``length`` bytes from ``offset`` on."""
-        if not 0 <= length <= max(self.size, 0):
-            check.raise_for(check.E_RANGE, self.path)
+        size = self.size
+        if not 0 <= offset <= size or not 0 <= length <= size - offset:
+            check.raise_for(self.state or check.E_RANGE, self.path)
         buffer = bytearray(length)
         self.read_into(buffer, offset)
         return bytes(buffer)

@@ -237,6 +237,10 @@ class Map(Device):
         """Opens or closes the gate before changes."""
         lib.vx_map_gate(self.handle, is_open)
 
+    def poison(self) -> None:
+        """Fails every further request with PoisonedError."""
+        lib.vx_device_set_state(self.handle, check.E_POISONED)
+
     def statistics(self) -> dict[str, int]:
         """Generations, rounds, commits, published pages, stock and faults."""
         found = ffi.new("vx_map_statistics *")
@@ -244,5 +248,9 @@ class Map(Device):
         return {name: getattr(found, name) for name, _ in ffi.typeof("vx_map_statistics").fields}
 
     def close(self) -> None:
-        """Refuses new requests and waits for those under way."""
-        lib.vx_map_close(self.handle)
+        """Refuses new requests, waits for those under way, and commits what they published.
+
+        Raises:
+            PoisonedError: that could not be made durable.
+        """
+        check.raise_for(lib.vx_map_close(self.handle), self.path)
