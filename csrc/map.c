@@ -61,11 +61,35 @@ static int map_resize(vx_device *device, uint64_t size)
     return VX_OK;
 }
 
+/* Lets nobody in any more; false in a child of fork. */
+static bool shut(vx_map *map)
+{
+    if (vx_device_state(&map->device) == VX_E_FORKED)
+        return false; /* its locks and epochs belong to threads of another process */
+    vx_device_set_state(&map->device, VX_E_CLOSED);
+    atomic_store(&map->closed, true);
+    pthread_mutex_lock(&map->lock);
+    map->closing = true;
+    pthread_cond_broadcast(&map->changed);
+    pthread_mutex_unlock(&map->lock);
+    /* Who was let in finishes, and may still publish; nobody comes after. */
+    vx_epoch_quiesce(&map->epochs);
+    return true;
+}
+
+int vx_map_close(vx_device *device)
+{
+    vx_map *map = (vx_map *)device;
+    return shut(map) ? vx_map_last_round(map, true) : VX_E_FORKED;
+}
+
 static void map_destroy(vx_device *device)
 {
     vx_map *map = (vx_map *)device;
-    if (vx_map_close(device) == VX_E_FORKED)
+    if (!shut(map))
         return; /* left to the end of the process */
+    /* Whoever forgot to close it finds on disk what was flushed; a finaliser commits nothing. */
+    vx_map_last_round(map, false);
     for (uint32_t i = 0; i < map->lower_count; i++)
         vx_device_release(map->lowers[i]);
     for (vx_bitmap *next, *bitmap = map->bitmap_list; bitmap != NULL; bitmap = next) {
@@ -172,22 +196,6 @@ int vx_map_set_bitmap(vx_device *device, uint64_t page, uint32_t sector_shift,
     int code = map->bitmaps == NULL ? VX_E_NOMEM : VX_OK;
     pthread_mutex_unlock(&map->lock);
     return code;
-}
-
-int vx_map_close(vx_device *device)
-{
-    vx_map *map = (vx_map *)device;
-    if (vx_device_state(device) == VX_E_FORKED)
-        return VX_E_FORKED; /* its locks and epochs belong to threads of another process */
-    vx_device_set_state(device, VX_E_CLOSED);
-    atomic_store(&map->closed, true);
-    pthread_mutex_lock(&map->lock);
-    map->closing = true;
-    pthread_cond_broadcast(&map->changed);
-    pthread_mutex_unlock(&map->lock);
-    /* Who was let in finishes, and may still publish; nobody comes after. */
-    vx_epoch_quiesce(&map->epochs);
-    return vx_map_last_round(map);
 }
 
 void vx_map_statistics_of(vx_device *device, vx_map_statistics *statistics)

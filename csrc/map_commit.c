@@ -134,13 +134,13 @@ void vx_map_commit_in_background_locked(vx_map *map)
     vx_pool_push(map->pool, &map->round_job);
 }
 
-int vx_map_last_round(vx_map *map)
+int vx_map_last_round(vx_map *map, bool commit_rest)
 {
     int code = VX_OK;
     pthread_mutex_lock(&map->lock);
     while (map->jobs > 0)
         pthread_cond_wait(&map->changed, &map->lock);
-    if (map->published.count > 0) {
+    if (commit_rest && map->published.count > 0) {
         map->jobs++;
         run_round_locked(map);
         end_rounds_locked(map);

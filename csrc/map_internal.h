@@ -123,8 +123,8 @@ void vx_map_refill(vx_job *job);
 
 /* map_commit.c */
 int vx_map_flush(vx_map *map, vx_request *request);
-/* For vx_map_close: waits for rounds and refills, then commits what is left. */
-int vx_map_last_round(vx_map *map);
+/* Waits for rounds and refills; then, with `commit`, commits what is left. */
+int vx_map_last_round(vx_map *map, bool commit);
 void vx_map_commit_in_background_locked(vx_map *map);
 void vx_map_round(vx_job *job);
 
