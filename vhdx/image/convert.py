@@ -162,7 +162,8 @@ def _copy(
                 buffer = free.get()
                 if stop.is_set():
                     return
-                disk.preadinto(memoryview(buffer)[:length], offset)
+                with memoryview(buffer) as whole, whole[:length] as part:
+                    disk.preadinto(part, offset)
                 filled.put((offset, length, buffer))
             filled.put(None)
         except BaseException as error:
@@ -174,11 +175,15 @@ def _copy(
     try:
         while (item := filled.get()) is not None:
             if isinstance(item, BaseException):
-                raise item
+                try:
+                    raise item
+                finally:
+                    del item
             offset, length, buffer = item
             if cancel is not None and cancel():
                 raise VhdxError("the conversion was cancelled", reason=_CANCELLED, path=disk.path)
-            _write_data(target, memoryview(buffer)[:length], offset)
+            with memoryview(buffer) as whole, whole[:length] as part:
+                _write_data(target, part, offset)
             free.put(buffer)
             done += length
             if progress is not None:
@@ -199,12 +204,18 @@ def _write_data(target: plane.Device, data: memoryview, offset: int) -> None:
     """Writes ``data`` but for its grains of 64 KiB that are all zero."""
     start: int | None = None
     for at in range(0, len(data), _GRAIN):
-        grain = data[at : at + _GRAIN]
-        if grain == _ZEROS[: len(grain)]:
-            if start is not None:
-                target.write(data[start:at], offset + start)
-                start = None
-        elif start is None:
-            start = at
+        end = min(at + _GRAIN, len(data))
+        with data[at:end] as grain:
+            zero = grain == _ZEROS[: end - at]
+        if not zero:
+            start = at if start is None else start
+        elif start is not None:
+            _write_part(target, data, start, at, offset)
+            start = None
     if start is not None:
-        target.write(data[start:], offset + start)
+        _write_part(target, data, start, len(data), offset)
+
+
+def _write_part(target: plane.Device, data: memoryview, start: int, end: int, offset: int) -> None:
+    with data[start:end] as part:
+        target.write(part, offset + start)

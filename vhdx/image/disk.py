@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vhdx import plane
-from vhdx.errors import ClosedError, InUseError, RangeError, ReadOnlyError
+from vhdx.errors import ClosedError, InUseError, NoSpaceError, RangeError, ReadOnlyError
 from vhdx.plane.device import Buffer
 
 if TYPE_CHECKING:
@@ -329,21 +329,23 @@ class _DiskFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        view = memoryview(buffer).cast("B")
-        length = max(0, min(len(view), self._disk.size - self._position))
-        if length:
-            self._disk.preadinto(view[:length], self._position)
+        with memoryview(buffer) as given, given.cast("B") as view:
+            length = max(0, min(len(view), self._disk.size - self._position))
+            if length:
+                with view[:length] as part:
+                    self._disk.preadinto(part, self._position)
         self._position += length
         return length
 
     def write(self, data: Any) -> int:
         if self._disk.read_only:
             raise ReadOnlyError("it is open for reading only", path=self._disk.path)
-        view = memoryview(data).cast("B")
-        length = max(0, min(len(view), self._disk.size - self._position))
-        if length == 0 and len(view):
-            raise OSError(28, "the disk ends here")
-        self._disk.pwrite(view[:length], self._position)
+        with memoryview(data) as given, given.cast("B") as view:
+            length = max(0, min(len(view), self._disk.size - self._position))
+            if length == 0 and len(view):
+                raise NoSpaceError("the disk ends here", path=self._disk.path)
+            with view[:length] as part:
+                self._disk.pwrite(part, self._position)
         self._position += length
         return length
 

@@ -58,9 +58,12 @@ class Callback(Device):
         backend, offset, length = self.backend, request.offset, request.length
         operation = request.operation
         if operation == Operation.READ:
-            backend.pread_into(memoryview(ffi.buffer(request.buffer, length)), offset)
+            # Released at once: the memory is C's, and nobody may keep a view of it.
+            with memoryview(ffi.buffer(request.buffer, length)) as view:
+                backend.pread_into(view, offset)
         elif operation == Operation.WRITE:
-            backend.pwrite(memoryview(ffi.buffer(request.buffer, length)).toreadonly(), offset)
+            with memoryview(ffi.buffer(request.buffer, length)) as view, view.toreadonly() as data:
+                backend.pwrite(data, offset)
         elif operation == Operation.ZERO:
             backend.zero(offset, length)
         elif operation == Operation.TRIM:

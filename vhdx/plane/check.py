@@ -171,10 +171,20 @@ def raise_for(code: int, path: str | None = None) -> None:
     raised, _thread.raised = _thread.raised, None
     if code >= 0:
         return
+    try:
+        _raise(code, raised, path)
+    finally:
+        del raised  # or its traceback, which holds this frame, would hold itself
+
+
+def _raise(code: int, raised: BaseException | None, path: str | None) -> None:
     failure = _thread.failure
     if raised is not None and _code(raised) == code and isinstance(raised, errors.VhdxError):
         failure.code = 0
-        raise raised
+        try:
+            raise raised
+        finally:
+            del raised
     kind, reason, message, hint = CODES[code]
     offset = None
     if failure.code == code:
@@ -182,4 +192,7 @@ def raise_for(code: int, path: str | None = None) -> None:
         if failure.os_error:
             message = os.strerror(failure.os_error).lower()
         failure.code = 0
-    raise kind(message, reason=reason, path=path, offset=offset, hint=hint) from raised
+    try:
+        raise kind(message, reason=reason, path=path, offset=offset, hint=hint) from raised
+    finally:
+        del raised
