@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""Real clients: libnbd, qemu-img, fio with verification, ext4 over nbdfuse and a loop device."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+import vhdx
+from tests.conftest import absent
+from vhdx.units import MIB
+
+
+@pytest.fixture
+def image(fast_path):
+    path = fast_path / "disk.vhdx"
+    vhdx.create(path, 512 * MIB, block_size=MIB)
+    return path
+
+
+def run(*command, timeout=300):
+    result = subprocess.run(
+        [str(each) for each in command], capture_output=True, text=True, timeout=timeout
+    )
+    assert result.returncode == 0, result.stderr + result.stdout
+    return result.stdout
+
+
+def test_nbdinfo_shows_what_is_offered(image, peer):
+    peer("nbdinfo")
+    with vhdx.serve({"disk": image}) as server:
+        text = run("nbdinfo", server.uri)
+        listed = run("nbdinfo", "--list", server.uri)
+    for what in ("flush", "fua", "trim", "zero", "fast_zero", "cache", "df", "multi_conn"):
+        assert f"can_{what}: true" in text
+    assert "base:allocation" in text
+    assert "is_read_only: false" in text
+    assert "block_size_minimum: 1" in text
+    assert "block_size_preferred: 4096" in text
+    assert "block_size_maximum: 33554432" in text
+    assert "structured" in text
+    assert 'export="disk"' in listed
+
+
+def random_raw(path, size):
+    """Random data with holes in between."""
+    with path.open("wb") as file:
+        for offset in range(0, size, 3 * MIB):
+            file.seek(offset)
+            file.write(os.urandom(MIB + 512))
+        file.truncate(size)
+    return path
+
+
+@pytest.mark.parametrize("tool", ["nbdcopy", "qemu-img"])
+def test_copies_in_both_directions_are_identical(image, fast_path, tool, peer):
+    peer(tool, "cmp")
+    raw = random_raw(fast_path / "in.raw", 512 * MIB)
+    back = fast_path / "out.raw"
+    with vhdx.serve({"disk": image}) as server:
+        if tool == "nbdcopy":
+            run("nbdcopy", "--flush", raw, server.uri)
+            run("nbdcopy", server.uri, back)
+        else:
+            raws = ["-f", "raw", "-O", "raw"]
+            run("qemu-img", "convert", "-n", "-W", "-m", "8", *raws, raw, server.uri)
+            run("qemu-img", "convert", *raws, server.uri, back)
+    run("cmp", raw, back)
+    run("qemu-img", "compare", "-f", "vhdx", "-F", "raw", image, raw)
+    with vhdx.open(image) as disk:
+        assert disk.describe()["blocks"]["fully_present"] < 400  # holes stayed holes
+
+
+def fio_verify(uri, seconds):
+    options = "--ioengine=nbd --rw=randrw --bs=4k --iodepth=16 --numjobs=4 --size=128m "
+    options += "--offset_increment=128m --verify=crc32c --verify_fatal=1 --time_based"
+    text = run(
+        "fio", "--name=v", *options.split(), f"--uri={uri}", f"--runtime={seconds}",
+        timeout=seconds + 120,
+    )  # fmt: skip
+    assert "err= 0" in text
+
+
+def test_fio_verifies_what_it_wrote(image, peer):
+    peer("fio")
+    with vhdx.serve({"disk": image}) as server:
+        fio_verify(server.uri, 8)
+
+
+@pytest.mark.soak
+def test_fio_verifies_for_a_minute(image, peer):
+    peer("fio")
+    with vhdx.serve({"disk": image}) as server:
+        fio_verify(server.uri, 60)
+
+
+@contextlib.contextmanager
+def loop_device(uri, work):
+    """The export as a block device: nbdfuse and a loop device."""
+    mount = work / "fuse"
+    mount.mkdir()
+    fuse = subprocess.Popen(["nbdfuse", "-C", "4", str(mount / "nbd"), uri])
+    device = None
+    try:
+        for _ in range(200):
+            if (mount / "nbd").exists():
+                break
+            time.sleep(0.05)
+        found = subprocess.run(
+            ["losetup", "-f", "--show", str(mount / "nbd")], capture_output=True, text=True
+        )
+        if found.returncode != 0:
+            absent("a loop device")
+        device = found.stdout.strip()
+        yield device
+    finally:
+        if device is not None:
+            subprocess.run(["losetup", "-d", device], check=True)
+        subprocess.run(["fusermount3", "-u", mount], check=False)
+        fuse.wait(timeout=60)
+
+
+def test_ext4_through_nbdfuse_and_a_loop_device(image, fast_path, peer):
+    peer("nbdfuse", "losetup", "mkfs.ext4", "e2fsck", "fusermount3")
+    if os.geteuid() != 0 or not Path("/dev/fuse").exists():
+        absent("root or /dev/fuse")
+    tree = Path("/usr/share/doc")
+    mount = fast_path / "mnt"
+    mount.mkdir()
+    with vhdx.serve({"disk": image}) as server, loop_device(server.uri, fast_path) as device:
+        run("mkfs.ext4", "-q", device)
+        run("mount", device, mount)
+        try:
+            shutil.copytree(tree, mount / "doc", symlinks=True)
+        finally:
+            run("umount", mount)
+        run("e2fsck", "-fn", device)
+        run("mount", "-o", "ro", device, mount)
+        try:
+            run("diff", "-r", "--no-dereference", tree, mount / "doc")
+        finally:
+            run("umount", mount)
+    with vhdx.open(image) as disk, (fast_path / "out.raw").open("wb") as out:
+        for offset in range(0, disk.size, MIB):
+            out.write(disk.pread(MIB, offset))
+    run("e2fsck", "-fn", fast_path / "out.raw")
