@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from vhdx.errors import ClosedError
 from vhdx.plane import check
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.callback import upcalls
@@ -136,7 +137,7 @@ class Map(Device):
             upcalls,
         )
         super().__init__(handle, path)
-        self._handler = handler
+        self._handler: FaultHandler | None = handler
         self._keep = (pool, tuple(lowers))
         check.register(identity, self)
         for index, lower in enumerate(lowers):
@@ -146,20 +147,22 @@ class Map(Device):
 
     def answer(self, fault: Any) -> None:
         """Hands a fault of C (a ``vx_fault *``) to the handler."""
-        kind = fault.kind
+        kind, handler = fault.kind, self._handler
+        if handler is None:
+            raise ClosedError("the disk was closed", path=self.path)
         if kind == 0:
-            self._handler.load(fault.first, fault.count)
+            handler.load(fault.first, fault.count)
         elif kind == 1:
-            self._handler.grant(fault.count)
+            handler.grant(fault.count)
         elif kind == 2:
-            self._handler.open_gate()
+            handler.open_gate()
         elif kind == 3:
-            self._handler.change_range(Operation(fault.operation), fault.first, fault.count)
+            handler.change_range(Operation(fault.operation), fault.first, fault.count)
         else:
             size = fault.count * 8
             pages = np.frombuffer(ffi.buffer(fault.pages, size), np.uint64).copy()
             new = np.frombuffer(ffi.buffer(fault.entries, size), np.uint64).copy()
-            self._handler.commit(pages, new, fault.generation)
+            handler.commit(pages, new, fault.generation)
 
     def install(self, first: int, new: npt.NDArray[np.uint64]) -> None:
         """Fills the pages from ``first`` on that ask; 0 leaves a page asking."""
@@ -253,4 +256,7 @@ class Map(Device):
         Raises:
             PoisonedError: that could not be made durable.
         """
-        check.raise_for(lib.vx_map_close(self.handle), self.path)
+        try:
+            check.raise_for(lib.vx_map_close(self.handle), self.path)
+        finally:
+            self._handler = None  # it holds this map: nobody should wait for the collector

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""``python -m bench nbd|api [--quick]``: measures, prints a table, writes JSON and Markdown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from bench import api, nbd
+from bench.conditions import machine
+
+HERE = Path(__file__).parent
+
+
+def markdown(name: str, report: dict[str, Any], about: dict[str, Any]) -> str:
+    """A table for each benchmark."""
+    lines = [f"# {name}", "", ", ".join(f"{key} {value}" for key, value in about.items()), ""]
+    for title, rows in report.items():
+        if not isinstance(rows, list):
+            lines += [f"**{title}**: {rows}", ""]
+            continue
+        keys = list(rows[0])
+        lines += [f"## {title}", "", "| " + " | ".join(keys) + " |", "|" + "---|" * len(keys)]
+        for row in rows:
+            cells = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("what", choices=["nbd", "api"])
+    parser.add_argument("--quick", action="store_true", help="a short form, for a look")
+    parser.add_argument("--fast", type=Path, default=Path("/dev/shm"), help="directory on tmpfs")
+    parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="directory on a disk")
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    arguments = parser.parse_args()
+    module = {"nbd": nbd, "api": api}[arguments.what]
+    report = module.run(quick=arguments.quick, fast=arguments.fast, disk=arguments.disk)
+    about = machine() | {"quick": arguments.quick}
+    text = markdown(arguments.what, report, about)
+    arguments.out.mkdir(exist_ok=True)
+    (arguments.out / f"{arguments.what}.json").write_text(
+        json.dumps({"machine": about, "report": report}, indent=2)
+    )
+    (arguments.out / f"{arguments.what}.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONPATH", str(HERE.parent))
+    main()
