@@ -55,6 +55,7 @@ fuzz: $(STAMP) ## fuzz the open path and the NBD parsers, 10 minutes each (SECON
 bench: $(STAMP) peers ## benchmarks against the peers; report in bench/results
 	$(BIN)/python -m bench nbd
 	$(BIN)/python -m bench api
+	$(BIN)/python -m bench stall
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist *.egg-info vhdx/plane/*.so

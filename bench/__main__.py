@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""``python -m bench nbd|api [--quick]``: measures, prints a table, writes JSON and Markdown."""
+"""``python -m bench nbd|api|stall [--quick]``: measures, prints a table, writes JSON and Markdown."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import api, nbd
+from bench import api, nbd, stall
 from bench.conditions import machine
 
 HERE = Path(__file__).parent
@@ -33,14 +34,15 @@ def markdown(name: str, report: dict[str, Any], about: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=["nbd", "api"])
+    parser.add_argument("what", choices=["nbd", "api", "stall"])
     parser.add_argument("--quick", action="store_true", help="a short form, for a look")
     parser.add_argument("--fast", type=Path, default=Path("/dev/shm"), help="directory on tmpfs")
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="directory on a disk")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
-    module = {"nbd": nbd, "api": api}[arguments.what]
-    report = module.run(quick=arguments.quick, fast=arguments.fast, disk=arguments.disk)
+    module = {"nbd": nbd, "api": api, "stall": stall}[arguments.what]
+    run: Callable[..., dict[str, Any]] = module.run
+    report = run(quick=arguments.quick, fast=arguments.fast, disk=arguments.disk)
     about = machine() | {"quick": arguments.quick}
     text = markdown(arguments.what, report, about)
     arguments.out.mkdir(exist_ok=True)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: MIT
+"""The package itself: wheels from the sdist, exports, and the fuzzers' short form."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import vhdx
+from tests import fuzz
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_wheel_is_built_from_the_sdist_and_runs(tmp_path):
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    result = subprocess.run(build, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"csrc/ffi_build.py", "csrc/native.cdef.h", "csrc/map.c", "Makefile"} <= names
+    (wheel,) = tmp_path.glob("*.whl")
+    assert "-cp311-abi3-linux" in wheel.name
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    script = "import vhdx; vhdx.create('x.vhdx', 1 << 20); print(vhdx.open('x.vhdx').pread(3, 0))"
+    ran = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.stdout.strip() == r"b'\x00\x00\x00'", ran.stderr
+    assert (tmp_path / "site" / "vhdx" / "py.typed").exists()
+
+
+def test_library_exports_nothing_but_its_entry():
+    (library,) = (ROOT / "vhdx" / "plane").glob("_native*.so")
+    text = subprocess.run(
+        ["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True
+    ).stdout
+    assert [line.split()[-1] for line in text.splitlines()] == ["PyInit__native"]
+
+
+def test_everything_exported_is_there_and_documented():
+    for name in vhdx.__all__:
+        assert getattr(vhdx, name).__doc__, name
+    public = {n for n in dir(vhdx) if not n.startswith("_")}
+    modules = {"errors", "format", "image", "nbd", "plane", "units", "cli"}
+    assert public - modules == set(vhdx.__all__)
+
+
+@pytest.mark.parametrize("kind", ["open", "handshake", "nbd"])
+def test_fuzzer_finds_nothing(kind):
+    command = [sys.executable, "-m", "tests.fuzz", kind, "--seconds", "8", "--seed", "7"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("kind", sorted(fuzz.PLANTED))
+def test_planted_bugs_still_fit_the_code(kind):
+    assert len(list(fuzz.planted_trees(kind))) >= 10
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", sorted(fuzz.PLANTED))
+def test_fuzzers_find_ten_planted_bugs_each(kind):
+    assert fuzz.find_planted(kind, 60) == []
