@@ -119,6 +119,10 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
     for (uint64_t i = 0; i < count; i++) {
         while (vx_map_is_busy_locked(map, pages[i]))
             pthread_cond_wait(&map->changed, &map->lock);
+        if (map->closing) { /* nothing would commit it */
+            code = VX_E_CLOSED;
+            break;
+        }
         if (publish && !vx_published_reserve(&map->published, 1)) {
             code = VX_E_NOMEM; /* what was replaced so far still needs the quiesce */
             break;

@@ -204,7 +204,10 @@ static void *mover(void *argument)
             continue;
         uint64_t from = vx_entry_offset(entry);
         uint64_t shared = vx_entry(VX_SHARED, 0, from, 0), moved = vx_entry(VX_DATA, 0, to, 0);
-        CHECK(vx_map_replace(map, 1, &page, &entry, &shared, true, &mismatched) >= 0);
+        int64_t code = vx_map_replace(map, 1, &page, &entry, &shared, true, &mismatched);
+        if (code == VX_E_CLOSED)
+            break;
+        CHECK(code >= 0);
         if (mismatched) {
             release_slot(to);
             continue;
@@ -227,7 +230,10 @@ static void *mover(void *argument)
         }
         memcpy(vx_memory_bytes(leaf) + to, vx_memory_bytes(leaf) + from, PAGE);
         dither();
-        CHECK(vx_map_replace(map, 1, &page, &shared, &moved, true, &mismatched) >= 0);
+        code = vx_map_replace(map, 1, &page, &shared, &moved, true, &mismatched);
+        if (code == VX_E_CLOSED)
+            break;
+        CHECK(code >= 0);
         if (mismatched) { /* a writer copied it meanwhile; that needs the same wait */
             vx_map_quiesce(map);
             release_slot(to);

@@ -25,11 +25,10 @@ def image(fast_path):
 
 
 def run(*command, timeout=300):
-    result = subprocess.run(
-        [str(each) for each in command], capture_output=True, text=True, timeout=timeout
-    )
-    assert result.returncode == 0, result.stderr + result.stdout
-    return result.stdout
+    result = subprocess.run([str(each) for each in command], capture_output=True, timeout=timeout)
+    text = (result.stdout + result.stderr).decode(errors="replace")
+    assert result.returncode == 0, text
+    return text
 
 
 def test_nbdinfo_shows_what_is_offered(image, peer):

@@ -305,6 +305,7 @@ def test_parked_requests_do_not_hold_up_the_others(image):
     disk, slow = held(image)
     with disk, vhdx.serve({"disk": disk}) as server:
         client = Client(server.socket_path, "disk")
+        client.read(0, 4096)  # loaded: the following reads need no fault
         slow.set(park=[plane.Operation.FLUSH], park_ns=300_000_000)
         client.send(FLUSH, cookie=1)
         for cookie in range(2, 50):

@@ -11,7 +11,9 @@ from rich.table import Table
 
 from vhdx import image
 from vhdx.cli.output import SIZE, print_json, progress_bar
+from vhdx.errors import InvalidArgumentError
 from vhdx.image import dump as dumping
+from vhdx.image.opening import RAW_SUFFIXES
 from vhdx.units import format_size
 
 if TYPE_CHECKING:
@@ -56,6 +58,10 @@ def create(
 
     Example: vhdx create disk.vhdx --size 64G
     """
+    if path.lower().endswith(RAW_SUFFIXES):
+        raise InvalidArgumentError(
+            "an image of this name would be taken for a raw one", path=path, hint="name it .vhdx"
+        )
     with progress_bar("allocating") as progress:
         image.create(
             path,
@@ -91,7 +97,7 @@ def info(
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _shown(name, value))
-    Console(soft_wrap=True, highlight=False).print(table)
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
 def _shown(name: str, value: Any) -> str:

@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
+import signal
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,6 @@ from vhdx.errors import (
     DamagedError,
     InUseError,
     InvalidArgumentError,
-    MissingParentError,
     VhdxError,
 )
 from vhdx.units import parse_size
@@ -33,8 +34,9 @@ from vhdx.units import parse_size
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["SIZE", "VhdxGroup", "exit_code", "print_json", "progress_bar"]
+__all__ = ["SECONDS", "SIZE", "VhdxGroup", "exit_code", "print_json", "progress_bar"]
 
+_LONGEST_SECONDS = 86400
 DONE, FAILED, USAGE, DAMAGED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
@@ -42,7 +44,7 @@ def exit_code(error: BaseException) -> int:
     """What the command ends with for ``error``."""
     if isinstance(error, InvalidArgumentError):
         return USAGE
-    if isinstance(error, DamagedError | MissingParentError):
+    if isinstance(error, DamagedError):
         return DAMAGED
     if isinstance(error, InUseError):
         return IN_USE
@@ -66,15 +68,34 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
 SIZE = _Size()
 
 
+class _Seconds(click.ParamType):  # type: ignore[type-arg]
+    name = "seconds"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
+        if not (math.isfinite(seconds) and 0 < seconds <= _LONGEST_SECONDS):
+            self.fail(f"{value} seconds are not in 0 to a day", param, ctx)
+        return seconds
+
+
+SECONDS = _Seconds()
+
+
 class VhdxGroup(click.Group):
     """Turns errors into one line and an exit code."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the command; never shows a traceback for what a user can meet."""
         kwargs["standalone_mode"] = False
+        # As an exception, so that nothing unfinished is left behind; `serve` has its own way.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             result = super().main(*args, **kwargs)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # closed by whoever started us
+                sys.stdout.flush()
             sys.exit(result if isinstance(result, int) else DONE)
         except click.exceptions.Exit as error:
             sys.exit(error.exit_code)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vhdx import nbd
-from vhdx.cli.output import DONE, INTERRUPTED
+from vhdx.cli.output import DONE, INTERRUPTED, SECONDS
 from vhdx.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
@@ -55,10 +55,10 @@ def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
     help="Run a shell command with $uri, then stop with its code.",
 )
 @click.option(
-    "--drain-seconds", type=float, default=10.0, show_default=True, help="Patience at the end."
+    "--drain-seconds", type=SECONDS, default=10.0, show_default=True, help="Patience at the end."
 )
 @click.option("--max-connections", type=click.IntRange(1), default=100, show_default=True)
-@click.option("--handshake-seconds", type=float, default=10.0, show_default=True)
+@click.option("--handshake-seconds", type=SECONDS, default=10.0, show_default=True)
 def serve(
     paths: tuple[str, ...],
     listen: str | None,

@@ -162,8 +162,7 @@ def _copy(
                 buffer = free.get()
                 if stop.is_set():
                     return
-                with memoryview(buffer) as whole, whole[:length] as part:
-                    disk.preadinto(part, offset)
+                disk.preadinto(memoryview(buffer)[:length], offset)
                 filled.put((offset, length, buffer))
             filled.put(None)
         except BaseException as error:
@@ -182,8 +181,7 @@ def _copy(
             offset, length, buffer = item
             if cancel is not None and cancel():
                 raise VhdxError("the conversion was cancelled", reason=_CANCELLED, path=disk.path)
-            with memoryview(buffer) as whole, whole[:length] as part:
-                _write_data(target, part, offset)
+            _write_data(target, memoryview(buffer)[:length], offset)
             free.put(buffer)
             done += length
             if progress is not None:
@@ -205,17 +203,10 @@ def _write_data(target: plane.Device, data: memoryview, offset: int) -> None:
     start: int | None = None
     for at in range(0, len(data), _GRAIN):
         end = min(at + _GRAIN, len(data))
-        with data[at:end] as grain:
-            zero = grain == _ZEROS[: end - at]
-        if not zero:
+        if data[at:end] != _ZEROS[: end - at]:
             start = at if start is None else start
         elif start is not None:
-            _write_part(target, data, start, at, offset)
+            target.write(data[start:at], offset + start)
             start = None
     if start is not None:
-        _write_part(target, data, start, len(data), offset)
-
-
-def _write_part(target: plane.Device, data: memoryview, start: int, end: int, offset: int) -> None:
-    with data[start:end] as part:
-        target.write(part, offset + start)
+        target.write(data[start:], offset + start)

@@ -13,7 +13,7 @@ from vhdx.errors import ClosedError, InUseError, NoSpaceError, RangeError, ReadO
 from vhdx.plane.device import Buffer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
 __all__ = ["Disk", "Extent", "ExtentState", "Format"]
@@ -176,8 +176,9 @@ class Disk:
         """Fills ``buffer`` (writable, contiguous) from ``offset`` on; returns its length."""
         return self._device.read_into(buffer, offset)
 
-    def preadv(self, buffers: Sequence[Buffer], offset: int) -> int:
+    def preadv(self, buffers: Iterable[Buffer], offset: int) -> int:
         """Fills ``buffers`` one after the other; returns the bytes read."""
+        buffers = list(buffers)  # looked at twice: an iterator will do, too
         self._check_range(buffers, offset)
         done = 0
         for buffer in buffers:
@@ -186,7 +187,8 @@ class Disk:
 
     def extents(self, offset: int = 0, length: int | None = None) -> Iterator[Extent]:
         """Runs of one state that cover the range (the whole disk by default), in order."""
-        length = self.size - offset if length is None else length
+        if length is None:
+            length = max(0, self.size - offset)
         run: plane.device.RawExtent | None = None
         for raw in self._device.extents(offset, length):
             if run is not None and (run.state, run.depth) == (raw.state, raw.depth):
@@ -216,8 +218,9 @@ class Disk:
         """
         return self._device.write(data, offset, fua=fua)
 
-    def pwritev(self, buffers: Sequence[Buffer], offset: int, *, fua: bool = False) -> int:
+    def pwritev(self, buffers: Iterable[Buffer], offset: int, *, fua: bool = False) -> int:
         """Writes ``buffers`` one after the other; returns the bytes written."""
+        buffers = list(buffers)
         self._check_range(buffers, offset)
         done = 0
         for buffer in buffers:
@@ -329,23 +332,21 @@ class _DiskFile(io.RawIOBase):
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        with memoryview(buffer) as given, given.cast("B") as view:
-            length = max(0, min(len(view), self._disk.size - self._position))
-            if length:
-                with view[:length] as part:
-                    self._disk.preadinto(part, self._position)
+        view = memoryview(buffer).cast("B")
+        length = max(0, min(len(view), self._disk.size - self._position))
+        if length:
+            self._disk.preadinto(view[:length], self._position)
         self._position += length
         return length
 
     def write(self, data: Any) -> int:
         if self._disk.read_only:
             raise ReadOnlyError("it is open for reading only", path=self._disk.path)
-        with memoryview(data) as given, given.cast("B") as view:
-            length = max(0, min(len(view), self._disk.size - self._position))
-            if length == 0 and len(view):
-                raise NoSpaceError("the disk ends here", path=self._disk.path)
-            with view[:length] as part:
-                self._disk.pwrite(part, self._position)
+        view = memoryview(data).cast("B")
+        length = max(0, min(len(view), self._disk.size - self._position))
+        if length == 0 and len(view):
+            raise NoSpaceError("the disk ends here", path=self._disk.path)
+        self._disk.pwrite(view[:length], self._position)
         self._position += length
         return length
 

@@ -4,16 +4,14 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vhdx import plane
-from vhdx.errors import HostIOError, InvalidArgumentError, NotFoundError, UnsupportedError
+from vhdx.errors import InvalidArgumentError, UnsupportedError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
-from vhdx.image.host import HostFile
+from vhdx.image.host import HostFile, open_host
 from vhdx.image.structure import Structure, read_structure
 
 if TYPE_CHECKING:
@@ -37,26 +35,13 @@ def dump(path: str | os.PathLike[str], section: str) -> Iterator[dict[str, Any]]
         raise InvalidArgumentError(
             f"the section {section!r} is unknown", hint=f"choose {', '.join(SECTIONS)}"
         )
-    host = _open_unlocked(os.fspath(path))
+    host = open_host(path, write=False, locked=False)
     try:
         if host.leaf.size < 8 or host.leaf.read(8, 0) != headers.SIGNATURE:
             raise UnsupportedError("it is not a VHDX file", path=path)
         yield from _READERS[section](host)
     finally:
         host.close()
-
-
-def _open_unlocked(path: str) -> HostFile:
-    try:
-        if not Path(path).is_file():
-            raise NotFoundError("there is no such file", path=path)
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        if isinstance(error, NotFoundError):
-            raise
-        raise HostIOError(error.strerror or "it cannot be opened", path=path) from error
-    leaf = plane.File(fd, os.fstat(fd).st_size, read_only=True, path=path)
-    return HostFile(path, leaf, read_only=True, sparse=True, key=(0, 0))
 
 
 def _piece(host: HostFile, offset: int, length: int) -> bytes:

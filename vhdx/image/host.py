@@ -7,7 +7,14 @@ import os
 import stat
 
 from vhdx import plane
-from vhdx.errors import HostIOError, InvalidArgumentError, NotFoundError, ReadOnlyError, Reason
+from vhdx.errors import (
+    ClosedError,
+    HostIOError,
+    InvalidArgumentError,
+    NotFoundError,
+    ReadOnlyError,
+    Reason,
+)
 from vhdx.image import lock
 
 __all__ = ["HostFile", "open_host"]
@@ -54,17 +61,24 @@ class HostFile:
 
     def allocated(self) -> int:
         """Bytes that the host has set aside for the file."""
-        return 0 if self._fd is None else os.fstat(self._fd).st_blocks * 512
+        if self._fd is None:
+            return 0
+        try:
+            return os.fstat(self._fd).st_blocks * 512
+        except OSError as error:
+            raise ClosedError("the disk was closed", path=self.path) from error
 
 
-def open_host(path: str | os.PathLike[str], *, write: bool, sparse: bool = True) -> HostFile:
-    """Opens and locks a regular file or block device.
+def open_host(
+    path: str | os.PathLike[str], *, write: bool, sparse: bool = True, locked: bool = True
+) -> HostFile:
+    """Opens a regular file or block device, and locks it unless ``locked`` is False.
 
     Raises:
         NotFoundError, ReadOnlyError, HostIOError: it is not there, not writable, or no such file.
         InUseError: somebody else has it open in a way that excludes this.
     """
-    name = os.fspath(path)
+    name = os.fsdecode(path)
     try:
         # O_NONBLOCK: opening a FIFO must not wait for its other end.
         fd = os.open(name, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -90,7 +104,8 @@ def open_host(path: str | os.PathLike[str], *, write: bool, sparse: bool = True)
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise HostIOError(f"it is {kind}", reason=Reason.NOT_A_FILE, path=name)
         size = os.lseek(fd, 0, os.SEEK_END)
-        lock.acquire(fd, name, write=write)
+        if locked:
+            lock.acquire(fd, name, write=write)
     except BaseException:
         os.close(fd)
         raise

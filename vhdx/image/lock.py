@@ -87,7 +87,8 @@ def _holders(fd: int) -> str:
             try:
                 if f" {inode} " in (process / "fdinfo" / name).read_text(errors="replace"):
                     command = (process / "comm").read_text(errors="replace").strip()
-                    found.append(f"{command} (process {process.name})")
+                    own = process.name == str(os.getpid())
+                    found.append(f"{command} ({'this ' if own else ''}process {process.name})")
                     break
             except OSError:
                 continue

@@ -43,8 +43,7 @@ class Overlay:
         present = max(0, min(length, self._leaf.size - offset))
         data = bytearray(length)
         if present:
-            with memoryview(data) as whole, whole[:present] as part:
-                self._leaf.read_into(part, offset)
+            self._leaf.read_into(memoryview(data)[:present], offset)
         touching = np.flatnonzero((self._starts < offset + length) & (self._ends > offset))
         for i in touching:
             patch = self._patches[i]

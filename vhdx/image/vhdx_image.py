@@ -305,7 +305,8 @@ def _open_parent(
     raise MissingParentError(
         f"its parent was not found (it names {named})",
         path=host.path,
-        hint="put the parent beside it, or say where it is with --parent-dir (parent_search=)",
+        hint="put the parent beside it, or say where it is with --parent-dir (parent_search=); "
+        "--no-chain (chain=False) shows this layer alone",
     )
 
 

@@ -217,7 +217,9 @@ class Handshake:
         self.most_options += len(names)
         for name, terms in names.items():
             encoded = name.encode()
-            body = struct.pack(">I", len(encoded)) + encoded + terms.description.encode()
+            body = (
+                struct.pack(">I", len(encoded)) + encoded + terms.description.encode(errors="replace")
+            )
             answer += _reply(LIST, REP_SERVER, body)
         return bytes(answer) + _reply(LIST, REP_ACK)
 
@@ -245,7 +247,9 @@ class Handshake:
             answer += _reply(option, REP_INFO, struct.pack(">H", INFO_NAME) + terms.name.encode())
         if INFO_DESCRIPTION in wishes:
             answer += _reply(
-                option, REP_INFO, struct.pack(">H", INFO_DESCRIPTION) + terms.description.encode()
+                option,
+                REP_INFO,
+                struct.pack(">H", INFO_DESCRIPTION) + terms.description.encode(errors="replace"),
             )
         if INFO_BLOCK_SIZE in wishes:
             answer += _reply(

@@ -22,7 +22,7 @@ from vhdx import plane
 from vhdx.errors import InvalidArgumentError, ProtocolError, VhdxError
 from vhdx.image.disk import Disk
 from vhdx.image.opening import open_disk
-from vhdx.nbd.address import listen, parse_address, private_address, uri_of
+from vhdx.nbd.address import bind, parse_address, private_address, uri_of
 from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class Server:
         self,
         exports: Mapping[str, Disk | str | os.PathLike[str]],
         *,
-        listen_on: str | None = None,
+        listen: str | None = None,
         read_only: bool = False,
         limits: Limits | None = None,
         format: str | None = None,
@@ -122,10 +122,10 @@ class Server:
                 self._add(name, source, read_only=read_only, format=format)
             address = (
                 private_address(next(iter(exports)) or "disk")
-                if listen_on is None
-                else parse_address(listen_on)
+                if listen is None
+                else parse_address(listen)
             )
-            self._listener, self._address = listen(address)
+            self._listener, self._address = bind(address)
             self._cleanup.callback(self._stop_listening)
         except BaseException:
             self._cleanup.close()
@@ -145,8 +145,16 @@ class Server:
         read_only: bool,
         format: str | None,
     ) -> None:
-        if "\0" in name or len(name.encode()) > _LONGEST_NAME:
-            raise InvalidArgumentError(f"{name[:80]!r} cannot be the name of an export")
+        encoded = name.encode(errors="surrogatepass")
+        if (
+            "\0" in name
+            or len(encoded) > _LONGEST_NAME
+            or "\ufffd" in encoded.decode(errors="replace")
+        ):
+            raise InvalidArgumentError(
+                f"{name[:80]!r} cannot be the name of an export",
+                hint="it must be UTF-8; name it: NAME=PATH",
+            )
         owned = not isinstance(source, Disk)
         disk = (
             source
@@ -388,4 +396,4 @@ def serve(
         InvalidArgumentError, InUseError, HostIOError: it cannot listen.
         VhdxError: an image cannot be opened.
     """
-    return Server(exports, listen_on=listen, read_only=read_only, limits=limits, format=format)
+    return Server(exports, listen=listen, read_only=read_only, limits=limits, format=format)

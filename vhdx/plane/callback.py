@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vhdx.plane import check
@@ -10,7 +11,7 @@ from vhdx.plane._native import ffi, lib
 from vhdx.plane.device import Device, Operation, RawExtent
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 __all__ = ["Backend", "Callback"]
 
@@ -58,12 +59,12 @@ class Callback(Device):
         backend, offset, length = self.backend, request.offset, request.length
         operation = request.operation
         if operation == Operation.READ:
-            # Released at once: the memory is C's, and nobody may keep a view of it.
-            with memoryview(ffi.buffer(request.buffer, length)) as view:
+            with _lent(memoryview(ffi.buffer(request.buffer, length))) as view:
                 backend.pread_into(view, offset)
         elif operation == Operation.WRITE:
-            with memoryview(ffi.buffer(request.buffer, length)) as view, view.toreadonly() as data:
-                backend.pwrite(data, offset)
+            data = memoryview(ffi.buffer(request.buffer, length)).toreadonly()
+            with _lent(data) as view:
+                backend.pwrite(view, offset)
         elif operation == Operation.ZERO:
             backend.zero(offset, length)
         elif operation == Operation.TRIM:
@@ -84,6 +85,16 @@ class Callback(Device):
             slot.depth = -1 if extent.state == 2 else request.depth  # 2: hole
             count += 1
         request.extent_count = count
+
+
+@contextlib.contextmanager
+def _lent(view: memoryview) -> Iterator[memoryview]:
+    """Takes ``view`` back at the end: the memory is C's, and nobody may keep a view of it."""
+    try:
+        yield view
+    finally:
+        with contextlib.suppress(BufferError):  # a part of it is still in use by a traceback
+            view.release()
 
 
 def _guarded(identity: int, method: str, argument: Any) -> int:

@@ -14,7 +14,7 @@ import weakref
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vhdx.errors import HostIOError, InvalidArgumentError, Reason
+from vhdx.errors import HostIOError, InvalidArgumentError, RangeError, Reason
 from vhdx.plane import check
 from vhdx.plane._native import ffi, lib
 
@@ -147,7 +147,10 @@ class Device:
         """``length`` bytes from ``offset`` on."""
         size = self.size
         if not 0 <= offset <= size or not 0 <= length <= size - offset:
-            check.raise_for(self.state or check.E_RANGE, self.path)
+            check.raise_for(self.state, self.path)
+            raise RangeError(
+                "the range is not inside the disk", path=self.path, offset=max(offset, 0)
+            )
         buffer = bytearray(length)
         self.read_into(buffer, offset)
         return bytes(buffer)

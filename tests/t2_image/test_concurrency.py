@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: MIT
+"""Threads on one disk, and a close in the middle of them."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import vhdx
+from vhdx.units import MIB
+
+
+@pytest.fixture
+def path(fast_path):
+    path = fast_path / "disk.vhdx"
+    vhdx.create(path, 32 * MIB, block_size=MIB)
+    return path
+
+
+def test_close_under_load_keeps_what_returned_and_fails_nothing_else(path):
+    """Writers, trimmers and flushers run into a close: ClosedError for them, a clean image."""
+    for _ in range(25):
+        disk = vhdx.open(path, "r+")
+        done: dict[int, bytes] = {}
+        errors: list[BaseException] = []
+
+        def work(me, disk=disk, done=done, errors=errors):
+            try:
+                for n in range(100_000):
+                    block = me * 8 + n % 8
+                    data = bytes([n % 255 + 1]) * 512
+                    disk.pwrite(data, block * MIB)
+                    done[block] = data
+                    if me == 1 and n % 3 == 0:
+                        done.pop(block)
+                        disk.trim(block * MIB, MIB)
+                    if me == 2:
+                        disk.flush()
+            except vhdx.ClosedError:
+                done.pop(block, None)  # that one may be there or not
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(me,)) for me in range(4)]
+        for thread in threads:
+            thread.start()
+        threading.Event().wait(0.005)
+        disk.close()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        with vhdx.open(path) as again:
+            assert not again.describe()["log_dirty"]
+            for block, data in done.items():
+                assert again.pread(512, block * MIB) == data
+
+
+def test_many_threads_on_disjoint_ranges(path):
+    size = 32 * MIB
+
+    def work(me):
+        for n in range(300):
+            offset = (n * 8 + me) * 4096 * 3 % (size - 4096) // 4096 * 4096
+            if offset // 4096 % 8 != me:
+                continue
+            disk.pwrite(bytes([me + 1]) * 4096, offset)
+            assert disk.pread(4096, offset) == bytes([me + 1]) * 4096
+
+    with vhdx.open(path, "r+") as disk:
+        threads = [threading.Thread(target=work, args=(me,)) for me in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+
+def test_vectors_take_iterators_and_never_go_short(path):
+    with vhdx.open(path, "r+") as disk:
+        assert disk.pwritev((part for part in (b"abc", b"def")), 0) == 6
+        assert disk.pread(6, 0) == b"abcdef"
+        with pytest.raises(vhdx.RangeError):
+            disk.pwritev([b"XY", b"Z"], disk.size - 2)
+        assert disk.pread(2, disk.size - 2) == b"\0\0"
+        with pytest.raises(vhdx.RangeError) as caught:
+            list(disk.extents(disk.size + 1))
+        assert caught.value.offset == disk.size + 1
+
+
+def test_a_disk_that_nobody_closed_is_let_go(path):
+    disk = vhdx.open(path, "r+")
+    disk.pwrite(b"flushed", 0)
+    disk.flush()
+    del disk
+    import gc
+
+    gc.collect()
+    with vhdx.open(path) as disk:
+        assert disk.pread(7, 0) == b"flushed"
