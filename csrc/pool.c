@@ -2,6 +2,7 @@
 #include "pool.h"
 
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <time.h>
@@ -33,9 +34,18 @@ uint64_t vx_now_ns(void)
     return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
 }
 
+/* Signals are for the threads of the language above, which knows what to do about them. */
+static void block_signals(void)
+{
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, NULL);
+}
+
 static void *worker(void *argument)
 {
     vx_pool *pool = argument;
+    block_signals();
     pthread_mutex_lock(&pool->lock);
     for (;;) {
         while (pool->head == NULL && !pool->workers_ending) {
@@ -146,6 +156,7 @@ static vx_job *heap_pop(vx_pool *pool)
 static void *clock_worker(void *argument)
 {
     vx_pool *pool = argument;
+    block_signals();
     pthread_mutex_lock(&pool->lock);
     while (!pool->stopping || pool->heap_count > 0) {
         if (pool->heap_count == 0) {

@@ -24,8 +24,10 @@ def image(fast_path):
     return path
 
 
-def run(*command, timeout=300):
-    result = subprocess.run([str(each) for each in command], capture_output=True, timeout=timeout)
+def run(*command, timeout=300, cwd=None):
+    result = subprocess.run(
+        [str(each) for each in command], capture_output=True, timeout=timeout, cwd=cwd
+    )
     text = (result.stdout + result.stderr).decode(errors="replace")
     assert result.returncode == 0, text
     return text
@@ -76,27 +78,27 @@ def test_copies_in_both_directions_are_identical(image, fast_path, tool, peer):
         assert disk.describe()["blocks"]["fully_present"] < 400  # holes stayed holes
 
 
-def fio_verify(uri, seconds):
+def fio_verify(uri, seconds, cwd):
     options = "--ioengine=nbd --rw=randrw --bs=4k --iodepth=16 --numjobs=4 --size=128m "
     options += "--offset_increment=128m --verify=crc32c --verify_fatal=1 --time_based"
     text = run(
         "fio", "--name=v", *options.split(), f"--uri={uri}", f"--runtime={seconds}",
-        timeout=seconds + 120,
+        timeout=seconds + 120, cwd=cwd,
     )  # fmt: skip
     assert "err= 0" in text
 
 
-def test_fio_verifies_what_it_wrote(image, peer):
+def test_fio_verifies_what_it_wrote(image, peer, tmp_path):
     peer("fio")
     with vhdx.serve({"disk": image}) as server:
-        fio_verify(server.uri, 8)
+        fio_verify(server.uri, 8, tmp_path)
 
 
 @pytest.mark.soak
-def test_fio_verifies_for_a_minute(image, peer):
+def test_fio_verifies_for_a_minute(image, peer, tmp_path):
     peer("fio")
     with vhdx.serve({"disk": image}) as server:
-        fio_verify(server.uri, 60)
+        fio_verify(server.uri, 60, tmp_path)
 
 
 @contextlib.contextmanager

@@ -174,6 +174,18 @@ def test_signals_end_it_cleanly(image, number, code, peer):
         assert not disk.describe()["log_dirty"]
 
 
+def test_a_signal_that_another_thread_gets_ends_it_too(image):
+    """After a stop the kernel may choose any thread for the next signal."""
+    for _ in range(5):
+        server, uri = start(image)
+        server.send_signal(signal.SIGSTOP)
+        server.send_signal(signal.SIGCONT)
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=30)
+        assert server.returncode == 0
+        assert uri
+
+
 def test_every_export_has_a_line(image, fast_path):
     raw = fast_path / "second.img"
     raw.write_bytes(bytes(4096))

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-import queue
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -75,17 +75,7 @@ def serve(
 
     Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock
     """
-    events: queue.SimpleQueue[int | None] = queue.SimpleQueue()
-    stopping = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if stopping.is_set():
-            os._exit(128 + number)  # the second one ends at once
-        stopping.set()
-        events.put(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    events = _Events()
     limits = nbd.Limits(connections=max_connections, handshake_seconds=handshake_seconds)
     server = nbd.serve(
         _exports(paths), listen=listen, read_only=read_only, limits=limits, format=format_
@@ -97,24 +87,57 @@ def serve(
                 click.echo(uri)
         else:
             code = _run(command, server, events)
-        if command is None and events.get() == signal.SIGINT:
+        if command is None and events.wait() == signal.SIGINT:
             code = INTERRUPTED
     finally:
         server.close(drain_seconds)
     return code
 
 
-def _run(command: str, server: nbd.Server, events: queue.SimpleQueue[int | None]) -> int:
+class _Events:
+    """What the main thread waits for: the first signal, or a note of another thread.
+
+    The kernel may deliver a signal to any thread; Python then writes to the wake-up descriptor, which
+    wakes the main thread out of its read, so that it runs the handler.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._noted = threading.Event()
+        self._signal: int | None = None
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            os._exit(128 + number)  # the second one ends at once
+        self._signal = number
+
+    def note(self) -> None:
+        """Ends the wait without a signal."""
+        self._noted.set()
+        self._writer.send(b"\0")
+
+    def wait(self) -> int | None:
+        """The first signal, or None after a note."""
+        while self._signal is None and not self._noted.is_set():
+            self._reader.recv(16)
+        return self._signal
+
+
+def _run(command: str, server: nbd.Server, events: _Events) -> int:
     """Runs ``command`` beside the server; a signal is passed on to it."""
     environment = os.environ | {"uri": server.uri, "unixsocket": server.socket_path or ""}
     child = subprocess.Popen(command, shell=True, env=environment)  # noqa: S602 - it is the user's
 
     def wait() -> None:
         child.wait()
-        events.put(None)
+        events.note()
 
     threading.Thread(target=wait, name="serve-run", daemon=True).start()
-    number = events.get()
+    number = events.wait()
     if number is not None:
         child.send_signal(number)
     code = child.wait()

@@ -33,7 +33,7 @@ __all__ = ["Limits", "Server", "serve"]
 
 _log = logging.getLogger(__name__)
 _SEND_BUFFER = 2 << 20
-_SWITCH_INTERVAL = 0.0001
+_SWITCH_INTERVAL = 0.00001
 _LONGEST_NAME = 4096
 
 
@@ -131,7 +131,8 @@ class Server:
             self._cleanup.close()
             raise
         self._interval = sys.getswitchinterval()
-        # A fault waits for the GIL; the default would let a busy Python thread hold it for 5 ms.
+        # A fault or commit waits for the GIL a few times; the default would let a busy Python thread
+        # hold it for 5 ms each time (docs/performance.md).
         sys.setswitchinterval(min(self._interval, _SWITCH_INTERVAL))
         self._cleanup.callback(sys.setswitchinterval, self._interval)
         self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
