@@ -22,7 +22,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with vhdx.serve({"": path}, listen=uri):
         threading.Thread(target=_spin, daemon=True).start()
-        stop.wait()
+        while not stop.wait(0.1):  # the signal may have gone to another thread
+            pass
 
 
 main()

@@ -49,7 +49,8 @@ def serve(path: str, uri: str) -> None:
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with vhdx.serve({"": disk}, listen=uri):
-        stop.wait()
+        while not stop.wait(0.1):  # the signal may have gone to another thread
+            pass
     os._exit(0)
 
 
