@@ -14,7 +14,7 @@ import weakref
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vhdx.errors import HostIOError, InvalidArgumentError, RangeError, Reason
+from vhdx.errors import HostIOError, RangeError, Reason
 from vhdx.plane import check
 from vhdx.plane._native import ffi, lib
 
@@ -100,7 +100,7 @@ _default_pool_lock = threading.Lock()
 
 
 def default_pool() -> Pool:
-    """The pool that images of this process share; it starts threads only when they are needed."""
+    """The pool that images of this process share; one thread from the start, more when needed."""
     with _default_pool_lock:
         if not _default_pool or _default_pool[0][0] != os.getpid():
             _default_pool[:] = [(os.getpid(), Pool())]
@@ -356,10 +356,3 @@ def _mask(operations: Iterable[Operation]) -> int:
     for operation in operations:
         mask |= 1 << operation
     return mask
-
-
-def require_range(value: int, low: int, high: int, what: str) -> int:
-    """``value``, or InvalidArgumentError when it is not in ``low..high``."""
-    if not low <= value <= high:
-        raise InvalidArgumentError(f"{what} is {value}, which is not in {low}..{high}")
-    return value

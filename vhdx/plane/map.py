@@ -38,9 +38,6 @@ class Kind(IntEnum):
     MIXED = 4
 
 
-U64 = "npt.NDArray[np.uint64]"
-
-
 def entries(
     kind: npt.ArrayLike, lower: npt.ArrayLike, offset: npt.ArrayLike, tag: npt.ArrayLike
 ) -> npt.NDArray[np.uint64]:
