@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import vhdx
-from bench.conditions import CLIENT_CPU, median_ratio, pinned, work_directory
+from bench.conditions import (
+    CLIENT_CPU,
+    fill_with_random_data,
+    median_ratio,
+    pinned,
+    work_directory,
+)
 
 GIB = 1 << 30
 
@@ -81,10 +87,7 @@ def readers(size: int, rounds: int, seconds: float, base: Path) -> list[dict[str
     missing: dict[str, str] = {}
     with work_directory(base) as work:
         raw, image = work / "disk.raw", work / "disk.vhdx"
-        subprocess.run(
-            ["dd", "if=/dev/urandom", f"of={raw}", "bs=4M", f"count={size >> 22}", "status=none"],
-            check=True,
-        )
+        fill_with_random_data(raw, size)
         vhdx.convert(raw, image)
         for _ in range(rounds):
             for name, body in READERS.items():

@@ -144,6 +144,14 @@ def fio(uri: str, cpu: int | None, *options: str) -> dict[str, Any]:
     return found
 
 
+def fill_with_random_data(path: Path, size: int) -> None:
+    """A file of ``size`` bytes, a multiple of 4 MiB."""
+    subprocess.run(
+        ["dd", "if=/dev/urandom", f"of={path}", "bs=4M", f"count={size >> 22}", "status=none"],
+        check=True,
+    )
+
+
 def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
     """Median, least and greatest of the ratios of paired rounds."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True) if b]

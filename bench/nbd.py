@@ -21,6 +21,7 @@ from bench.conditions import (
     CLIENT_CPU,
     SERVER_CPU,
     Target,
+    fill_with_random_data,
     fio,
     median_ratio,
     require,
@@ -64,10 +65,7 @@ def steady(size: int, rounds: int, seconds: float, base: Path, *, pinned: bool) 
     results: dict[str, dict[str, list[dict[str, float]]]] = {}
     with work_directory(base) as work:
         raw, image = work / "disk.raw", work / "disk.vhdx"
-        subprocess.run(
-            ["dd", "if=/dev/urandom", f"of={raw}", "bs=4M", f"count={size >> 22}", "status=none"],
-            check=True,
-        )
+        fill_with_random_data(raw, size)
         vhdx.convert(raw, image)
         their_image = work / "theirs.vhdx"
         subprocess.run(
