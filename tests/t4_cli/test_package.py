@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import vhdx
-from tests import fuzz
+from tests.fuzz import planted
 
 ROOT = Path(__file__).parents[2]
 
@@ -65,12 +65,12 @@ def test_fuzzer_finds_nothing(kind):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("kind", sorted(fuzz.PLANTED))
+@pytest.mark.parametrize("kind", sorted(planted.PLANTED))
 def test_planted_bugs_still_fit_the_code(kind):
-    assert len(list(fuzz.planted_trees(kind))) >= 10
+    assert len(list(planted.planted_trees(kind))) >= 10
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("kind", sorted(fuzz.PLANTED))
+@pytest.mark.parametrize("kind", sorted(planted.PLANTED))
 def test_fuzzers_find_ten_planted_bugs_each(kind):
-    assert fuzz.find_planted(kind, 60) == []
+    assert planted.find_planted(kind, 60) == []

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: MIT
+from __future__ import annotations
+
+import argparse
+import sys
+
+import tests.fuzz
+from tests.fuzz.handshake import fuzz_handshake
+from tests.fuzz.opening import fuzz_open
+from tests.fuzz.planted import PLANTED, find_planted
+from tests.fuzz.transmission import fuzz_nbd
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=tests.fuzz.__doc__)
+    parser.add_argument("what", choices=["open", "handshake", "nbd", "all", "planted"])
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", choices=sorted(PLANTED))
+    arguments = parser.parse_args()
+    if arguments.what == "planted":
+        kinds = [arguments.only] if arguments.only else list(PLANTED)
+        missed = [each for kind in kinds for each in find_planted(kind, arguments.seconds)]
+        return 1 if missed else 0
+    run = {"open": fuzz_open, "handshake": fuzz_handshake, "nbd": fuzz_nbd}
+    for name in run if arguments.what == "all" else [arguments.what]:
+        run[name](arguments.seconds, arguments.seed)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: MIT
+"""Planted bugs: a fuzzer counts when it finds each of ten within a minute."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.fuzz.transmission import ROOT, build_nbd
+
+# File, text, and what a tired programmer might have written instead.
+PLANTED: dict[str, list[tuple[str, str, str]]] = {
+    "open": [
+        ("vhdx/format/header.py", "data[:4] != b\"head\" or not verify(data)", "data[:4] != b\"head\""),
+        ("vhdx/format/region.py", "if count > _MOST_ENTRIES:\n        return None", "pass"),
+        ("vhdx/format/metadata.py", "or count > _MOST_ENTRIES", ""),
+        ("vhdx/format/metadata.py", "if len(data) != struct.calcsize(layout):", "if False:"),
+        ("vhdx/format/metadata.py", "size == 0 or size > LARGEST_DISK or size % logical", "size % 512"),
+        ("vhdx/format/metadata.py", "if not _power_of_two(block_size, MIB, 256 * MIB):", "if False:"),
+        ("vhdx/format/locator.py", "at == 0 or length == 0 or at + length > len(data)", "False"),
+        ("vhdx/format/log.py", "        or length > len(log)\n", "        or length > 1 << 40\n"),
+        ("vhdx/image/structure.py", "if geometry.entries * 8 > bat.length:", "if False:"),
+        ("vhdx/image/allocation.py", "bad = bad_state | bad_reserved | bad_offset", "bad = bad_state"),
+    ],
+    "handshake": [
+        ("vhdx/nbd/handshake.py", "if length > self.option_bytes:", "if length > 1 << 40:"),
+        ("vhdx/nbd/handshake.py", "if self._options > self.most_options:", "if False:"),
+        ("vhdx/nbd/handshake.py", "if length <= len(data) - 6 and length <= _LONGEST_STRING:", "if True:"),
+        ("vhdx/nbd/handshake.py", "if len(data) - at < 4:\n            return None", "pass"),
+        ("vhdx/nbd/handshake.py", "if name is None or len(data) - name[1] < 4:", "if name is None:"),
+        ("vhdx/nbd/handshake.py", "except UnicodeDecodeError:", "except KeyError:"),
+        ("vhdx/nbd/handshake.py", "if len(data) >= 6:", "if True:"),
+        ("vhdx/nbd/handshake.py", "if terms is None:\n            return _refuse(option, ERR_UNKNOWN", "if False:\n            return _refuse(option, ERR_UNKNOWN"),
+        ("vhdx/nbd/handshake.py", "self._contexts.allocation and self._contexts.export == name", "self._contexts.allocation"),
+        ("vhdx/nbd/handshake.py", "bytes(self._input)\n        )\n        self._input.clear()", "b\"\"\n        )\n        self._input.clear()"),
+    ],
+    "nbd": [
+        ("nbd_wire.c", "if (request->flags & ~allowed_flags(request, terms))", "if (false)"),
+        ("nbd_wire.c", "if (terms->read_only)\n            return NBD_EPERM;\n        if (request->length", "if (request->length"),
+        ("nbd_wire.c", "nbd_put_chunk(out, last, NBD_CHUNK_HOLE, cookie, 12)", "nbd_put_chunk(out, last, NBD_CHUNK_HOLE, cookie, 8)"),
+        ("nbd_wire.c", "!terms->block_status || request->length == 0", "!terms->block_status"),
+        ("nbd.c", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length;", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length + 1;"),
+        ("nbd.c", "size_t part = present < wire->length ? present : wire->length;", "size_t part = present;"),
+        ("nbd.c", "wire->length <= INLINE_READ && read_inline", "read_inline"),
+        ("nbd.c", "wire->flags & NBD_FLAG_REQ_ONE ? 1 : STATUS_EXTENTS", "STATUS_EXTENTS"),
+        ("nbd.c", "bool last = stop == length;", "bool last = true;"),
+        ("nbd.c", "    c->discard = nbd_payload_of(wire);", "    c->discard = 0;"),
+    ],
+}  # fmt: skip
+
+
+def planted_trees(kind: str) -> Iterator[tuple[str, Path]]:
+    """A copy of the sources for each planted bug."""
+    for file, old, new in PLANTED[kind]:
+        with tempfile.TemporaryDirectory() as name:
+            tree = Path(name)
+            if kind == "nbd":
+                shutil.copytree(ROOT / "csrc", tree / "csrc")
+                path = tree / "csrc" / file
+            else:
+                for part in ("vhdx", "tests"):
+                    shutil.copytree(ROOT / part, tree / part)
+                path = tree / file
+            text = path.read_text()
+            if text.count(old) < 1:
+                raise AssertionError(f"{file} has no {old!r} any more: renew the planted bugs")
+            path.write_text(text.replace(old, new, 1))
+            yield f"{file}: {old.splitlines()[0].strip()[:60]}", tree
+
+
+def find_planted(kind: str, seconds: float) -> list[str]:
+    """The planted bugs that were not found."""
+    missed = []
+    for what, tree in planted_trees(kind):
+        began = time.monotonic()
+        if kind == "nbd":
+            program = build_nbd(tree / "csrc", tree)
+            command = [str(program), str(int(seconds)), "1"]
+        else:
+            command = [sys.executable, "-m", "tests.fuzz", kind, "--seconds", str(seconds)]
+        result = subprocess.run(
+            command, cwd=tree, capture_output=True, env=os.environ | {"PYTHONPATH": str(tree)}
+        )
+        found = result.returncode != 0
+        print(
+            f"{'found' if found else 'MISSED'} in {time.monotonic() - began:5.1f} s  {what}",
+            flush=True,
+        )
+        if not found:
+            missed.append(what)
+    return missed
