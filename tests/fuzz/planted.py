@@ -45,12 +45,12 @@ PLANTED: dict[str, list[tuple[str, str, str]]] = {
         ("nbd_wire.c", "if (terms->read_only)\n            return NBD_EPERM;\n        if (request->length", "if (request->length"),
         ("nbd_wire.c", "nbd_put_chunk(out, last, NBD_CHUNK_HOLE, cookie, 12)", "nbd_put_chunk(out, last, NBD_CHUNK_HOLE, cookie, 8)"),
         ("nbd_wire.c", "!terms->block_status || request->length == 0", "!terms->block_status"),
-        ("nbd.c", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length;", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length + 1;"),
-        ("nbd.c", "size_t part = present < wire->length ? present : wire->length;", "size_t part = present;"),
-        ("nbd.c", "wire->length <= INLINE_READ && read_inline", "read_inline"),
-        ("nbd.c", "wire->flags & NBD_FLAG_REQ_ONE ? 1 : STATUS_EXTENTS", "STATUS_EXTENTS"),
-        ("nbd.c", "bool last = stop == length;", "bool last = true;"),
-        ("nbd.c", "    c->discard = nbd_payload_of(wire);", "    c->discard = 0;"),
+        ("nbd_request.c", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length;", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length + 1;"),
+        ("nbd_request.c", "size_t part = present < wire->length ? present : wire->length;", "size_t part = present;"),
+        ("nbd_request.c", "wire->length <= INLINE_READ && read_inline", "read_inline"),
+        ("nbd_request.c", "wire->flags & NBD_FLAG_REQ_ONE ? 1 : STATUS_EXTENTS", "STATUS_EXTENTS"),
+        ("nbd_request.c", "bool last = stop == length;", "bool last = true;"),
+        ("nbd_request.c", "    c->discard = nbd_payload_of(wire);", "    c->discard = 0;"),
     ],
 }  # fmt: skip
 

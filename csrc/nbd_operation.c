@@ -1,0 +1,163 @@
+/* SPDX-License-Identifier: MIT */
+#include "nbd_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static uint8_t *take_buffer(vx_nbd_connection *c, size_t capacity)
+{
+    if (capacity == SPARE_BUFFER && c->spare_count > 0)
+        return c->spare[--c->spare_count];
+    return malloc(capacity);
+}
+
+void nbd_free_operation(void *owner, void *context)
+{
+    operation *op = owner;
+    vx_nbd_connection *c = context;
+    if (op->charged > 0)
+        vx_pool_discharge(c->pool, op->charged);
+    c->under_way--;
+    c->bytes_under_way -= op->charged;
+    atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
+    if (op->capacity == SPARE_BUFFER && c->spare_count < SPARE_BUFFERS)
+        c->spare[c->spare_count++] = op->buffer;
+    else
+        free(op->buffer);
+    free(op->status);
+    free(op);
+}
+
+bool nbd_may_start(const vx_nbd_connection *c, uint64_t bytes)
+{
+    return c->under_way == 0 || (c->under_way < c->terms.requests_limit &&
+                                 c->bytes_under_way + bytes <= c->terms.bytes_limit);
+}
+
+enum outcome nbd_start_operation(vx_nbd_connection *c, const nbd_request *wire, size_t length,
+                                    operation **started)
+{
+    /* Buffers of one size are kept for the next request; small ones are not worth it. */
+    size_t capacity = length > INLINE_READ && length < SPARE_BUFFER ? SPARE_BUFFER : length;
+    if (!nbd_may_start(c, capacity))
+        return HELD;
+    c->starved = !vx_pool_charge(c->pool, capacity);
+    if (c->starved)
+        return HELD;
+    operation *op = malloc(sizeof *op);
+    uint8_t *buffer = NULL;
+    if (op != NULL && length > 0)
+        buffer = take_buffer(c, capacity);
+    if (op == NULL || (length > 0 && buffer == NULL)) {
+        vx_pool_discharge(c->pool, capacity);
+        free(op);
+        return LOST;
+    }
+    memset(op, 0, offsetof(operation, extents));
+    op->status = NULL;
+    op->wire = *wire;
+    op->connection = c;
+    op->buffer = buffer;
+    op->capacity = capacity;
+    op->charged = capacity;
+    c->under_way++;
+    c->bytes_under_way += capacity;
+    atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
+    *started = op;
+    return TAKEN;
+}
+
+static uint32_t operation_of(uint16_t command)
+{
+    switch (command) {
+    case NBD_WRITE:
+        return VX_WRITE;
+    case NBD_FLUSH:
+        return VX_FLUSH;
+    case NBD_TRIM:
+        return VX_TRIM;
+    case NBD_WRITE_ZEROES:
+        return VX_ZERO;
+    case NBD_BLOCK_STATUS:
+        return VX_EXTENTS;
+    default:
+        return VX_READ;
+    }
+}
+
+void nbd_prepare(const vx_nbd_connection *c, vx_request *request, const nbd_request *wire)
+{
+    memset(request, 0, offsetof(vx_request, failure));
+    request->operation = operation_of(wire->command);
+    request->slot = c->terms.slot;
+    if (request->operation == VX_FLUSH)
+        return;
+    request->offset = wire->offset;
+    request->length = wire->length;
+    if (request->operation != VX_READ && request->operation != VX_EXTENTS) {
+        request->flags = (wire->flags & NBD_FLAG_FUA ? VX_FUA : 0) |
+                         (wire->flags & NBD_FLAG_NO_HOLE ? VX_NO_HOLE : 0) |
+                         (wire->flags & NBD_FLAG_FAST_ZERO ? VX_FAST : 0);
+    }
+}
+
+static void hand_back(operation *op)
+{
+    vx_nbd_connection *c = op->connection;
+    uint64_t one = 1;
+    pthread_mutex_lock(&c->lock);
+    op->next = c->completed;
+    c->completed = op;
+    bool signal = !c->signalled;
+    c->signalled = true;
+    /* Under the lock, so that the connection cannot be destroyed between the two. */
+    while (signal && write(c->wake, &one, sizeof one) < 0 && errno == EINTR)
+        ;
+    pthread_mutex_unlock(&c->lock);
+}
+
+static void delayed(vx_job *job)
+{
+    hand_back((operation *)job);
+}
+
+static void completed(vx_request *request)
+{
+    operation *op = request->context;
+    if (request->not_before_ns > vx_now_ns()) {
+        op->job.run = delayed;
+        vx_pool_push_at(op->connection->pool, &op->job, request->not_before_ns);
+    } else {
+        hand_back(op);
+    }
+}
+
+static void run_operation(vx_job *job)
+{
+    operation *op = (operation *)job;
+    op->request.complete = completed;
+    op->request.context = op;
+    if (vx_run(op->connection->device, &op->request) == VX_DONE)
+        completed(&op->request);
+}
+
+void nbd_send_to_pool(vx_nbd_connection *c, operation *op)
+{
+    nbd_count(&c->counters.pooled, 1);
+    op->job.run = run_operation;
+    vx_pool_push(c->pool, &op->job);
+}
+
+bool nbd_try_operation(vx_nbd_connection *c, operation *op)
+{
+    op->request.flags |= VX_NOWAIT;
+    if (vx_submit(c->device, &op->request) == VX_DONE && op->request.not_before_ns == 0)
+        return true;
+    op->request.flags &= ~(uint32_t)VX_NOWAIT;
+    op->request.done = 0;
+    op->request.extent_count = 0;
+    op->request.not_before_ns = 0;
+    return false;
+}

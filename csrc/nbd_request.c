@@ -1,0 +1,377 @@
+/* SPDX-License-Identifier: MIT */
+#include "nbd_internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+/* ---- replies ---- */
+
+static void reply_status(vx_nbd_connection *c, enum nbd_error error, const nbd_request *wire)
+{
+    uint8_t *out = nbd_output_stage(&c->output);
+    size_t n;
+    if (error != NBD_OK)
+        nbd_count(&c->counters.errors, 1);
+    if (!c->rules.structured)
+        n = nbd_put_simple(out, error, wire->cookie);
+    else if (error != NBD_OK)
+        n = nbd_put_error(out, wire->cookie, error);
+    else if (wire->command == NBD_READ) /* zero length: a READ must not get a simple reply */
+        n = nbd_put_chunk(out, true, NBD_CHUNK_NONE, wire->cookie, 0);
+    else
+        n = nbd_put_simple(out, NBD_OK, wire->cookie);
+    nbd_output_staged(&c->output, n);
+}
+
+static void reply_block_status(vx_nbd_connection *c, const nbd_request *wire,
+                               const vx_extent *extents, uint32_t extent_count)
+{
+    uint8_t *out = nbd_output_stage(&c->output), *at = out + NBD_CHUNK_BYTES + 4;
+    uint32_t flags = 0, length = 0, written = 0;
+    uint32_t limit = wire->flags & NBD_FLAG_REQ_ONE ? 1 : STATUS_EXTENTS;
+    for (uint32_t i = 0; i < extent_count; i++) {
+        uint32_t state = extents[i].state == VX_EXTENT_DATA ? 0 : NBD_STATE_HOLE | NBD_STATE_ZERO;
+        if (length > 0 && state == flags) {
+            length += (uint32_t)extents[i].length; /* inside the request's 32 bits */
+            continue;
+        }
+        if (length > 0) {
+            nbd_put_u32(at, length);
+            nbd_put_u32(at + 4, flags);
+            at += 8;
+            written++;
+        }
+        length = 0;
+        if (written == limit)
+            break;
+        flags = state;
+        length = (uint32_t)extents[i].length;
+    }
+    if (length > 0) {
+        nbd_put_u32(at, length);
+        nbd_put_u32(at + 4, flags);
+        at += 8;
+    }
+    nbd_put_chunk(out, true, NBD_CHUNK_STATUS, wire->cookie,
+                  (uint32_t)(at - out) - NBD_CHUNK_BYTES);
+    nbd_put_u32(out + NBD_CHUNK_BYTES, c->terms.context_id);
+    nbd_output_staged(&c->output, (size_t)(at - out));
+}
+
+/* A read whose data stand in op->buffer, with holes that were not filled in. */
+static void reply_read(vx_nbd_connection *c, operation *op)
+{
+    const nbd_request *wire = &op->wire;
+    uint64_t at = 0, length = wire->length;
+    uint32_t hole = 0, holes = op->request.extent_count;
+    if (!c->rules.structured) {
+        nbd_output_staged(&c->output,
+                          nbd_put_simple(nbd_output_stage(&c->output), NBD_OK, wire->cookie));
+        nbd_output_refer(&c->output, op->buffer, length, op);
+        return;
+    }
+    while (at < length) {
+        uint64_t stop = hole < holes ? op->extents[hole].offset - wire->offset : length;
+        bool is_hole = stop == at;
+        if (is_hole)
+            stop = at + op->extents[hole++].length;
+        bool last = stop == length;
+        uint8_t *out = nbd_output_stage(&c->output);
+        uint32_t n = (uint32_t)(stop - at);
+        uint64_t offset = wire->offset + at;
+        nbd_output_staged(&c->output, is_hole ? nbd_put_hole(out, last, wire->cookie, offset, n)
+                                              : nbd_put_data(out, last, wire->cookie, offset, n));
+        if (!is_hole)
+            nbd_output_refer(&c->output, op->buffer + at, n, last ? op : NULL);
+        else if (last)
+            nbd_output_refer(&c->output, op->buffer, 0, op);
+        at = stop;
+    }
+}
+
+static void reply_operation(vx_nbd_connection *c, operation *op)
+{
+    enum nbd_error error = nbd_error_of(op->request.result, &op->wire);
+    bool kept = false;
+    if (c->gone) {
+        /* nobody listens */
+    } else if (error == NBD_OK && op->wire.command == NBD_READ) {
+        reply_read(c, op);
+        kept = true;
+    } else if (error == NBD_OK && op->wire.command == NBD_BLOCK_STATUS) {
+        reply_block_status(c, &op->wire, op->status, op->request.extent_count);
+    } else {
+        reply_status(c, error, &op->wire);
+    }
+    if (!kept)
+        nbd_free_operation(op, c);
+}
+
+/* ---- requests ---- */
+
+static bool room_for_reply(vx_nbd_connection *c, size_t staged)
+{
+    if (nbd_output_fits(&c->output, staged, 2 * READ_HOLES + 4))
+        return true;
+    if (nbd_output_send(&c->output, c->fd) < 0)
+        c->gone = true;
+    return c->gone || nbd_output_fits(&c->output, staged, 2 * READ_HOLES + 4);
+}
+
+/* Reads into the staging buffer behind the place of its header. False: not answered. */
+static bool read_inline(vx_nbd_connection *c, const nbd_request *wire)
+{
+    vx_request request;
+    bool structured = c->rules.structured;
+    size_t header = structured ? NBD_CHUNK_BYTES + 8 : NBD_SIMPLE_REPLY_BYTES;
+    uint8_t *out = nbd_output_stage(&c->output);
+    nbd_prepare(c, &request, wire);
+    request.flags |= VX_NOWAIT;
+    request.buffer = out + header;
+    if (structured && !(wire->flags & NBD_FLAG_DF)) {
+        request.extents = c->holes;
+        request.extent_capacity = 1;
+    }
+    if (vx_submit(c->device, &request) != VX_DONE || request.not_before_ns != 0)
+        return false;
+    if (request.result != 0) {
+        reply_status(c, nbd_error_of(request.result, wire), wire);
+        return true;
+    }
+    if (request.extent_count > 0 && request.extents[0].length == wire->length) {
+        nbd_output_staged(&c->output,
+                          nbd_put_hole(out, true, wire->cookie, wire->offset, wire->length));
+        return true;
+    }
+    if (request.extent_count > 0)
+        memset(out + header + (request.extents[0].offset - wire->offset), 0,
+               request.extents[0].length);
+    if (structured)
+        nbd_put_data(out, true, wire->cookie, wire->offset, wire->length);
+    else
+        nbd_put_simple(out, NBD_OK, wire->cookie);
+    nbd_output_staged(&c->output, header + wire->length);
+    return true;
+}
+
+/* A large read tries the page cache first, as the small ones do. */
+static void submit_read(vx_nbd_connection *c, operation *op)
+{
+    nbd_prepare(c, &op->request, &op->wire);
+    op->request.buffer = op->buffer;
+    if (c->rules.structured && !(op->wire.flags & NBD_FLAG_DF)) {
+        op->request.extents = op->extents;
+        op->request.extent_capacity = READ_HOLES;
+    }
+    if (op->wire.length > INLINE_READ && nbd_try_operation(c, op))
+        reply_operation(c, op);
+    else
+        nbd_send_to_pool(c, op);
+}
+
+static enum outcome take_read(vx_nbd_connection *c, const nbd_request *wire)
+{
+    if (wire->length == 0) {
+        reply_status(c, NBD_OK, wire);
+        return TAKEN;
+    }
+    if (wire->length <= INLINE_READ && read_inline(c, wire))
+        return TAKEN;
+    operation *op;
+    enum outcome outcome = nbd_start_operation(c, wire, wire->length, &op);
+    if (outcome == TAKEN)
+        submit_read(c, op);
+    return outcome;
+}
+
+/* True when the write was answered inline. */
+static bool write_inline(vx_nbd_connection *c, const nbd_request *wire, uint8_t *payload)
+{
+    vx_request request;
+    if (wire->flags & NBD_FLAG_FUA)
+        return false;
+    nbd_prepare(c, &request, wire);
+    request.flags |= VX_NOWAIT;
+    request.buffer = payload;
+    if (vx_submit(c->device, &request) != VX_DONE || request.not_before_ns != 0)
+        return false;
+    reply_status(c, nbd_error_of(request.result, wire), wire);
+    return true;
+}
+
+static enum outcome take_write(vx_nbd_connection *c, const nbd_request *wire)
+{
+    size_t present = c->end - c->begin - NBD_REQUEST_BYTES;
+    uint8_t *payload = c->input + c->begin + NBD_REQUEST_BYTES;
+    if (wire->length <= present && write_inline(c, wire, payload)) {
+        c->begin += wire->length;
+        return TAKEN;
+    }
+    if (wire->length > present && wire->length <= INPUT_BYTES / 4)
+        return SHORT; /* small: wait until it is here */
+    operation *op;
+    enum outcome outcome = nbd_start_operation(c, wire, wire->length, &op);
+    if (outcome != TAKEN)
+        return outcome;
+    size_t part = present < wire->length ? present : wire->length;
+    if (part > 0)
+        memcpy(op->buffer, payload, part);
+    c->begin += part;
+    nbd_prepare(c, &op->request, wire);
+    op->request.buffer = op->buffer;
+    if (part == wire->length) {
+        nbd_send_to_pool(c, op);
+    } else {
+        c->filling = op;
+        c->filled = part;
+    }
+    return TAKEN;
+}
+
+static enum outcome take_other(vx_nbd_connection *c, const nbd_request *wire)
+{
+    if (wire->command == NBD_CACHE) { /* a hint, and the page cache decides for itself */
+        reply_status(c, NBD_OK, wire);
+        return TAKEN;
+    }
+    operation *op;
+    enum outcome outcome = nbd_start_operation(c, wire, 0, &op);
+    if (outcome != TAKEN)
+        return outcome;
+    nbd_prepare(c, &op->request, wire);
+    if (wire->command == NBD_BLOCK_STATUS) {
+        op->status = malloc(STATUS_EXTENTS * sizeof *op->status);
+        if (op->status == NULL) {
+            op->request.result = VX_E_NOMEM;
+            reply_operation(c, op);
+            return TAKEN;
+        }
+        op->request.extents = op->status;
+        op->request.extent_capacity = STATUS_EXTENTS;
+        if (nbd_try_operation(c, op)) {
+            reply_operation(c, op);
+            return TAKEN;
+        }
+    }
+    nbd_send_to_pool(c, op);
+    return TAKEN;
+}
+
+static void refuse(vx_nbd_connection *c, const nbd_request *wire, enum nbd_error error)
+{
+    c->discard = nbd_payload_of(wire);
+    c->refused = *wire;
+    c->refusal = error;
+    if (c->discard == 0)
+        reply_status(c, error, wire);
+}
+
+/* Takes the request at the front of the input, whose 28 bytes are there. */
+static enum outcome take_request(vx_nbd_connection *c)
+{
+    nbd_request wire;
+    if (!room_for_reply(c, INLINE_READ + 64 + STATUS_EXTENTS * 8))
+        return HELD;
+    if (c->gone || !nbd_parse_request(c->input + c->begin, &wire))
+        return LOST;
+    if (wire.command == NBD_DISCONNECT) {
+        c->disconnecting = true;
+        return TAKEN;
+    }
+    c->rules.size = vx_device_size(c->device);
+    enum nbd_error error = nbd_validate(&wire, &c->rules);
+    enum outcome outcome = TAKEN;
+    if (error != NBD_OK)
+        refuse(c, &wire, error);
+    else if (wire.command == NBD_READ)
+        outcome = take_read(c, &wire);
+    else if (wire.command == NBD_WRITE)
+        outcome = take_write(c, &wire);
+    else
+        outcome = take_other(c, &wire);
+    if (outcome == LOST) { /* no memory: that request alone fails */
+        refuse(c, &wire, NBD_ENOMEM);
+        outcome = TAKEN;
+    }
+    if (outcome != TAKEN)
+        return outcome;
+    c->begin += NBD_REQUEST_BYTES;
+    if (wire.command < 8)
+        nbd_count(&c->counters.requests[wire.command], 1);
+    if (error == NBD_OK && wire.command == NBD_READ)
+        nbd_count(&c->counters.bytes_read, wire.length);
+    if (error == NBD_OK && wire.command == NBD_WRITE)
+        nbd_count(&c->counters.bytes_written, wire.length);
+    return TAKEN;
+}
+
+static void discard_payload(vx_nbd_connection *c)
+{
+    size_t present = c->end - c->begin;
+    size_t part = present < c->discard ? present : (size_t)c->discard;
+    c->begin += part;
+    c->discard -= part;
+    if (c->discard == 0)
+        reply_status(c, c->refusal, &c->refused);
+}
+
+bool nbd_take_input(vx_nbd_connection *c)
+{
+    c->held = false;
+    while (!c->disconnecting && c->filling == NULL) {
+        if (c->discard > 0) {
+            c->held = !room_for_reply(c, 64);
+            if (c->begin == c->end || c->held)
+                break;
+            discard_payload(c);
+            continue;
+        }
+        if (c->end - c->begin < NBD_REQUEST_BYTES)
+            break;
+        enum outcome outcome = take_request(c);
+        if (outcome == LOST)
+            return false;
+        c->held = outcome == HELD;
+        if (outcome != TAKEN)
+            break;
+    }
+    return true;
+}
+
+void nbd_take_completions(vx_nbd_connection *c)
+{
+    pthread_mutex_lock(&c->lock);
+    operation *op = c->completed, *oldest_first = NULL;
+    c->completed = NULL;
+    if (c->signalled) {
+        uint64_t ignored;
+        while (read(c->wake, &ignored, sizeof ignored) < 0 && errno == EINTR)
+            ;
+        c->signalled = false;
+    }
+    pthread_mutex_unlock(&c->lock);
+    while (op != NULL) {
+        operation *next = op->next;
+        op->next = oldest_first;
+        oldest_first = op;
+        op = next;
+    }
+    while (oldest_first != NULL && room_for_reply(c, (2 * READ_HOLES + 2) * 40 +
+                                                         64 + STATUS_EXTENTS * 8)) {
+        operation *next = oldest_first->next;
+        reply_operation(c, oldest_first);
+        oldest_first = next;
+    }
+    if (oldest_first != NULL) { /* the client does not read: keep them for later */
+        pthread_mutex_lock(&c->lock);
+        while (oldest_first != NULL) {
+            operation *next = oldest_first->next;
+            oldest_first->next = c->completed;
+            c->completed = oldest_first;
+            oldest_first = next;
+        }
+        pthread_mutex_unlock(&c->lock);
+    }
+}
