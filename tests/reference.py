@@ -54,6 +54,7 @@ class Reference:
     has_parent: bool = False
     fixed: bool = False
     bat: int = 0
+    has_log: bool = False  # that a writer could use
     linkages: list[UUID] = field(default_factory=list)
 
     def entry(self, index: int) -> int:
@@ -121,6 +122,7 @@ def read_reference(data: bytearray) -> Reference:
         need(log_length > 0 and log_offset + log_length <= len(data), "no log, or outside")
         replay(data, log_guid, log_offset, log_length)
     image = Reference(data)
+    image.has_log = log_length > 0 and log_offset + log_length <= len(data)
     regions = region_table(data, log_offset, log_length)
     parameters(image, *regions[METADATA])
     bat_entries(image, regions, (log_offset, log_length))
