@@ -80,6 +80,10 @@ typedef struct vx_fault {
     const uint64_t *pages;   /* COMMIT: the pages published, oldest first; may repeat */
     const uint64_t *entries; /* COMMIT: their entries */
     uint64_t generation;     /* COMMIT: what it makes durable */
+    uint64_t bitmap_count;         /* COMMIT: sector bitmaps that changed */
+    uint64_t bitmap_bytes;         /* COMMIT: of each */
+    const uint64_t *bitmap_pages;  /* COMMIT: their pages */
+    const uint8_t *bitmap_bits;    /* COMMIT: their bits, one behind the other */
 } vx_fault;
 
 /* How C asks its owner; an integer identity, never a pointer, goes up. Results: 0 or vx_error. */

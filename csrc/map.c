@@ -105,6 +105,8 @@ static void map_destroy(vx_device *device)
     free(map->published.entries);
     free(map->spare.pages);
     free(map->spare.entries);
+    for (uint32_t i = 0; i < VX_MIXED_LOCKS; i++)
+        pthread_mutex_destroy(&map->mixed_locks[i]);
     pthread_mutex_destroy(&map->lock);
     pthread_cond_destroy(&map->changed);
     free(map);
@@ -143,6 +145,8 @@ vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shi
     map->pool = pool;
     map->round_job.run = vx_map_round;
     map->refill_job.run = vx_map_refill;
+    for (uint32_t i = 0; i < VX_MIXED_LOCKS; i++)
+        pthread_mutex_init(&map->mixed_locks[i], NULL);
     pthread_mutex_init(&map->lock, NULL);
     pthread_cond_init(&map->changed, NULL);
     return &map->device;
@@ -157,45 +161,18 @@ int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower)
     return VX_OK;
 }
 
-int vx_map_set_parent(vx_device *device, uint32_t lower_index)
+int vx_map_set_parent(vx_device *device, uint32_t lower_index, uint32_t sector_shift,
+                      uint32_t mixed_tag, uint32_t full_tag)
 {
     vx_map *map = (vx_map *)device;
-    if (lower_index >= map->lower_count || map->lowers[lower_index] == NULL)
+    if (lower_index >= map->lower_count || map->lowers[lower_index] == NULL ||
+        (sector_shift != 9 && sector_shift != 12) || map->page_shift < sector_shift + 3)
         return VX_E_INVALID;
     map->parent = lower_index;
+    map->sector_shift = sector_shift;
+    map->mixed_tag = mixed_tag;
+    map->full_tag = full_tag;
     return VX_OK;
-}
-
-int vx_map_set_bitmap(vx_device *device, uint64_t page, uint32_t sector_shift,
-                      const uint8_t *bits, uint64_t length)
-{
-    vx_map *map = (vx_map *)device;
-    if (page >= map->table.pages || sector_shift < 9 || sector_shift > map->page_shift ||
-        length < (vx_page_size(map) >> sector_shift) / 8)
-        return VX_E_INVALID;
-    vx_bitmap *bitmap = malloc(sizeof *bitmap + length);
-    if (bitmap == NULL)
-        return VX_E_NOMEM;
-    bitmap->sector_shift = sector_shift;
-    bitmap->bytes = length;
-    memcpy(bitmap->bits, bits, length);
-    pthread_mutex_lock(&map->lock);
-    if (map->bitmaps == NULL) {
-        void *memory = mmap(NULL, map->table.pages * sizeof *map->bitmaps, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        map->bitmaps = memory == MAP_FAILED ? NULL : memory;
-    }
-    bool place = map->bitmaps != NULL && map->bitmaps[page] == NULL;
-    if (place) {
-        map->bitmaps[page] = bitmap;
-        bitmap->next = map->bitmap_list;
-        map->bitmap_list = bitmap;
-    } else {
-        free(bitmap);
-    }
-    int code = map->bitmaps == NULL ? VX_E_NOMEM : VX_OK;
-    pthread_mutex_unlock(&map->lock);
-    return code;
 }
 
 void vx_map_statistics_of(vx_device *device, vx_map_statistics *statistics)

@@ -14,6 +14,10 @@
  * it is copied or zeroed, and published then. Every publication is listed for the next commit and
  * raises the dirty generation under the same lock, so a flush that comes after the write sees it.
  *
+ * A write into a page that is the parent's makes it MIXED, at once and without a copy: the entry is
+ * published with an empty bitmap, and bits are set after their data. The bitmaps that were changed
+ * go to the commit with the publications.
+ *
  * Flush. A round takes the list, makes the lower devices' data durable (one barrier), and then asks
  * the owner to commit the list, if there is one. A flush is covered only by a round that began after
  * the flush arrived. A commit that finds no space fails its flushes and is tried again by the next;
@@ -22,7 +26,8 @@
  * Replace. vx_map_replace stores new entries where the expected ones stand and returns only when no
  * access that began under the old ones is under way; then the old space may be reused.
  *
- * Lock order: map->lock is a leaf; no upcall, I/O or wait other than on `changed` happens under it.
+ * Lock order: a page's mixed lock, held while sectors are filled, then map->lock, which is a leaf; no
+ * upcall, I/O or wait other than on `changed` happens under that.
  */
 #ifndef VX_MAP_H
 #define VX_MAP_H
@@ -57,15 +62,17 @@ vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shi
                          const vx_upcalls *upcalls);
 /* Before first use only. The map keeps a reference. */
 int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower);
-/* Where MIXED pages find what their bitmap leaves out, at the same offset. */
-int vx_map_set_parent(vx_device *device, uint32_t lower_index);
+/* Before first use only. Where MIXED pages find what their bitmap leaves out, at the same offset. A
+ * write into a page that is SHARED with it makes the page MIXED (with mixed_tag), and DATA (with
+ * full_tag) when every sector of 1 << sector_shift bytes (9 or 12) is stored here. */
+int vx_map_set_parent(vx_device *device, uint32_t lower_index, uint32_t sector_shift,
+                      uint32_t mixed_tag, uint32_t full_tag);
 
 /* Fills pages that ask; others keep what they have. */
 int vx_map_install(vx_device *device, uint64_t first, uint64_t count, const uint64_t *entries);
-/* The sector bitmap of a page, one bit for each 1 << sector_shift bytes, least significant first;
- * set before its MIXED entry is installed, copied, and freed with the map. */
-int vx_map_set_bitmap(vx_device *device, uint64_t page, uint32_t sector_shift,
-                      const uint8_t *bits, uint64_t length);
+/* The sector bitmap of a page, one bit a sector, least significant first; set before its MIXED entry
+ * is installed, copied, and freed with the map. One that is there already stays as it is. */
+int vx_map_set_bitmap(vx_device *device, uint64_t page, const uint8_t *bits, uint64_t length);
 void vx_map_read_entries(vx_device *device, uint64_t first, uint64_t count, uint64_t *entries);
 /* Drops the clean chunks that lie inside the range; returns how many. */
 uint64_t vx_map_drop(vx_device *device, uint64_t first_chunk, uint64_t count);

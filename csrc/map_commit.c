@@ -16,14 +16,19 @@ static int flush_lowers(vx_map *map, vx_failure *failure)
     return VX_OK;
 }
 
-static int commit(vx_map *map, const vx_published *taken, uint64_t generation)
+static int commit(vx_map *map, const vx_published *taken, const vx_taken_bitmaps *bitmaps,
+                  uint64_t generation)
 {
     vx_fault fault = {.device = &map->device,
                       .kind = VX_FAULT_COMMIT,
                       .count = taken->count,
                       .pages = taken->pages,
                       .entries = taken->entries,
-                      .generation = generation};
+                      .generation = generation,
+                      .bitmap_count = bitmaps->count,
+                      .bitmap_bytes = bitmaps->bytes,
+                      .bitmap_pages = bitmaps->pages,
+                      .bitmap_bits = bitmaps->bits};
     if (map->device.upcalls == NULL)
         return VX_E_UNSUPPORTED;
     return map->device.upcalls->fault(map->device.identity, &fault);
@@ -56,7 +61,10 @@ static void run_round_locked(vx_map *map)
     map->published.count = 0;
     map->spare = (vx_published){0};
     map->rounds_started++;
+    vx_taken_bitmaps bitmaps;
+    bool memory = vx_map_take_bitmaps_locked(map, &bitmaps);
     pthread_mutex_unlock(&map->lock);
+    vx_map_copy_bitmaps(&bitmaps); /* before the barrier, which then covers the data of every bit */
 
     vx_failure failure = {0};
     bool retry = false;
@@ -65,8 +73,13 @@ static void run_round_locked(vx_map *map)
         code = VX_OK; /* the last round of a close, or one that began before it */
     if (code == VX_OK)
         code = flush_lowers(map, &failure);
-    if (code == VX_OK && taken.count > 0) {
-        code = commit(map, &taken, generation);
+    if (vx_mutated(map, VX_LATE_BITMAPS))
+        vx_map_copy_bitmaps(&bitmaps);
+    if (code == VX_OK && !memory) {
+        code = VX_E_NOMEM;
+        retry = true;
+    } else if (code == VX_OK && (taken.count > 0 || bitmaps.count > 0)) {
+        code = commit(map, &taken, &bitmaps, generation);
         failure = (vx_failure){.code = code, .operation = VX_FLUSH,
                                .device = map->device.identity};
         retry = code == VX_E_NOSPACE;
@@ -79,8 +92,11 @@ static void run_round_locked(vx_map *map)
         vx_device_set_state(&map->device, VX_E_POISONED);
     for (uint64_t i = 0; i < taken.count && code == VX_OK; i++)
         atomic_fetch_sub(&map->table.dirty[taken.pages[i] / VX_CHUNK_PAGES], 1);
+    if (retry)
+        vx_map_return_bitmaps_locked(map, &bitmaps);
     map->starved = retry;
-    map->commits += taken.count > 0 && code == VX_OK;
+    map->commits += (taken.count > 0 || bitmaps.count > 0) && code == VX_OK;
+    vx_map_free_bitmaps(&bitmaps);
     taken.count = 0;
     map->spare = taken;
     map->rounds_finished++;
@@ -140,11 +156,11 @@ int vx_map_last_round(vx_map *map, bool commit_rest)
     pthread_mutex_lock(&map->lock);
     while (map->jobs > 0)
         pthread_cond_wait(&map->changed, &map->lock);
-    if (commit_rest && map->published.count > 0) {
+    if (commit_rest && (map->published.count > 0 || map->dirty_bitmap_count > 0)) {
         map->jobs++;
         run_round_locked(map);
         end_rounds_locked(map);
-        if (map->published.count > 0 ||
+        if (map->published.count > 0 || map->dirty_bitmap_count > 0 ||
             atomic_load(&map->committed_generation) != atomic_load(&map->dirty_generation))
             code = VX_E_POISONED;
     }

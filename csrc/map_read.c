@@ -47,44 +47,13 @@ static int read_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t
     return VX_DONE;
 }
 
-static bool bit_of(const uint8_t *bits, uint64_t at)
-{
-    return (uint32_t)bits[at / 8] >> (at % 8) & 1u;
-}
-
-/* The end of the run of equal bits that begins at sector `at`, at most `end`. */
-static uint64_t run_of_bits(const uint8_t *bits, uint64_t at, uint64_t end)
-{
-    bool value = bit_of(bits, at);
-    uint8_t whole = value ? 0xff : 0;
-    while (at < end) {
-        if (at % 8 == 0 && end - at >= 8 && bits[at / 8] == whole)
-            at += 8;
-        else if (bit_of(bits, at) == value)
-            at++;
-        else
-            break;
-    }
-    return at;
-}
-
-/* The next run of a MIXED page inside [within, stop): its end and whether this page stores it. */
-static uint64_t mixed_run(const vx_bitmap *bitmap, uint64_t within, uint64_t stop, bool *stored)
-{
-    uint64_t sector = within >> bitmap->sector_shift;
-    uint64_t last = ((stop - 1) >> bitmap->sector_shift) + 1;
-    uint64_t end = run_of_bits(bitmap->bits, sector, last) << bitmap->sector_shift;
-    *stored = bit_of(bitmap->bits, sector);
-    return end < stop ? end : stop;
-}
-
 static int read_mixed(vx_map *map, vx_request *request, uint64_t page, uint64_t entry, uint64_t at,
                       uint64_t length)
 {
     uint64_t base = page << map->page_shift, within = at - base, stop = within + length;
     while (within < stop) {
         bool stored;
-        uint64_t end = mixed_run(map->bitmaps[page], within, stop, &stored);
+        uint64_t end = vx_mixed_run(map, page, within, stop, &stored);
         if (!stored && map->parent == VX_MAP_NO_PARENT)
             return vx_fail(&map->device, request, VX_E_MISSING_PARENT, 0, base + within);
         int answer = stored ? read_lower(map, request, vx_entry_lower(entry),
@@ -217,7 +186,7 @@ static int extents_of_mixed(vx_map *map, vx_request *request, uint64_t page, uin
     uint64_t base = page << map->page_shift, within = at - base, stop = within + length;
     while (within < stop && !*full) {
         bool stored;
-        uint64_t end = mixed_run(map->bitmaps[page], within, stop, &stored);
+        uint64_t end = vx_mixed_run(map, page, within, stop, &stored);
         int answer = VX_DONE;
         if (stored)
             *full = !add_extent(request, base + within, end - within, VX_EXTENT_DATA,

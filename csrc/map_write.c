@@ -13,8 +13,8 @@ enum { STAGE_MOVING = 0, STAGE_FLUSH = 1, STAGE_BUFFERED = 2 };
 /* What a step tells its loop. */
 enum step { STEP_DONE, STEP_RETRY, STEP_ANSWER };
 
-static int lower_operation(vx_map *map, vx_request *request, uint32_t operation, uint32_t flags,
-                           uint32_t lower, uint64_t offset, uint64_t length, uint8_t *buffer)
+int vx_map_lower(vx_map *map, vx_request *request, uint32_t operation, uint32_t flags,
+                 uint32_t lower, uint64_t offset, uint64_t length, uint8_t *buffer)
 {
     vx_request child;
     vx_request_child(&child, request, operation, offset, length, buffer);
@@ -35,7 +35,7 @@ static int fill_page(vx_map *map, vx_request *request, uint64_t old, uint64_t fr
     uint32_t target = vx_entry_lower(fresh);
     uint64_t to = vx_entry_offset(fresh);
     if (vx_entry_kind(old) != VX_SHARED)
-        return lower_operation(map, request, VX_ZERO, flags, target, to, size, NULL);
+        return vx_map_lower(map, request, VX_ZERO, flags, target, to, size, NULL);
     uint8_t *buffer = malloc(piece);
     if (buffer == NULL)
         return vx_fail(&map->device, request, VX_E_NOMEM, 0, request->offset);
@@ -46,10 +46,10 @@ static int fill_page(vx_map *map, vx_request *request, uint64_t old, uint64_t fr
         uint64_t n = from + at >= end ? 0 : end - from - at < piece ? end - from - at : piece;
         memset(buffer + n, 0, piece - n);
         if (n > 0)
-            answer = lower_operation(map, request, VX_READ, flags, vx_entry_lower(old), from + at,
+            answer = vx_map_lower(map, request, VX_READ, flags, vx_entry_lower(old), from + at,
                                      n, buffer);
         if (answer == VX_DONE && request->result == 0)
-            answer = lower_operation(map, request, VX_WRITE, flags, target, to + at, piece, buffer);
+            answer = vx_map_lower(map, request, VX_WRITE, flags, target, to + at, piece, buffer);
     }
     free(buffer);
     return answer;
@@ -133,8 +133,14 @@ static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *
         step = STEP_ANSWER;
     } else {
         vx_grant_entry grant = map->grants[map->grant_head];
-        bool fill = grant.stale || vx_entry_kind(old) == VX_SHARED;
-        if (fill && nowait) {
+        bool mix = vx_entry_kind(old) == VX_SHARED && map->sector_shift != 0 &&
+                   vx_entry_lower(old) == map->parent;
+        bool fill = !mix && (grant.stale || vx_entry_kind(old) == VX_SHARED);
+        uint64_t mixed = mix ? vx_map_mix_locked(map, page, grant.entry) : 0;
+        if (mix && mixed == 0) {
+            vx_fail(&map->device, request, VX_E_NOMEM, 0, request->offset);
+            step = STEP_ANSWER;
+        } else if (fill && nowait) {
             *answer = VX_AGAIN;
             step = STEP_ANSWER;
         } else {
@@ -144,7 +150,7 @@ static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *
             if (fill)
                 step = fill_and_publish_locked(map, request, page, old, grant, answer);
             else
-                vx_map_publish_locked(map, page, grant.entry);
+                vx_map_publish_locked(map, page, mix ? mixed : grant.entry);
             vx_map_commit_in_background_locked(map);
         }
     }
@@ -157,7 +163,7 @@ static enum step change_segment(vx_map *map, vx_request *request, uint64_t page,
                                 uint64_t length, uint64_t end, int *answer)
 {
     uint64_t within = at - (page << map->page_shift);
-    bool writes = request->operation == VX_WRITE;
+    bool writes = request->operation == VX_WRITE, trims = request->operation == VX_TRIM;
     bool stores = writes || (request->operation == VX_ZERO && (request->flags & VX_NO_HOLE));
     uint32_t slot = vx_epoch_enter(&map->epochs, request->slot);
     uint64_t entry = vx_map_entry(map, page);
@@ -168,21 +174,21 @@ static enum step change_segment(vx_map *map, vx_request *request, uint64_t page,
     if (!vx_map_open_inside(map, request))
         kind = VX_DATA; /* failed: the answer stands in the request */
     else if (kind == VX_DATA)
-        *answer = lower_operation(map, request, request->operation, flags,
-                                  vx_entry_lower(entry), vx_entry_offset(entry) + within, length,
-                                  writes ? request->buffer + (at - request->offset) : NULL);
+        *answer = vx_map_lower(map, request, request->operation, flags,
+                               vx_entry_lower(entry), vx_entry_offset(entry) + within, length,
+                               writes ? request->buffer + (at - request->offset) : NULL);
+    else if (kind == VX_MIXED && !trims)
+        *answer = vx_map_change_mixed(map, request, page, entry, at, length, flags);
     vx_epoch_leave(&map->epochs, slot);
     switch (kind) {
     case VX_DATA:
+    case VX_MIXED: /* a trim may leave what is there, too */
         return *answer != VX_DONE || request->result != 0 ? STEP_ANSWER : STEP_DONE;
     case VX_HOLE:
         return stores ? allocate(map, request, page, answer) : STEP_DONE;
     case VX_SHARED:
         /* A trim may leave what is there; everything else needs the page for itself. */
-        return request->operation == VX_TRIM ? STEP_DONE : allocate(map, request, page, answer);
-    case VX_MIXED:
-        *answer = vx_fail(&map->device, request, VX_E_READONLY, 0, at);
-        return STEP_ANSWER;
+        return trims ? STEP_DONE : allocate(map, request, page, answer);
     case VX_ASK:
     default:
         *answer = vx_map_fault_load(map, request, at, end);

@@ -9,6 +9,8 @@ typedef struct { int32_t code; int32_t os_error; uint32_t operation; uint64_t de
 typedef struct { uint64_t offset; uint64_t length; uint32_t state; int32_t depth; } vx_extent;
 typedef struct { uint32_t kind; uint32_t operation; uint64_t first; uint64_t count;
                  const uint64_t *pages; const uint64_t *entries; uint64_t generation;
+                 uint64_t bitmap_count; uint64_t bitmap_bytes; const uint64_t *bitmap_pages;
+                 const uint8_t *bitmap_bits;
                  ...; } vx_fault;
 typedef struct { uint32_t operation; uint32_t flags; uint64_t offset; uint64_t length;
                  uint8_t *buffer; vx_extent *extents; uint32_t extent_capacity;
@@ -59,10 +61,10 @@ vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shi
                          uint32_t lower_count, uint32_t flags, vx_pool *pool, uint64_t identity,
                          const vx_upcalls *upcalls);
 int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower);
-int vx_map_set_parent(vx_device *device, uint32_t lower_index);
+int vx_map_set_parent(vx_device *device, uint32_t lower_index, uint32_t sector_shift,
+                      uint32_t mixed_tag, uint32_t full_tag);
 int vx_map_install(vx_device *device, uint64_t first, uint64_t count, const uint64_t *entries);
-int vx_map_set_bitmap(vx_device *device, uint64_t page, uint32_t sector_shift,
-                      const uint8_t *bits, uint64_t length);
+int vx_map_set_bitmap(vx_device *device, uint64_t page, const uint8_t *bits, uint64_t length);
 void vx_map_read_entries(vx_device *device, uint64_t first, uint64_t count, uint64_t *entries);
 uint64_t vx_map_drop(vx_device *device, uint64_t first_chunk, uint64_t count);
 int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,

@@ -190,8 +190,8 @@ static void mixed_pages_choose_by_bit(void)
     child = vx_map_create(PAGE, PAGE, 12, 2, VX_MAP_READ_ONLY, NULL, 7, &upcalls);
     map = child;
     CHECK(vx_map_set_lower(child, 0, leaf) == 0 && vx_map_set_lower(child, 1, parent) == 0);
-    CHECK(vx_map_set_parent(child, 1) == 0);
-    CHECK(vx_map_set_bitmap(child, 0, 9, bits, 1) == 0);
+    CHECK(vx_map_set_parent(child, 1, 9, 7, 6) == 0);
+    CHECK(vx_map_set_bitmap(child, 0, bits, 1) == 0);
     uint64_t entry = vx_entry(VX_MIXED, 0, 0, 7);
     CHECK(vx_map_install(child, 0, 1, &entry) == 0);
     CHECK(transfer(VX_READ, 0, back, PAGE, 0) == 0);

@@ -36,7 +36,7 @@ def base_images(directory: Path) -> list[tuple[bytes, int]]:
         (
             {"block_size": MIB},
             {"block_size": MIB, "logical_sector_size": 4096},
-            {"block_size": 2 * MIB, "kind": "fixed"},
+            {"block_size": 2 * MIB, "type": "fixed"},
             {"block_size": 256 * MIB},
         )
     ):

@@ -42,33 +42,40 @@ def test_unit_under_address_and_undefined_behaviour_sanitizer(unit, tmp_path):
     assert result.returncode == 0, result.stderr
 
 
-STRESS = ROOT / "tests" / "c" / "stress_map.c"
+STRESSES = sorted((ROOT / "tests" / "c").glob("stress_*.c"))
+stresses = pytest.mark.parametrize("stress", STRESSES, ids=lambda path: path.stem)
 
 
-def test_map_stress_under_address_sanitizer(tmp_path):
-    program = build(tmp_path, STRESS, "-O1", "-fsanitize=address,undefined")
+@stresses
+def test_stress_under_address_sanitizer(stress, tmp_path):
+    program = build(tmp_path, stress, "-O1", "-fsanitize=address,undefined")
     result = run(program, "4")
     assert result.returncode == 0, result.stderr
 
 
-def test_map_stress_under_thread_sanitizer(tmp_path):
+@stresses
+def test_stress_under_thread_sanitizer(stress, tmp_path):
     # -fno-builtin, or the copies of the memory leaf are inlined and nothing is seen.
-    program = build(tmp_path, STRESS, "-O1", "-fsanitize=thread", "-fno-builtin")
+    program = build(tmp_path, stress, "-O1", "-fsanitize=thread", "-fno-builtin")
     result = run(program, "6", TSAN_OPTIONS="halt_on_error=1")
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(
-    "mutation",
+    ("stress", "mutation"),
     [
-        pytest.param(1, id="no quiesce after sharing"),
-        pytest.param(2, id="no quiesce after publishing"),
-        pytest.param(4, id="flush does not wait for the commit generation"),
-        pytest.param(8, id="busy pages do not hold up writers"),
+        pytest.param("stress_map", 1, id="no quiesce after sharing"),
+        pytest.param("stress_map", 2, id="no quiesce after publishing"),
+        pytest.param("stress_map", 4, id="flush does not wait for the commit generation"),
+        pytest.param("stress_map", 8, id="busy pages do not hold up writers"),
+        pytest.param("stress_mixed", 16, id="two fill sectors of a page at a time"),
+        pytest.param("stress_mixed", 32, id="bits before data"),
+        pytest.param("stress_mixed", 64, id="bitmaps copied after the barrier"),
     ],
 )
-def test_map_stress_fails_without(mutation, tmp_path):
-    program = build(tmp_path, STRESS, "-O1", "-DVX_MUTATE", "-fno-builtin")
+def test_stress_fails_without(stress, mutation, tmp_path):
+    main = ROOT / "tests" / "c" / f"{stress}.c"
+    program = build(tmp_path, main, "-O1", "-DVX_MUTATE", "-fno-builtin")
     result = run(program, "30", str(mutation))
     assert result.returncode == 1
     assert "failed:" in result.stderr

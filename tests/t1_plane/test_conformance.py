@@ -90,8 +90,8 @@ class Pages:
         hole = plane.entries(plane.Kind.HOLE, 0, 0, plane.TAG_ZERO)
         assert not self.map.replace(pages, found, np.full(count, hole, np.uint64)).any()
 
-    def commit(self, pages, new, generation):
-        self.committed.update(zip(pages.tolist(), new.tolist(), strict=True))
+    def commit(self, changes):
+        self.committed.update(zip(changes.pages.tolist(), changes.entries.tolist(), strict=True))
 
 
 @pytest.fixture

@@ -261,7 +261,7 @@ def test_no_sparse_allocates_and_keeps(tmp_path):
 @pytest.mark.parametrize("sparse", [True, False])
 def test_fixed_is_really_allocated(tmp_path, sparse):
     path = tmp_path / "disk.vhdx"
-    vhdx.create(path, 16 * MIB, kind="fixed", block_size=MIB, sparse=sparse)
+    vhdx.create(path, 16 * MIB, type="fixed", block_size=MIB, sparse=sparse)
     assert path.stat().st_blocks * 512 >= 16 * MIB
     with vhdx.open(path, "r+") as disk:
         disk.pwrite(b"x" * MIB, 0)
@@ -290,7 +290,7 @@ def test_fixed_is_really_allocated(tmp_path, sparse):
         {"size": MIB, "block_size": 3 * MIB},
         {"size": MIB, "block_size": 512 << 10},
         {"size": MIB, "block_size": 512 * MIB},
-        {"size": MIB, "kind": "elastic"},
+        {"size": MIB, "type": "elastic"},
     ],
 )
 def test_create_refuses(arguments, tmp_path):
@@ -395,7 +395,7 @@ def test_full_host_fails_the_request_alone(small_host):
 
 def test_full_host_leaves_nothing_of_create_and_convert(small_host, image):
     with pytest.raises(vhdx.NoSpaceError):
-        vhdx.create(small_host / "fixed.vhdx", 64 * MIB, kind="fixed")
+        vhdx.create(small_host / "fixed.vhdx", 64 * MIB, type="fixed")
     with vhdx.open(image, "r+") as disk:
         disk.pwrite(b"x" * (6 * MIB), 0)
     (small_host / "ballast").write_bytes(b"x" * (13 * MIB))

@@ -103,7 +103,7 @@ def test_child_larger_than_its_parent_reads_zeros_past_it(parent, fast_path):
 def test_changed_parent_is_refused(parent, fast_path):
     child = fast_path / "child.vhdx"
     make_child(child, parent, SIZE)
-    with vhdx.open(parent, "r+") as disk:
+    with vhdx.open(parent, "r+", force=True) as disk:
         disk.pwrite(b"changed", 0)
     with pytest.raises(vhdx.MissingParentError, match="was changed since") as caught:
         vhdx.open(child)
@@ -139,15 +139,22 @@ def test_parent_is_locked_while_its_child_is_open(parent, fast_path):
     child = fast_path / "child.vhdx"
     make_child(child, parent, SIZE)
     with vhdx.open(child), pytest.raises(vhdx.InUseError):
+        vhdx.open(parent, "r+", force=True)
+    vhdx.open(parent, "r+", force=True).close()
+
+
+def test_a_parent_is_guarded_from_changes(parent, fast_path):
+    vhdx.create(fast_path / "child.vhdx", parent=parent)
+    with pytest.raises(vhdx.InUseError, match=r"child\.vhdx depends on it"):
         vhdx.open(parent, "r+")
-    vhdx.open(parent, "r+").close()
-
-
-def test_writing_to_a_child_is_refused_for_now(parent, fast_path):
-    child = fast_path / "child.vhdx"
-    make_child(child, parent, SIZE)
-    with pytest.raises(vhdx.UnsupportedError, match="only be read"):
-        vhdx.open(child, "r+")
+    vhdx.open(parent, "r+", force=True).close()  # nothing written, so the child still fits
+    assert content(fast_path / "child.vhdx") == content(parent)
+    with vhdx.open(parent, "r+", force=True) as disk:
+        disk.pwrite(b"x", 0)
+    with pytest.raises(vhdx.MissingParentError) as caught:
+        vhdx.open(fast_path / "child.vhdx")
+    assert caught.value.reason == Reason.PARENT_CHANGED
+    vhdx.open(parent, "r+").close()  # no child of it any more
 
 
 def test_converting_a_chain(parent, fast_path):

@@ -72,7 +72,7 @@ class ImageMachine(RuleBasedStateMachine):
             vhdx.create(
                 self.path,
                 self.size,
-                kind=kind,
+                type=kind,
                 block_size=block * MIB,
                 logical_sector_size=sector,
             )

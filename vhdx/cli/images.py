@@ -35,22 +35,31 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 @click.command()
 @click.argument("path", type=click.Path())
-@click.option("--size", type=SIZE, required=True, help="Of the virtual disk, such as 64G.")
+@click.option("--size", type=SIZE, help="Of the virtual disk, such as 64G. [default: the parent's]")
 @click.option(
-    "--type", "kind", type=click.Choice(["dynamic", "fixed"]), default="dynamic", show_default=True
+    "--type",
+    "kind",
+    type=click.Choice(["dynamic", "fixed", "differencing"]),
+    help="[default: dynamic, or differencing with a parent]",
 )
-@click.option("--block-size", type=SIZE, help="1M to 256M, a power of two. [default: 32M]")
-@click.option("--logical-sector", type=click.Choice(["512", "4096"]), default="512")
-@click.option("--physical-sector", type=click.Choice(["512", "4096"]), default="4096")
+@click.option("--parent", type=click.Path(), help="The image that a differencing one is based on.")
+@click.option(
+    "--block-size",
+    type=SIZE,
+    help="1M to 256M, a power of two. [default: 32M, differencing 2M]",
+)
+@click.option("--logical-sector", type=click.Choice(["512", "4096"]), help="[default: 512]")
+@click.option("--physical-sector", type=click.Choice(["512", "4096"]), help="[default: 4096]")
 @click.option("--no-sparse", is_flag=True, help="Leave no unallocated parts in the host file.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 def create(
     path: str,
-    size: int,
-    kind: str,
+    size: int | None,
+    kind: str | None,
+    parent: str | None,
     block_size: int | None,
-    logical_sector: str,
-    physical_sector: str,
+    logical_sector: str | None,
+    physical_sector: str | None,
     no_sparse: bool,
     force: bool,
 ) -> None:
@@ -66,10 +75,11 @@ def create(
         image.create(
             path,
             size,
-            kind=kind,
+            type=kind,
+            parent=parent,
             block_size=block_size,
-            logical_sector_size=int(logical_sector),
-            physical_sector_size=int(physical_sector),
+            logical_sector_size=None if logical_sector is None else int(logical_sector),
+            physical_sector_size=None if physical_sector is None else int(physical_sector),
             sparse=not no_sparse,
             force=force,
             progress=progress,
@@ -204,7 +214,7 @@ def convert(
             destination,
             to=to,
             format=format_,
-            kind=kind,
+            type=kind,
             block_size=block_size,
             logical_sector_size=None if logical_sector is None else int(logical_sector),
             parent_search=parent_dir,

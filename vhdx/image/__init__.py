@@ -5,7 +5,7 @@ Owns: which bytes of a host file mean what. Never: how they are moved (the plane
 """
 
 from vhdx.image.convert import convert
-from vhdx.image.create import create_vhdx as create
+from vhdx.image.creation import create_disk as create
 from vhdx.image.disk import Disk, Extent, ExtentState
 from vhdx.image.opening import open_disk as open
 

@@ -56,7 +56,7 @@ def convert(
     *,
     to: str | None = None,
     format: str | None = None,
-    kind: str = "dynamic",
+    type: str = "dynamic",
     block_size: int | None = None,
     logical_sector_size: int | None = None,
     physical_sector_size: int | None = None,
@@ -77,7 +77,7 @@ def convert(
         destination: where; an existing file is refused unless ``force``.
         to: "vhdx" or "raw"; by the ending of the name when None.
         format: of the source, as in :func:`vhdx.open`.
-        kind: "dynamic" or "fixed", for VHDX.
+        type: "dynamic" or "fixed", for VHDX.
         block_size, logical_sector_size, physical_sector_size: for VHDX; the source's sectors and
             32 MiB blocks when None.
         chain, parent_search: as in :func:`vhdx.open`.
@@ -109,7 +109,7 @@ def convert(
         parameters = create.check_parameters(
             destination,
             size,
-            kind=kind,
+            type=type,
             block_size=block_size,
             logical_sector_size=logical,
             physical_sector_size=disk.physical_sector_size

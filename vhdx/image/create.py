@@ -26,15 +26,17 @@ from vhdx.errors import (
     NoSpaceError,
     NotFoundError,
     Reason,
-    UnsupportedError,
     VhdxError,
 )
 from vhdx.format import bat, header, metadata, region
 from vhdx.format.bat import BlockState, Geometry
+from vhdx.format.locator import pack_locator
 from vhdx.image import lock
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
+    from vhdx.format.locator import ParentLocator
+
     StrPath = str | os.PathLike[str]
 
 __all__ = [
@@ -64,7 +66,7 @@ def create_vhdx(
     path: StrPath,
     size: int,
     *,
-    kind: str = "dynamic",
+    type: str = "dynamic",
     block_size: int | None = None,
     logical_sector_size: int = 512,
     physical_sector_size: int = 4096,
@@ -78,7 +80,7 @@ def create_vhdx(
     Args:
         path: where; an existing file is refused unless ``force``.
         size: of the virtual disk, bytes: a multiple of the logical sector, 1 sector to 64 TiB.
-        kind: "dynamic", or "fixed" (all space allocated now).
+        type: "dynamic", or "fixed" (all space allocated now).
         block_size: bytes, a power of two from 1 MiB to 256 MiB; 32 MiB when None.
         logical_sector_size: 512 or 4096.
         physical_sector_size: 512 or 4096.
@@ -94,7 +96,7 @@ def create_vhdx(
     parameters = check_parameters(
         path,
         size,
-        kind=kind,
+        type=type,
         block_size=block_size,
         logical_sector_size=logical_sector_size,
         physical_sector_size=physical_sector_size,
@@ -108,7 +110,7 @@ def check_parameters(
     path: StrPath,
     size: int,
     *,
-    kind: str,
+    type: str,
     block_size: int | None,
     logical_sector_size: int,
     physical_sector_size: int,
@@ -125,10 +127,8 @@ def check_parameters(
     def refuse(message: str, hint: str) -> InvalidArgumentError:
         return InvalidArgumentError(message, path=path, hint=hint)
 
-    if kind == "differencing":
-        raise UnsupportedError("differencing images cannot be created yet", path=path)
-    if kind not in {"dynamic", "fixed"}:
-        raise refuse(f"the type {kind!r} is unknown", "choose dynamic or fixed")
+    if type not in {"dynamic", "fixed", "differencing"}:
+        raise refuse(f"the type {type!r} is unknown", "choose dynamic, fixed or differencing")
     if logical not in {512, 4096}:
         raise refuse(f"the logical sector size is {logical}", "choose 512 or 4096")
     if physical not in {512, 4096}:
@@ -148,8 +148,8 @@ def check_parameters(
         logical_sector_size=logical,
         physical_sector_size=physical,
         disk_id=uuid4() if disk_id is None else disk_id,
-        leave_blocks_allocated=kind == "fixed",
-        has_parent=False,
+        leave_blocks_allocated=type == "fixed",
+        has_parent=type == "differencing",
     )
 
 
@@ -158,12 +158,17 @@ def write_image(
     parameters: metadata.DiskParameters,
     *,
     sparse: bool,
+    parent: ParentLocator | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Writes an empty image over an empty leaf, headers last."""
     geometry = Geometry(
-        parameters.virtual_size, parameters.block_size, parameters.logical_sector_size, False
+        parameters.virtual_size,
+        parameters.block_size,
+        parameters.logical_sector_size,
+        parameters.has_parent,
     )
+    packed = None if parent is None else pack_locator(parent)
     payload = _BAT_OFFSET + geometry.table_length
     fixed = parameters.leave_blocks_allocated
     end = payload + (geometry.blocks * geometry.block_size if fixed else 0)
@@ -173,7 +178,7 @@ def write_image(
     if fixed:
         _allocate(leaf, payload, end, sparse=sparse, progress=progress)
         _fill_bat(leaf, geometry, payload)
-    leaf.write(metadata.pack_metadata(parameters), _METADATA_OFFSET)
+    leaf.write(metadata.pack_metadata(parameters, packed), _METADATA_OFFSET)
     table = region.pack_table(
         [
             region.Region(region.BAT, _BAT_OFFSET, geometry.table_length, True),

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vhdx import plane
-from vhdx.errors import ClosedError, DamagedError, NoSpaceError, PoisonedError, Reason
+from vhdx.errors import ClosedError, DamagedError, NoSpaceError, PoisonedError
 from vhdx.format import bat
 from vhdx.format.bat import BlockState
 from vhdx.image import journal
 from vhdx.image.allocation import check_entries, survey
+from vhdx.image.bitmaps import SectorBitmaps
 from vhdx.image.space import Space
 from vhdx.units import GIB, MIB, TIB
 
@@ -43,6 +44,7 @@ _COMMIT_PAGES = 1024
 _OWN, _PARENT = 0, 1
 _FIRST_GRANT, _LARGEST_GRANT = 64 * MIB, 4 * GIB
 
+_PLACED = (plane.Kind.DATA, plane.Kind.MIXED)
 _HOLE_TAGS = {
     BlockState.NOT_PRESENT: 0,
     BlockState.UNDEFINED: 1,
@@ -83,6 +85,7 @@ class Engine:
         self._space: Space | None = None
         self._furthest = 0
         self._anchors: set[int] = set()
+        self._bitmaps = SectorBitmaps(structure, host.leaf, host.path)
         self._grant_bytes = _FIRST_GRANT
         self._referenced_end = self._leaf.size
         if write or self._geometry.entries <= _SURVEY_ENTRIES:
@@ -99,6 +102,11 @@ class Engine:
             self._geometry.block_size,
             lowers,
             parent=None if parent is None else _PARENT,
+            sectors=plane.Sectors(
+                self._geometry.logical_sector_size,
+                BlockState.PARTIALLY_PRESENT,
+                BlockState.FULLY_PRESENT,
+            ),
             in_place=structure.parameters.leave_blocks_allocated
             and not structure.parameters.has_parent,
             read_only=not write,
@@ -180,30 +188,13 @@ class Engine:
         for i in np.flatnonzero(kinds == plane.Kind.MIXED).tolist():
             block = int(blocks[i])
             try:
-                bits = self._sector_bitmap(block)
+                bits = self._bitmaps.load(block)
             except DamagedError as error:
                 failures[block] = error
                 entries[i] = 0
             else:
-                self.map.set_bitmap(block, self._geometry.logical_sector_size, bits)
+                self.map.set_bitmap(block, bits)
         return failures
-
-    def _sector_bitmap(self, block: int) -> bytes:
-        """The part of the sector bitmap block that describes ``block`` ([MS-VHDX] 2.4)."""
-        chunk, within = divmod(block, self._geometry.chunk_ratio)
-        at = self.structure.bat.offset + self._geometry.bitmap_index(chunk) * bat.ENTRY_SIZE
-        entry = np.frombuffer(self.structure.overlay.read(at, 8), "<u8").astype(np.uint64)
-        offset = int(bat.offset_of(entry)[0])
-        present = int(bat.state_of(entry)[0]) >= bat.BitmapState.PRESENT
-        if not present or offset < MIB or offset + MIB > self.structure.overlay.size:
-            raise DamagedError(
-                f"block {block} is partially present, but its sector bitmap is not there",
-                reason=Reason.SECTOR_BITMAP,
-                path=self.host.path,
-                offset=at,
-            )
-        length = MIB // self._geometry.chunk_ratio
-        return self.structure.overlay.read(offset + within * length, length)
 
     def _note_resident(self, start: int, stop: int) -> None:
         for chunk in range(start // plane.CHUNK_PAGES, -(-stop // plane.CHUNK_PAGES)):
@@ -283,7 +274,7 @@ class Engine:
             return pages
         kinds, offsets = kinds[wanted], offsets[wanted]
         mismatched = self.map.replace(pages, found, np.full(len(pages), new_hole, np.uint64))
-        done = ~mismatched & (kinds == plane.Kind.DATA)
+        done = ~mismatched & np.isin(kinds, _PLACED)
         if done.any():
             assert self._space is not None
             generation = self.map.statistics()["dirty_generation"]
@@ -291,34 +282,70 @@ class Engine:
                 self._space.release_after(generation, offsets[done])
         return pages[mismatched]
 
-    def commit(
-        self, pages: npt.NDArray[np.uint64], new: npt.NDArray[np.uint64], generation: int
-    ) -> None:
-        """Writes the BAT entries of published blocks through the log; their data are durable."""
+    def commit(self, changes: plane.Changes) -> None:
+        """Writes sector bitmaps and BAT entries through the log; their data are durable."""
         assert self._space is not None
         self._journal.barrier_passed()
         # The last publication of a block counts.
-        blocks, last = np.unique(pages[::-1], return_index=True)
-        kinds, offsets, tags = plane.fields(new[::-1][last])
-        stored = kinds == plane.Kind.DATA
+        blocks, last = np.unique(changes.pages[::-1], return_index=True)
+        kinds, offsets, tags = plane.fields(changes.entries[::-1][last])
+        stored = np.isin(kinds, _PLACED)
         offsets[~stored] = 0
         if stored.any():
             # Granted before it was published, so the barrier made the file this long.
             end = int(offsets.max()) + self._geometry.block_size
             self._referenced_end = max(self._referenced_end, end)
+        # Bitmaps before the entries that make them count.
+        self._commit_bitmaps(changes, blocks[kinds != plane.Kind.MIXED])
         values = bat.pack_entries(tags & np.uint64(7), offsets)
+        anchors = self._commit_entries(blocks, values)
+        with self._lock:
+            self._space.release_after(changes.generation, anchors)
+            self._space.committed(changes.generation)
+
+    def _commit_bitmaps(self, changes: plane.Changes, others: npt.NDArray[np.uint64]) -> None:
+        """Logs and applies the bitmaps of blocks that stay partially present."""
+        wanted = ~np.isin(changes.bitmap_pages, others)
+        blocks = changes.bitmap_pages[wanted]
+        if not len(blocks):
+            return
+        order = np.argsort(blocks)
+        blocks, bitmaps = blocks[order], changes.bitmaps[wanted][order]
+        with self._lock:
+            chunks = self._bitmaps.missing(blocks)
+            places = self._place_bitmaps(len(chunks))
+        if chunks:
+            self._leaf.flush()  # the file's new length and the zeros in it
+            positions = np.array([self._bitmaps.position(c) for c in chunks], np.uint64)
+            states = np.full(len(chunks), bat.BitmapState.PRESENT, np.uint64)
+            self._commit_sectors(positions, bat.pack_entries(states, np.array(places, np.uint64)))
+            with self._lock:
+                self._bitmaps.place(chunks, places)
+        for offsets, pages in self._bitmaps.pages(blocks, bitmaps):
+            if len(offsets):
+                self._journal.commit(offsets, pages, self._referenced_end)
+
+    def _place_bitmaps(self, count: int) -> list[int]:
+        assert self._space is not None
+        places = [self._space.take_bitmap() for _ in range(count)]
+        if places:
+            self._referenced_end = max(self._referenced_end, max(places) + MIB)
+        return places
+
+    def _commit_entries(
+        self, blocks: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.uint64]:
+        """Logs and applies BAT entries; returns the soft anchors that they replace."""
         positions = self.structure.bat.offset + self._geometry.indices(blocks) * np.uint64(8)
         sectors = positions // np.uint64(4096)
-        anchors = []
+        anchors = [np.empty(0, np.uint64)]
         starts = np.flatnonzero(np.concatenate(([True], np.diff(sectors) != 0)))
-        for first in range(0, len(starts), _COMMIT_PAGES):
+        for first in range(0, len(starts) if len(blocks) else 0, _COMMIT_PAGES):
             following = first + _COMMIT_PAGES
             stop = starts[following] if following < len(starts) else len(sectors)
             some = slice(int(starts[first]), int(stop))
             anchors.append(self._commit_sectors(positions[some], values[some]))
-        with self._lock:
-            self._space.release_after(generation, np.concatenate(anchors))
-            self._space.committed(generation)
+        return np.concatenate(anchors)
 
     def _commit_sectors(
         self, positions: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]
@@ -379,7 +406,4 @@ class Engine:
             space.committed(self.map.statistics()["committed_generation"])
             space.give_back(self.map.revoke())
             end = space.end
-        self._journal.close()
-        if end < self._leaf.size:
-            self._leaf.resize(end)
-            self._leaf.flush()
+        self._journal.close(end)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Headers and the log of an image that is open for writing.
 
-Order of a first change ([MS-VHDX] 2.2.2, 2.3): new FileWriteGuid and DataWriteGuid in a header; an
-empty log entry, durable; only then the LogGuid in the headers. So a LogGuid always has a valid
-sequence behind it.
+Order of a first change ([MS-VHDX] 2.2.2, 2.3): new FileWriteGuid and DataWriteGuid in a header and
+an empty log entry, durable; then the LogGuid in the other header, durable; then in both. So a LogGuid
+always has a valid sequence behind it, and of two headers one is always durable and whole.
 
 Order of a commit: the caller made the data durable; then for each group of pages: log entry, barrier,
 apply; and before a further entry a barrier again, so that an entry needs none before it. Two entries
@@ -41,11 +41,11 @@ _READ, _WRITE, _ZERO, _FLUSH = (
 _MOST_PAGES = 120
 
 
-def _header_steps(header: headers.Header) -> list[plane.Step]:
-    return [
-        plane.Step(_WRITE, headers.HEADER_OFFSETS[header.slot], buffer=header.pack()),
-        plane.Step(_FLUSH),
-    ]
+_BARRIER = plane.Step(_FLUSH)
+
+
+def _header_step(header: headers.Header) -> plane.Step:
+    return plane.Step(_WRITE, headers.HEADER_OFFSETS[header.slot], buffer=header.pack())
 
 
 def replay_to_file(
@@ -60,16 +60,16 @@ def replay_to_file(
         The header that is current afterwards.
     """
     header = header.successor(file_write_guid=uuid4())
-    leaf.batch(_header_steps(header))
+    leaf.batch([_header_step(header)])
     patches = log.patches_of(sequence)
     end = max((p.offset + p.length for p in patches), default=0)
     size = max(leaf.size, end, sequence.head.last_file_offset)
     if size > leaf.size:
         leaf.resize(size)
-    leaf.batch([*(_patch_step(patch) for patch in patches), plane.Step(_FLUSH)])
+    leaf.batch([*(_patch_step(patch) for patch in patches), _BARRIER])
     for _ in range(2):  # both copies, so that neither asks for a replay again
         header = header.successor(log_guid=headers.NIL)
-        leaf.batch(_header_steps(header))
+        leaf.batch([_header_step(header), _BARRIER])
     return header
 
 
@@ -104,7 +104,7 @@ class Journal:
         return self._header.log_guid != headers.NIL
 
     def open(self, log_span_size: int) -> None:
-        """Prepares the first change of this open; four barriers.
+        """Prepares the first change of this open; two barriers.
 
         Args:
             log_span_size: bytes of the file now, durable already.
@@ -115,11 +115,12 @@ class Journal:
         empty = self._pack(guid, np.empty(0, np.uint64), np.empty((0, 4096), np.uint8), log_span_size)
         self._leaf.batch(
             [
-                *_header_steps(header),
+                _header_step(header),
                 *self._entry_steps(empty),
-                plane.Step(_FLUSH),
-                *_header_steps(second := header.successor(log_guid=guid)),
-                *_header_steps(third := second.successor()),
+                _BARRIER,
+                _header_step(second := header.successor(log_guid=guid)),
+                _BARRIER,
+                _header_step(third := second.successor()),
             ]
         )
         self._header = third
@@ -143,10 +144,10 @@ class Journal:
             steps: list[plane.Step] = []
             if not self._applied_durable:
                 # Its tail is itself: what was applied before must be durable.
-                steps.append(plane.Step(_FLUSH))
+                steps.append(_BARRIER)
             entry = self._pack(self._header.log_guid, offsets[some], pages[some], file_size)
             steps += self._entry_steps(entry)
-            steps.append(plane.Step(_FLUSH))
+            steps.append(_BARRIER)
             steps += _page_steps(_WRITE, offsets[some], pages[some])
             self._applied_durable = False
             self._leaf.batch(steps)
@@ -156,11 +157,19 @@ class Journal:
         """Notes that everything applied so far is durable (the data barrier of a commit)."""
         self._applied_durable = True
 
-    def close(self) -> None:
-        """Clears the LogGuid of both headers; everything applied becomes durable first."""
+    def close(self, end: int) -> None:
+        """Clears the LogGuid of both headers; everything applied becomes durable first.
+
+        Args:
+            end: bytes; what the file has behind them is cut off, once no log refers to it.
+        """
         first = self._header.successor(log_guid=headers.NIL)
         second = first.successor()
-        self._leaf.batch([plane.Step(_FLUSH), *_header_steps(first), *_header_steps(second)])
+        self._leaf.batch([_BARRIER, _header_step(first), _BARRIER, _header_step(second)])
+        if end < self._leaf.size:
+            self._leaf.resize(end)
+        # The next open writes over the first of the two.
+        self._leaf.flush()
         self._header = second
 
     def _pack(

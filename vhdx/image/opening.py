@@ -30,6 +30,7 @@ def open_disk(
     chain: bool = True,
     parent_search: Sequence[str | os.PathLike[str]] = (),
     sparse: bool = True,
+    force: bool = False,
 ) -> Disk:
     """Opens a disk image.
 
@@ -44,6 +45,7 @@ def open_disk(
         chain: open the parents of a differencing image; else this layer alone.
         parent_search: further directories to look for parents in.
         sparse: give the space of trimmed and zeroed blocks back to the host.
+        force: change an image although a child beside it is based on it; that child is lost.
 
     Raises:
         NotFoundError, HostIOError, ReadOnlyError: the file cannot be opened.
@@ -67,6 +69,7 @@ def open_disk(
             write=write,
             chain=chain,
             parent_search=[os.fspath(each) for each in parent_search],
+            force=force,
             pool=plane.default_pool(),
         )
     else:

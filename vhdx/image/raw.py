@@ -16,8 +16,6 @@ from vhdx.errors import UnsupportedError
 from vhdx.units import GIB, KIB
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from vhdx.image.host import HostFile
 
 __all__ = ["RawImage"]
@@ -67,9 +65,7 @@ class RawImage:
         """Never asked for: the file does it."""
         raise UnsupportedError(f"a raw image does not {operation.name} by pages", path=self.path)
 
-    def commit(
-        self, pages: npt.NDArray[np.uint64], new: npt.NDArray[np.uint64], generation: int
-    ) -> None:
+    def commit(self, changes: plane.Changes) -> None:
         """Nothing is ever published."""
         raise UnsupportedError("a raw image has no metadata", path=self.path)
 

@@ -76,6 +76,17 @@ class Space:
         self._end = start + count * self._block
         return start + np.arange(count, dtype=np.uint64) * np.uint64(self._block)
 
+    def take_bitmap(self) -> int:
+        """Offset of 1 MiB at the end for a sector bitmap block, zeros; durable after a barrier.
+
+        Raises:
+            NoSpaceError: the host has no space.
+        """
+        start = round_up(self._end, MIB)
+        self._extend(start, MIB)
+        self._end = start + MIB
+        return start
+
     def _extend(self, start: int, length: int) -> None:
         size = self._leaf.size
         # Bytes past the end that an earlier crash left behind may be anything.

@@ -19,6 +19,7 @@ from vhdx.errors import (
 from vhdx.format import header as headers
 from vhdx.image import journal
 from vhdx.image.allocation import block_counts, survey
+from vhdx.image.differencing import guard_parent
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.structure import Structure, read_structure
@@ -140,6 +141,7 @@ def open_vhdx(
     chain: bool,
     parent_search: Sequence[str],
     pool: plane.Pool,
+    force: bool = False,
 ) -> VhdxImage:
     """Opens the VHDX in ``host``, which belongs to the image from here on, also on failure.
 
@@ -149,8 +151,9 @@ def open_vhdx(
         chain: open the parents; else sectors that this layer lacks raise MissingParentError.
         parent_search: directories in which parents are looked for, too.
         pool: for background work.
+        force: change it although a child beside it is based on it.
     """
-    return _open(host, write, chain, tuple(parent_search), pool, {host.key})
+    return _open(host, write, chain, tuple(parent_search), pool, {host.key}, force=force)
 
 
 def _open(
@@ -160,17 +163,17 @@ def _open(
     search: tuple[str, ...],
     pool: plane.Pool,
     seen: set[tuple[int, int]],
+    *,
+    force: bool = False,
 ) -> VhdxImage:
     parent: VhdxImage | None = None
     try:
         structure = read_structure(host)
+        if write and not force:
+            guard_parent(host.path, structure)
         info: dict[str, Any] | None = None
         lower: plane.Device | None = None
         if structure.parent is not None:
-            if write:
-                raise UnsupportedError(
-                    "differencing images can only be read so far", path=host.path, hint='use "r"'
-                )
             if chain:
                 parent, info = _open_parent(host, structure, search, pool, seen)
                 lower = parent.device

@@ -22,7 +22,17 @@ from vhdx.plane.device import (
     Step,
     default_pool,
 )
-from vhdx.plane.map import CHUNK_PAGES, TAG_ZERO, FaultHandler, Kind, Map, entries, fields
+from vhdx.plane.map import (
+    CHUNK_PAGES,
+    TAG_ZERO,
+    Changes,
+    FaultHandler,
+    Kind,
+    Map,
+    Sectors,
+    entries,
+    fields,
+)
 
 __all__ = [
     "CHUNK_PAGES",
@@ -33,6 +43,7 @@ __all__ = [
     "ZERO",
     "Backend",
     "Callback",
+    "Changes",
     "Connection",
     "ConnectionCounters",
     "Device",
@@ -44,6 +55,7 @@ __all__ = [
     "Memory",
     "Operation",
     "Pool",
+    "Sectors",
     "Step",
     "default_pool",
     "entries",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -19,7 +19,17 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-__all__ = ["CHUNK_PAGES", "TAG_ZERO", "FaultHandler", "Kind", "Map", "entries", "fields"]
+__all__ = [
+    "CHUNK_PAGES",
+    "TAG_ZERO",
+    "Changes",
+    "FaultHandler",
+    "Kind",
+    "Map",
+    "Sectors",
+    "entries",
+    "fields",
+]
 
 CHUNK_PAGES = 512
 """Pages whose entries are dropped together (``VX_CHUNK_PAGES``)."""
@@ -60,6 +70,38 @@ def fields(
     return kind, offset, entry >> np.uint64(55)
 
 
+class Changes(NamedTuple):
+    """What a commit makes durable; the data that it points to are durable already.
+
+    Attributes:
+        pages: that were published, oldest first; a page may be there more than once.
+        entries: their entries.
+        bitmap_pages: pages whose sector bitmaps changed.
+        bitmaps: the bits of each, n by bytes.
+        generation: what is durable afterwards.
+    """
+
+    pages: npt.NDArray[np.uint64]
+    entries: npt.NDArray[np.uint64]
+    bitmap_pages: npt.NDArray[np.uint64]
+    bitmaps: npt.NDArray[np.uint8]
+    generation: int
+
+
+class Sectors(NamedTuple):
+    """How pages that are the parent's become this device's, sector by sector.
+
+    Attributes:
+        size: bytes of a sector, 512 or 4096.
+        mixed_tag: of an entry with a sector bitmap.
+        full_tag: of an entry whose sectors are all stored here.
+    """
+
+    size: int
+    mixed_tag: int
+    full_tag: int
+
+
 class FaultHandler(Protocol):
     """Who decides where the pages of a map live; called from any thread, no lock held.
 
@@ -79,10 +121,12 @@ class FaultHandler(Protocol):
     def change_range(self, operation: Operation, first: int, count: int) -> None:
         """Zeroes or trims whole pages."""
 
-    def commit(
-        self, pages: npt.NDArray[np.uint64], new: npt.NDArray[np.uint64], generation: int
-    ) -> None:
-        """Makes entries durable; the data they point to is."""
+    def commit(self, changes: Changes) -> None:
+        """Makes entries and sector bitmaps durable."""
+
+
+def _copy(memory: Any, length: int) -> bytes:
+    return bytes(ffi.buffer(memory, length)) if length else b""
 
 
 class Map(Device):
@@ -96,6 +140,7 @@ class Map(Device):
         page_size: bytes, a power of two from 512 to 4 GiB.
         lowers: the lower devices, by index.
         parent: index of the lower device that mixed pages fall back to.
+        sectors: of mixed pages; needed with a parent.
         in_place: zero writes zeros and keeps the space, trim does nothing.
         transparent: zero, trim and extents are the lower device's.
         read_only: refuse changes.
@@ -113,6 +158,7 @@ class Map(Device):
         lowers: Sequence[Device],
         *,
         parent: int | None = None,
+        sectors: Sectors | None = None,
         in_place: bool = False,
         transparent: bool = False,
         read_only: bool = False,
@@ -139,8 +185,11 @@ class Map(Device):
         check.register(identity, self)
         for index, lower in enumerate(lowers):
             check.raise_for(lib.vx_map_set_lower(self.handle, index, lower.handle))
-        if parent is not None:
-            check.raise_for(lib.vx_map_set_parent(self.handle, parent))
+        if parent is not None and sectors is not None:
+            shift = sectors.size.bit_length() - 1
+            check.raise_for(
+                lib.vx_map_set_parent(self.handle, parent, shift, sectors.mixed_tag, sectors.full_tag)
+            )
 
     def answer(self, fault: Any) -> None:
         """Hands a fault of C (a ``vx_fault *``) to the handler."""
@@ -156,10 +205,17 @@ class Map(Device):
         elif kind == 3:
             handler.change_range(Operation(fault.operation), fault.first, fault.count)
         else:
-            size = fault.count * 8
-            pages = np.frombuffer(ffi.buffer(fault.pages, size), np.uint64).copy()
-            new = np.frombuffer(ffi.buffer(fault.entries, size), np.uint64).copy()
-            handler.commit(pages, new, fault.generation)
+            count, each = fault.bitmap_count, fault.bitmap_bytes
+            bits = np.frombuffer(_copy(fault.bitmap_bits, count * each), np.uint8)
+            handler.commit(
+                Changes(
+                    np.frombuffer(_copy(fault.pages, fault.count * 8), np.uint64),
+                    np.frombuffer(_copy(fault.entries, fault.count * 8), np.uint64),
+                    np.frombuffer(_copy(fault.bitmap_pages, count * 8), np.uint64),
+                    bits.reshape(count, -1) if count else bits.reshape(0, 1),
+                    fault.generation,
+                )
+            )
 
     def install(self, first: int, new: npt.NDArray[np.uint64]) -> None:
         """Fills the pages from ``first`` on that ask; 0 leaves a page asking."""
@@ -167,11 +223,10 @@ class Map(Device):
         view = ffi.from_buffer("uint64_t[]", new)
         check.raise_for(lib.vx_map_install(self.handle, first, len(new), view), self.path)
 
-    def set_bitmap(self, page: int, sector_size: int, bits: bytes) -> None:
+    def set_bitmap(self, page: int, bits: bytes) -> None:
         """Sets the sector bitmap of a page (a bit a sector, 1: stored in this device)."""
-        shift = sector_size.bit_length() - 1
         view = ffi.from_buffer("uint8_t[]", bits)
-        check.raise_for(lib.vx_map_set_bitmap(self.handle, page, shift, view, len(view)), self.path)
+        check.raise_for(lib.vx_map_set_bitmap(self.handle, page, view, len(view)), self.path)
 
     def read_entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
         """The entries of these pages as they stand."""

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: MIT
+"""Creates images of any type: what :func:`vhdx.create` is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vhdx.errors import InvalidArgumentError
+from vhdx.image.create import create_vhdx
+from vhdx.image.differencing import create_child
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from vhdx.image.create import Progress, StrPath
+
+__all__ = ["create_disk"]
+
+
+def create_disk(
+    path: StrPath,
+    size: int | None = None,
+    *,
+    type: str | None = None,
+    parent: StrPath | None = None,
+    block_size: int | None = None,
+    logical_sector_size: int | None = None,
+    physical_sector_size: int | None = None,
+    sparse: bool = True,
+    force: bool = False,
+    disk_id: UUID | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Creates an empty image.
+
+    Args:
+        path: where; an existing file is refused unless ``force``.
+        size: of the virtual disk, bytes: a multiple of the logical sector, 1 sector to 64 TiB. A
+            differencing image has its parent's when None.
+        type: "dynamic", "fixed" (all space allocated now) or "differencing"; differencing with a
+            parent and dynamic without one when None.
+        parent: the image that a differencing one is based on; it must not be changed afterwards.
+        block_size: bytes, a power of two from 1 MiB to 256 MiB; when None 32 MiB, or 2 MiB for a
+            differencing image.
+        logical_sector_size, physical_sector_size: 512 or 4096; 512 and 4096 when None. A
+            differencing image has its parent's.
+        sparse: False writes a fixed image out with zeros, so that the host file has no unwritten
+            parts either.
+        force: replace what is there.
+        disk_id: the virtual disk id (SCSI page 83); random when None, the parent's in a child.
+        progress: called while a fixed image is allocated.
+
+    Raises:
+        InvalidArgumentError, ExistsError, NotFoundError, NoSpaceError, HostIOError: as the message
+            says; with a parent also what :func:`vhdx.open` raises.
+    """
+    if type is None:
+        type = "dynamic" if parent is None else "differencing"
+    if type == "differencing":
+        if parent is None:
+            raise InvalidArgumentError(
+                "a differencing image needs a parent", path=path, hint="use --parent (parent=)"
+            )
+        if not logical_sector_size is physical_sector_size is disk_id is None:
+            raise InvalidArgumentError(
+                "a differencing image has the sectors and the id of its parent", path=path
+            )
+        create_child(path, parent, size=size, block_size=block_size, force=force)
+        return
+    if parent is not None:
+        raise InvalidArgumentError(
+            f"a {type} image has no parent", path=path, hint='use type="differencing"'
+        )
+    if size is None:
+        raise InvalidArgumentError("a new image needs a size", path=path, hint="use --size (size=)")
+    create_vhdx(
+        path,
+        size,
+        type=type,
+        block_size=block_size,
+        logical_sector_size=512 if logical_sector_size is None else logical_sector_size,
+        physical_sector_size=4096 if physical_sector_size is None else physical_sector_size,
+        sparse=sparse,
+        force=force,
+        disk_id=disk_id,
+        progress=progress,
+    )
