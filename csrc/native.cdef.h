@@ -78,6 +78,12 @@ void vx_map_gate(vx_device *device, bool open);
 int vx_map_close(vx_device *device);
 void vx_map_statistics_of(vx_device *device, vx_map_statistics *statistics);
 
+vx_device *vx_switch_create(vx_device *lower, vx_pool *pool, uint64_t identity);
+void vx_switch_pause(vx_device *device);
+void vx_switch_set(vx_device *device, vx_device *lower);
+void vx_switch_resume(vx_device *device);
+void vx_switch_follow(vx_device *device);
+
 typedef struct { uint32_t largest_payload; uint32_t context_id; uint32_t requests_limit;
                  uint32_t slot; uint64_t bytes_limit; bool read_only; bool structured;
                  bool block_status; } vx_nbd_terms;

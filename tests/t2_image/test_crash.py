@@ -57,7 +57,7 @@ def test_first_allocating_write_and_flush_come_in_order(empty):
         recorder.mark("flushed")
     assert kinds(recorder) == [
         # the gate: new GUIDs, an empty log entry, and only then the LogGuid
-        "header", "log", "flush", "header", "flush", "header",
+        "header", "flush", "log", "flush", "header", "flush", "header",
         "resize", "data", "mark",
         # data, barrier, log, barrier, apply
         "flush", "log", "flush", "bat", "mark",

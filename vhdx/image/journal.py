@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Headers and the log of an image that is open for writing.
 
-Order of a first change ([MS-VHDX] 2.2.2, 2.3): new FileWriteGuid and DataWriteGuid in a header and
-an empty log entry, durable; then the LogGuid in the other header, durable; then in both. So a LogGuid
-always has a valid sequence behind it, and of two headers one is always durable and whole.
+Order of a first change ([MS-VHDX] 2.2.2, 2.3): new FileWriteGuid and DataWriteGuid in a header,
+durable before anything else changes; an empty log entry, durable; then the LogGuid in the other
+header, durable; then in both. So a LogGuid always has a valid sequence behind it, and of two headers
+one is always durable and whole.
 
 Order of a commit: the caller made the data durable; then for each group of pages: log entry, barrier,
 apply; and before a further entry a barrier again, so that an entry needs none before it. Two entries
@@ -60,7 +61,7 @@ def replay_to_file(
         The header that is current afterwards.
     """
     header = header.successor(file_write_guid=uuid4())
-    leaf.batch([_header_step(header)])
+    leaf.batch([_header_step(header), _BARRIER])
     patches = log.patches_of(sequence)
     end = max((p.offset + p.length for p in patches), default=0)
     size = max(leaf.size, end, sequence.head.last_file_offset)
@@ -104,7 +105,7 @@ class Journal:
         return self._header.log_guid != headers.NIL
 
     def open(self, log_span_size: int) -> None:
-        """Prepares the first change of this open; two barriers.
+        """Prepares the first change of this open; three barriers.
 
         Args:
             log_span_size: bytes of the file now, durable already.
@@ -116,6 +117,7 @@ class Journal:
         self._leaf.batch(
             [
                 _header_step(header),
+                _BARRIER,
                 *self._entry_steps(empty),
                 _BARRIER,
                 _header_step(second := header.successor(log_guid=guid)),

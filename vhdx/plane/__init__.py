@@ -20,6 +20,7 @@ from vhdx.plane.device import (
     Operation,
     Pool,
     Step,
+    Switch,
     default_pool,
 )
 from vhdx.plane.map import (
@@ -57,6 +58,7 @@ __all__ = [
     "Pool",
     "Sectors",
     "Step",
+    "Switch",
     "default_pool",
     "entries",
     "fields",

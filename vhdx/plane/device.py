@@ -8,6 +8,7 @@ otherwise.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
@@ -21,7 +22,17 @@ from vhdx.plane._native import ffi, lib
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Device", "File", "Hold", "Memory", "Operation", "Pool", "Step", "default_pool"]
+__all__ = [
+    "Device",
+    "File",
+    "Hold",
+    "Memory",
+    "Operation",
+    "Pool",
+    "Step",
+    "Switch",
+    "default_pool",
+]
 
 Buffer = bytes | bytearray | memoryview | Any
 
@@ -320,6 +331,38 @@ class Memory(Device):
     def __init__(self, size: int, capacity: int | None = None) -> None:
         handle = lib.vx_memory_create(size, size if capacity is None else capacity, 0)
         super().__init__(handle)
+
+
+class Switch(Device):
+    """A device that can be moved to another lower one at a consistent point (``csrc/switch.h``).
+
+    Args:
+        lower: where it lives at first.
+        pool: on which requests that were held up go on.
+    """
+
+    def __init__(self, lower: Device, pool: Pool) -> None:
+        super().__init__(lib.vx_switch_create(lower.handle, pool.handle, 0), lower.path)
+        self._keep = (pool, lower)
+        self._pool = pool
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """No request is on its way in the lower device until the block ends; one thread at a time."""
+        lib.vx_switch_pause(self.handle)
+        try:
+            yield
+        finally:
+            lib.vx_switch_resume(self.handle)
+
+    def set(self, lower: Device) -> None:
+        """Moves to ``lower``; inside :meth:`paused` only."""
+        lib.vx_switch_set(self.handle, lower.handle)
+        self._keep = (self._pool, lower)
+
+    def follow(self) -> None:
+        """Takes the size of the lower device, which was resized."""
+        lib.vx_switch_follow(self.handle)
 
 
 class Hold(Device):
