@@ -13,5 +13,6 @@
 #include "nbd.h"
 #include "pool.h"
 #include "run.h"
+#include "switch.h"
 
 #endif

@@ -21,7 +21,7 @@ __all__ = ["main"]
 )
 @click.version_option(__version__, prog_name="vhdx")
 def main() -> None:
-    """Real VHDX images on Linux: create, look at, convert and serve them."""
+    """Real VHDX images on Linux: create, look at, resize, convert and serve them."""
 
 
 for command in (
@@ -30,6 +30,7 @@ for command in (
     images.map_extents,
     images.dump,
     images.convert,
+    images.resize,
     serving.serve,
 ):
     main.add_command(command)

@@ -19,7 +19,7 @@ from vhdx.units import format_size
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["convert", "create", "dump", "info", "map_extents"]
+__all__ = ["convert", "create", "dump", "info", "map_extents", "resize"]
 
 _format = click.option(
     "--format", "format_", type=click.Choice(["vhdx", "raw"]), help="Format, instead of looking."
@@ -122,6 +122,20 @@ def _shown(name: str, value: Any) -> str:
             f"{key.replace('_', ' ')} {entry}" for key, entry in value.items() if entry != 0
         )
     return str(value)
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@click.argument("size", type=SIZE)
+@click.option("--shrink", is_flag=True, help="Allow a smaller size, down to the last partition.")
+@click.option("--unsafe", is_flag=True, help="Shrink although there is no partition table.")
+def resize(path: str, size: int, shrink: bool, unsafe: bool) -> None:
+    """Change the virtual size. Partitions in it are left to the guest.
+
+    Example: vhdx resize disk.vhdx 128G
+    """
+    with image.open(path, "r+") as disk:
+        disk.resize(size, shrink=shrink, unsafe=unsafe)
 
 
 @click.command(name="map")

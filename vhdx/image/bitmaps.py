@@ -49,6 +49,10 @@ class SectorBitmaps:
         self._path = path
         self._placed: dict[int, int] = {}  # chunk -> offset of a block that this open placed
 
+    def adopt(self, structure: Structure) -> None:
+        """The image has this structure from now on."""
+        self._structure, self._geometry = structure, structure.geometry
+
     @property
     def slice_length(self) -> int:
         """Bytes of the bitmap of one payload block."""

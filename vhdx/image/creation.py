@@ -61,7 +61,8 @@ def create_disk(
             raise InvalidArgumentError(
                 "a differencing image needs a parent", path=path, hint="use --parent (parent=)"
             )
-        if not logical_sector_size is physical_sector_size is disk_id is None:
+        given: list[object] = [logical_sector_size, physical_sector_size, disk_id]
+        if given != [None, None, None]:
             raise InvalidArgumentError(
                 "a differencing image has the sectors and the id of its parent", path=path
             )

@@ -79,11 +79,18 @@ class Format(Protocol):
     path: str
 
     @property
+    def minimum_size(self) -> int | None:
+        """Bytes, or None where nothing says what is in use."""
+
+    @property
     def device(self) -> plane.Device:
         """What requests go to."""
 
     def describe(self) -> dict[str, Any]:
         """What ``vhdx info`` shows beyond the common part; sizes in bytes."""
+
+    def resize(self, size: int, *, shrink: bool, unsafe: bool) -> None:
+        """Changes the size of the disk."""
 
     def close(self) -> None:
         """Makes everything durable and lets go of the files."""
@@ -148,6 +155,12 @@ class Disk:
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._closed
+
+    @property
+    def minimum_size(self) -> int | None:
+        """Bytes below which a shrink would cut off a partition; None where that is not known."""
+        self._check_open()
+        return self._image.minimum_size
 
     def describe(self) -> dict[str, Any]:
         """What ``vhdx info --json`` shows; sizes in bytes."""
@@ -246,6 +259,25 @@ class Disk:
     def flush(self) -> None:
         """Makes durable what was written by every call that has returned."""
         self._device.flush()
+
+    def resize(self, size: int, *, shrink: bool = False, unsafe: bool = False) -> None:
+        """Changes the size while the disk is used; what is new reads as zeros.
+
+        Partitions and file systems in it are left to the guest, a GPT's second copy, too. After a
+        crash the disk has the old size or the new one.
+
+        Args:
+            size: bytes, a multiple of the logical sector.
+            shrink: allow a smaller size. It is refused below the end of the last partition.
+            unsafe: allow it where there is no partition table, so that nothing says what is in use.
+
+        Raises:
+            InvalidArgumentError: not a possible size, or it would cut off a partition.
+            NoSpaceError: the host has no room; nothing is changed.
+            UnsupportedError: the format cannot, or a parent would show.
+        """
+        self._check_open()
+        self._image.resize(size, shrink=shrink, unsafe=unsafe)
 
     # ---- the end, and other libraries ----
 

@@ -6,19 +6,28 @@ entry's tag keeps the block's state, so the table can be turned back into BAT en
 
 Threads: faults come from any thread. ``_lock`` guards space and table residency and is never held
 across a barrier; ``_gate_lock`` makes the first change happen once; commits are serialised by the
-map's rounds, so the journal needs no lock of its own.
+map's rounds, and kept apart from other changes of metadata by ``_commit_lock``. Whoever moves or
+releases blocks other than by a commit holds ``structure_lock``. Order: structure, commit, space.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vhdx import plane
-from vhdx.errors import ClosedError, DamagedError, NoSpaceError, PoisonedError
+from vhdx.errors import (
+    ClosedError,
+    DamagedError,
+    InvalidArgumentError,
+    NoSpaceError,
+    PoisonedError,
+)
 from vhdx.format import bat
 from vhdx.format.bat import BlockState
 from vhdx.image import journal
@@ -28,8 +37,11 @@ from vhdx.image.space import Space
 from vhdx.units import GIB, MIB, TIB
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     import numpy.typing as npt
 
+    from vhdx.format import region
     from vhdx.format.header import Header
     from vhdx.image.host import HostFile
     from vhdx.image.structure import Structure
@@ -79,6 +91,8 @@ class Engine:
         self._geometry = structure.geometry
         self._lock = threading.Lock()
         self._gate_lock = threading.Lock()
+        self._commit_lock = threading.Lock()
+        self.structure_lock = threading.Lock()
         self._resident: OrderedDict[int, None] = OrderedDict()
         self._closed = False
         self._journal = journal.Journal(self._leaf, structure.header)
@@ -249,6 +263,11 @@ class Engine:
 
     def change_range(self, operation: plane.Operation, first: int, count: int) -> None:
         """Whole blocks become ZERO or UNMAPPED and give their space back."""
+        with self.structure_lock:
+            # A disk that was made smaller meanwhile refuses the request when it comes back.
+            self._change_range(operation, first, min(count, self._geometry.blocks - first))
+
+    def _change_range(self, operation: plane.Operation, first: int, count: int) -> None:
         state = BlockState.ZERO if operation == plane.Operation.ZERO else BlockState.UNMAPPED
         new_hole = plane.entries(plane.Kind.HOLE, 0, 0, _HOLE_TAGS[state])
         for start in range(first, first + count, _RANGE_PAGES):
@@ -284,6 +303,10 @@ class Engine:
 
     def commit(self, changes: plane.Changes) -> None:
         """Writes sector bitmaps and BAT entries through the log; their data are durable."""
+        with self._commit_lock:
+            self._commit(changes)
+
+    def _commit(self, changes: plane.Changes) -> None:
         assert self._space is not None
         self._journal.barrier_passed()
         # The last publication of a block counts.
@@ -327,7 +350,7 @@ class Engine:
 
     def _place_bitmaps(self, count: int) -> list[int]:
         assert self._space is not None
-        places = [self._space.take_bitmap() for _ in range(count)]
+        places = [self._space.take_region(MIB) for _ in range(count)]
         if places:
             self._referenced_end = max(self._referenced_end, max(places) + MIB)
         return places
@@ -365,6 +388,77 @@ class Engine:
         released = self._anchors.intersection(anchors[anchored].tolist())
         self._anchors -= released
         return np.array(sorted(released), np.uint64)
+
+    # ---- changes of the structure ----
+
+    @contextlib.contextmanager
+    def changing(self) -> Iterator[plane.Device]:
+        """Inside, metadata other than blocks may be changed: no commit runs. Gives the leaf."""
+        self.open_gate()
+        with self._commit_lock:
+            try:
+                yield self._leaf
+            except (NoSpaceError, InvalidArgumentError):
+                raise
+            except BaseException:
+                # Which of the steps are durable is not known.
+                self.map.poison()
+                raise
+
+    def log(self, patches: list[tuple[int, bytes]]) -> None:
+        """Changes these bytes of the file (offset, data) in one log entry; inside changing() only."""
+        pages: dict[int, bytearray] = {}
+        for offset, data in patches:
+            done = 0
+            while done < len(data):
+                page, within = divmod(offset + done, 4096)
+                content = pages.setdefault(page * 4096, bytearray(self._leaf.read(4096, page * 4096)))
+                part = min(4096 - within, len(data) - done)
+                content[within : within + part] = data[done : done + part]
+                done += part
+        offsets = np.array(sorted(pages), np.uint64)
+        contents = np.frombuffer(b"".join(pages[at] for at in sorted(pages)), np.uint8)
+        if len(pages) > journal.MOST_PAGES:
+            raise InvalidArgumentError(f"{len(pages)} pages do not fit into a log entry")
+        self._journal.commit(offsets, contents.reshape(-1, 4096), self._referenced_end)
+
+    def take_region(self, length: int) -> int:
+        """Space at the end of the file that reads zeros, durable after the next barrier; bytes."""
+        assert self._space is not None
+        with self._lock:
+            start = self._space.take_region(length)
+            self._referenced_end = max(self._referenced_end, start + length)
+        return start
+
+    def release(self, offsets: npt.NDArray[np.uint64]) -> None:
+        """Frees blocks that no durable entry names any more."""
+        assert self._space is not None
+        with self._lock:
+            self._space.release_after(0, offsets)
+
+    def adopt(self, geometry: bat.Geometry, table: region.Region) -> None:
+        """The disk has this geometry from now on, and its BAT stands there."""
+        with self._lock:
+            old = self.structure
+            self.structure = replace(
+                old,
+                geometry=geometry,
+                bat=table,
+                regions=tuple(table if r.guid == table.guid else r for r in old.regions),
+                parameters=replace(old.parameters, virtual_size=geometry.virtual_size),
+            )
+            self._geometry = geometry
+            self._bitmaps.adopt(self.structure)
+
+    def forget(self, first: int, past: int) -> None:
+        """The entries of these blocks, which the disk does not have any more, ask again."""
+        for start in range(first, past, _RANGE_PAGES):
+            pages = np.arange(start, min(start + _RANGE_PAGES, past), dtype=np.uint64)
+            found = self.map.read_entries(start, len(pages))
+            known = found != 0
+            self.map.replace(
+                pages[known], found[known], np.zeros(int(known.sum()), np.uint64), publish=False
+            )
 
     # ---- the end ----
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from vhdx.format.log import Patch
 
-__all__ = ["Journal", "replay_to_file"]
+__all__ = ["MOST_PAGES", "Journal", "read_pages", "replay_to_file"]
 
 _READ, _WRITE, _ZERO, _FLUSH = (
     plane.Operation.READ,
@@ -39,7 +39,8 @@ _READ, _WRITE, _ZERO, _FLUSH = (
     plane.Operation.ZERO,
     plane.Operation.FLUSH,
 )
-_MOST_PAGES = 120
+MOST_PAGES = 120
+"""Pages of one log entry; two of them always fit into the log."""
 
 
 _BARRIER = plane.Step(_FLUSH)
@@ -141,8 +142,8 @@ class Journal:
             pages: their new content, n by 4096 bytes.
             file_size: bytes of the file, durable already.
         """
-        for first in range(0, len(offsets), _MOST_PAGES):
-            some = slice(first, first + _MOST_PAGES)
+        for first in range(0, len(offsets), MOST_PAGES):
+            some = slice(first, first + MOST_PAGES)
             steps: list[plane.Step] = []
             if not self._applied_durable:
                 # Its tail is itself: what was applied before must be durable.

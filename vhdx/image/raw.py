@@ -77,6 +77,17 @@ class RawImage:
             "allocated_size": self._host.allocated(),
         }
 
+    @property
+    def minimum_size(self) -> int | None:
+        """Not told: a raw image is not resized here."""
+        return None
+
+    def resize(self, size: int, *, shrink: bool, unsafe: bool) -> None:
+        """Refused: truncate(1) does it, when nobody uses the image."""
+        raise UnsupportedError(
+            "the size of a raw image is its file's", path=self.path, hint="use truncate on the file"
+        )
+
     def close(self) -> None:
         """Flushes and closes."""
         if self.device.state == plane.FORKED:

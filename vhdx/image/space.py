@@ -76,15 +76,15 @@ class Space:
         self._end = start + count * self._block
         return start + np.arange(count, dtype=np.uint64) * np.uint64(self._block)
 
-    def take_bitmap(self) -> int:
-        """Offset of 1 MiB at the end for a sector bitmap block, zeros; durable after a barrier.
+    def take_region(self, length: int) -> int:
+        """Offset of ``length`` bytes (a multiple of 1 MiB) at the end that read zeros.
 
         Raises:
             NoSpaceError: the host has no space.
         """
         start = round_up(self._end, MIB)
-        self._extend(start, MIB)
-        self._end = start + MIB
+        self._extend(start, length)
+        self._end = start + length
         return start
 
     def _extend(self, start: int, length: int) -> None:

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 from vhdx import plane
 from vhdx.errors import (
     DamagedError,
+    InvalidArgumentError,
     MissingParentError,
     NotFoundError,
+    ReadOnlyError,
     Reason,
     UnsupportedError,
     VhdxError,
 )
 from vhdx.format import header as headers
-from vhdx.image import journal
+from vhdx.image import journal, resizing
 from vhdx.image.allocation import block_counts, survey
 from vhdx.image.differencing import guard_parent
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile, open_host
+from vhdx.image.partitions import read_partitions
 from vhdx.image.structure import Structure, read_structure
 
 if TYPE_CHECKING:
@@ -87,12 +90,14 @@ class VhdxImage:
         parent_info: dict[str, Any] | None,
         *,
         log_was_dirty: bool,
+        pool: plane.Pool,
     ) -> None:
         parameters = engine.structure.parameters
         self.engine = engine
         self.parent = parent
         self.parent_info = parent_info
-        self.device: plane.Device = engine.map
+        self._switch = None if engine.host.read_only else plane.Switch(engine.map, pool)
+        self.device: plane.Device = engine.map if self._switch is None else self._switch
         self.path = engine.host.path
         self.read_only = engine.host.read_only
         self.block_size = parameters.block_size
@@ -123,7 +128,49 @@ class VhdxImage:
             "log_dirty": self._log_was_dirty,
             "parent": self.parent_info,
             "blocks": block_counts(structure, self.engine.host.leaf),
+            "minimum_size": self.minimum_size,
         }
+
+    @property
+    def minimum_size(self) -> int | None:
+        """Bytes below which a shrink would cut off a partition; None where that is not known."""
+        sector = self.logical_sector_size
+        try:
+            table = read_partitions(self.device.read, self.device.size, sector)
+        except MissingParentError:
+            return None  # opened without its chain
+        return resizing.minimum_size(table, sector)
+
+    def resize(self, size: int, *, shrink: bool, unsafe: bool) -> None:
+        """Changes the virtual size while the disk is used; see :meth:`vhdx.Disk.resize`."""
+        if self._switch is None:
+            raise ReadOnlyError("it is open for reading only", path=self.path)
+        engine, now = self.engine, self.device.size
+        with engine.structure_lock:
+            if size == now:
+                return
+            if size > now:
+                resizing.grow(engine, size)
+                engine.map.resize(size)
+                self._switch.follow()
+                return
+            if not shrink:
+                raise InvalidArgumentError(
+                    f"it has {now} bytes, so {size} bytes would cut some off",
+                    path=self.path,
+                    hint="use --shrink (shrink=True) if that is what you want",
+                )
+            below = None if self.parent is None else self.parent.device.size
+            resizing.check_shrink(engine, self.device, size, below, unsafe=unsafe)
+            with self._switch.paused():
+                engine.map.resize(size)
+                self._switch.follow()
+            try:
+                resizing.shrink(engine, size)
+            finally:
+                with self._switch.paused():
+                    engine.map.resize(engine.structure.parameters.virtual_size)
+                    self._switch.follow()
 
     def close(self) -> None:
         """Closes this layer, then those below; the first failure is raised."""
@@ -194,7 +241,7 @@ def _open(
         if isinstance(error, VhdxError) and error.path is None:
             error.path = host.path
         raise
-    return VhdxImage(engine, parent, info, log_was_dirty=dirty and not write)
+    return VhdxImage(engine, parent, info, log_was_dirty=dirty and not write, pool=pool)
 
 
 def _prepare_for_writing(host: HostFile, structure: Structure) -> Structure:

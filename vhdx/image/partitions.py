@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: MIT
+"""MBR and GPT partition tables, as far as shrinking a disk needs them (UEFI 2.10, chapter 5).
+
+Reads the guest's bytes, so nothing in them is believed before it is checked.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Read = Callable[[int, int], bytes]
+
+__all__ = ["Partition", "PartitionTable", "read_partitions"]
+
+_MBR_ENTRY = struct.Struct("<B3sB3sII")
+_GPT_HEADER = struct.Struct("<8sIIIIQQQQ16sQIII")
+_GPT_ENTRY = struct.Struct("<16s16sQQQ72s")
+_PROTECTIVE = 0xEE
+_LARGEST_ARRAY = 1 << 20
+_BACKUP_SECTORS = 33  # entries and header of the second copy, behind the last usable sector
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One partition; bytes.
+
+    Attributes:
+        number: from 1, as the table counts.
+        start: first byte.
+        end: first byte behind it.
+        name: GPT's, or "".
+    """
+
+    number: int
+    start: int
+    end: int
+    name: str = ""
+
+
+@dataclass(frozen=True)
+class PartitionTable:
+    """What a disk says of its partitions.
+
+    Attributes:
+        kind: "mbr" or "gpt".
+        partitions: in the table's order.
+        readable: False when a GPT is announced and cannot be read.
+        reserved: bytes behind the last partition that the table itself needs.
+    """
+
+    kind: str
+    partitions: tuple[Partition, ...]
+    readable: bool = True
+    reserved: int = 0
+
+    @property
+    def minimum_size(self) -> int:
+        """The least size, bytes, at which every partition is inside the disk."""
+        return max((p.end for p in self.partitions), default=0) + self.reserved
+
+    def last(self) -> Partition | None:
+        """The partition that ends furthest back."""
+        return max(self.partitions, key=lambda p: p.end, default=None)
+
+
+def read_partitions(read: Read, size: int, sector: int) -> PartitionTable | None:
+    """The partition table of a disk, or None where there is none.
+
+    Args:
+        read: (length, offset) gives bytes of the disk.
+        size: of the disk, bytes.
+        sector: logical sector size, bytes.
+    """
+    if size < 2 * sector:
+        return None
+    first = read(512, 0)
+    if first[510:512] != b"\x55\xaa":
+        return None
+    entries = [_MBR_ENTRY.unpack_from(first, 446 + 16 * i) for i in range(4)]
+    if any(entry[0] not in {0, 0x80} for entry in entries):
+        return None  # a boot sector of a file system, not a table
+    used = [(i, e) for i, e in enumerate(entries, 1) if e[2] != 0 and e[5] != 0]
+    if any(entry[2] == _PROTECTIVE for _, entry in used):
+        return _read_gpt(read, size, sector)
+    if not used:
+        return None
+    partitions = tuple(
+        Partition(number, entry[4] * sector, (entry[4] + entry[5]) * sector) for number, entry in used
+    )
+    return PartitionTable("mbr", partitions)
+
+
+def _read_gpt(read: Read, size: int, sector: int) -> PartitionTable:
+    unreadable = PartitionTable("gpt", (), readable=False)
+    for at in (sector, size - sector):
+        header = read(sector, at)
+        fields = _GPT_HEADER.unpack_from(header)
+        signature, _, length, checksum = fields[:4]
+        if signature != b"EFI PART" or not _GPT_HEADER.size <= length <= sector:
+            continue
+        if zlib.crc32(header[:16] + bytes(4) + header[20:length]) != checksum:
+            continue
+        table_lba, count, entry_size, table_checksum = fields[10:14]
+        total = count * entry_size
+        if entry_size < _GPT_ENTRY.size or total > _LARGEST_ARRAY:
+            continue
+        if table_lba > size // sector or total > size - table_lba * sector:
+            continue
+        table = read(total, table_lba * sector)
+        if zlib.crc32(table) == table_checksum:
+            return PartitionTable(
+                "gpt",
+                tuple(_gpt_partitions(table, entry_size, sector)),
+                reserved=_BACKUP_SECTORS * sector,
+            )
+    return unreadable
+
+
+def _gpt_partitions(table: bytes, entry_size: int, sector: int) -> list[Partition]:
+    found = []
+    for number, at in enumerate(range(0, len(table), entry_size), 1):
+        kind, _, first, last, _, name = _GPT_ENTRY.unpack_from(table, at)
+        if kind != bytes(16) and first <= last:
+            text = name.decode("utf-16-le", "replace").partition("\0")[0]
+            found.append(Partition(number, first * sector, (last + 1) * sector, text))
+    return found
