@@ -13,7 +13,7 @@ void vx_device_initialise(vx_device *device, const vx_operations *operations, ui
     atomic_init(&device->state, 0);
     atomic_init(&device->references, 1);
     atomic_init(&device->progress, 0);
-    device->read_only = false;
+    atomic_init(&device->read_only, false);
 }
 
 vx_device *vx_device_reference(vx_device *device)
@@ -55,6 +55,11 @@ void vx_device_set_state(vx_device *device, int state)
         atomic_store(&device->state, state);
     else
         atomic_compare_exchange_strong(&device->state, &none, state);
+}
+
+void vx_device_freeze(vx_device *device)
+{
+    atomic_store(&device->read_only, true);
 }
 
 int vx_submit(vx_device *device, vx_request *request)

@@ -147,7 +147,7 @@ struct vx_device {
     _Atomic int32_t state;     /* 0, or the error of every further request */
     _Atomic uint32_t references;
     _Atomic uint64_t progress; /* raised by every change that a fault handler makes */
-    bool read_only;
+    _Atomic bool read_only;
 };
 
 /* Gives `device` its common part; one reference belongs to the caller. */
@@ -161,6 +161,8 @@ int vx_device_resize(vx_device *device, uint64_t size);
 int vx_device_state(vx_device *device);
 /* The first state other than 0 stays, except that FORKED replaces anything. */
 void vx_device_set_state(vx_device *device, int state);
+/* Refuses changes from now on; those under way go on. */
+void vx_device_freeze(vx_device *device);
 
 /* Checks the range and the state, then asks the device. A zero-length request inside the device,
  * other than a flush, is done at once. */

@@ -30,6 +30,7 @@ uint64_t vx_device_size(vx_device *device);
 int vx_device_resize(vx_device *device, uint64_t size);
 int vx_device_state(vx_device *device);
 void vx_device_set_state(vx_device *device, int state);
+void vx_device_freeze(vx_device *device);
 
 int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *buffer,
                 uint64_t length, uint64_t offset, vx_failure *failure);

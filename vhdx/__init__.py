@@ -30,7 +30,17 @@ from vhdx.errors import (
     UnsupportedError,
     VhdxError,
 )
-from vhdx.image import Disk, Extent, ExtentState, convert, create, open
+from vhdx.image import (
+    Disk,
+    Extent,
+    ExtentState,
+    convert,
+    create,
+    merge,
+    open,
+    rebase,
+    snapshot,
+)
 from vhdx.nbd import Limits, Server, serve
 
 __all__ = [
@@ -56,8 +66,11 @@ __all__ = [
     "VhdxError",
     "convert",
     "create",
+    "merge",
     "open",
+    "rebase",
     "serve",
+    "snapshot",
 ]
 
 __version__ = "0.1.0"

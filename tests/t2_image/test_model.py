@@ -182,12 +182,12 @@ class TestImagesLong(ImageMachine.TestCase):
     settings = settings(max_examples=5000, stateful_step_count=25, derandomize=False)
 
 
-def other_reader(kind, path, size, out):
+def other_reader(kind, path, size, out, script=READER):
     module = {"pyvhdi": "pyvhdi", "dissect": "dissect.hypervisor"}[kind]
     probe = subprocess.run([sys.executable, "-c", f"import {module}"], capture_output=True)
     if probe.returncode:
         absent(module)
-    subprocess.run([sys.executable, "-c", READER, kind, path, str(size), out], check=True)
+    subprocess.run([sys.executable, "-c", script, kind, path, str(size), out], check=True)
     return out.read_bytes()
 
 

@@ -31,6 +31,9 @@ for command in (
     images.dump,
     images.convert,
     images.resize,
+    images.snapshot,
+    images.merge,
+    images.rebase,
     serving.serve,
 ):
     main.add_command(command)

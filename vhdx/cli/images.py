@@ -19,7 +19,17 @@ from vhdx.units import format_size
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["convert", "create", "dump", "info", "map_extents", "resize"]
+__all__ = [
+    "convert",
+    "create",
+    "dump",
+    "info",
+    "map_extents",
+    "merge",
+    "rebase",
+    "resize",
+    "snapshot",
+]
 
 _format = click.option(
     "--format", "format_", type=click.Choice(["vhdx", "raw"]), help="Format, instead of looking."
@@ -91,9 +101,15 @@ def create(
 @_format
 @_parents
 @click.option("--no-chain", is_flag=True, help="Do not open the parents.")
+@click.option("--chain", is_flag=True, help="Show every layer, this one first.")
 @_json
 def info(
-    path: str, format_: str | None, parent_dir: tuple[str, ...], no_chain: bool, as_json: bool
+    path: str,
+    format_: str | None,
+    parent_dir: tuple[str, ...],
+    no_chain: bool,
+    chain: bool,
+    as_json: bool,
 ) -> None:
     """Show what an image is.
 
@@ -101,12 +117,27 @@ def info(
     """
     with image.open(path, format=format_, parent_search=parent_dir, chain=not no_chain) as disk:
         facts = disk.describe()
+        layers = disk.chain
+    if chain:
+        _show_chain(layers, as_json)
+        return
     if as_json:
         print_json(facts)
         return
     table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _shown(name, value))
+    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+
+
+def _show_chain(layers: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print_json(layers)
+        return
+    table = Table("", "path", "type", "virtual size", "file size", box=None, pad_edge=False)
+    for depth, layer in enumerate(layers):
+        sizes = (format_size(layer[key]) for key in ("virtual_size", "file_size"))
+        table.add_row(str(depth), layer["path"], layer["type"], *sizes)
     Console(soft_wrap=True, highlight=False, markup=False).print(table)
 
 
@@ -136,6 +167,44 @@ def resize(path: str, size: int, shrink: bool, unsafe: bool) -> None:
     """
     with image.open(path, "r+") as disk:
         disk.resize(size, shrink=shrink, unsafe=unsafe)
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@click.option("--checkpoint", type=click.Path(), help="The name for what there is now.")
+def snapshot(path: str, checkpoint: str | None) -> None:
+    """Keep the disk as it is now under another name, and go on in a child. Prints that name.
+
+    Example: vhdx snapshot disk.vhdx --checkpoint before-upgrade.vhdx
+    """
+    click.echo(image.snapshot(path, checkpoint))
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@_parents
+@click.option("--force", is_flag=True, help="Although other images are based on the parent.")
+def merge(path: str, parent_dir: tuple[str, ...], force: bool) -> None:
+    """Merge a differencing image into its parent, whose file takes the image's name.
+
+    Example: vhdx merge disk.vhdx
+    """
+    with progress_bar("merging") as progress:
+        image.merge(path, parent_search=parent_dir, force=force, progress=progress)
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@click.option("--parent", type=click.Path(), required=True, help="The new parent.")
+@_parents
+@click.option("--unsafe", is_flag=True, help="Believe that its content is the old one's.")
+def rebase(path: str, parent: str, parent_dir: tuple[str, ...], unsafe: bool) -> None:
+    """Give a differencing image another parent; its content stays.
+
+    Example: vhdx rebase disk.vhdx --parent moved/base.vhdx
+    """
+    with progress_bar("comparing") as progress:
+        image.rebase(path, parent, parent_search=parent_dir, unsafe=unsafe, progress=progress)
 
 
 @click.command(name="map")

@@ -7,6 +7,18 @@ Owns: which bytes of a host file mean what. Never: how they are moved (the plane
 from vhdx.image.convert import convert
 from vhdx.image.creation import create_disk as create
 from vhdx.image.disk import Disk, Extent, ExtentState
+from vhdx.image.merging import merge, rebase
 from vhdx.image.opening import open_disk as open
+from vhdx.image.opening import snapshot
 
-__all__ = ["Disk", "Extent", "ExtentState", "convert", "create", "open"]
+__all__ = [
+    "Disk",
+    "Extent",
+    "ExtentState",
+    "convert",
+    "create",
+    "merge",
+    "open",
+    "rebase",
+    "snapshot",
+]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from vhdx import plane
 from vhdx.errors import InvalidArgumentError, Reason, VhdxError
-from vhdx.image import create
+from vhdx.image import layout
 from vhdx.image.disk import Disk, ExtentState
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile
@@ -21,7 +21,7 @@ from vhdx.units import MIB, round_up
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from vhdx.image.create import Progress, StrPath
+    from vhdx.image.layout import Progress, StrPath
 
 __all__ = ["convert", "destination_format"]
 
@@ -96,7 +96,7 @@ def convert(
     target = destination_format(destination, to)
     with (
         open_disk(source, "r", format=format, chain=chain, parent_search=parent_search) as disk,
-        create.new_file(destination, force=force, sparse=sparse) as leaf,
+        layout.new_file(destination, force=force, sparse=sparse) as leaf,
     ):
         if target == "raw":
             leaf.resize(disk.size)
@@ -106,7 +106,7 @@ def convert(
             return 0
         logical = disk.logical_sector_size if logical_sector_size is None else logical_sector_size
         size = round_up(disk.size, max(logical, 512))
-        parameters = create.check_parameters(
+        parameters = layout.check_parameters(
             destination,
             size,
             type=type,
@@ -116,7 +116,7 @@ def convert(
             if physical_sector_size is None
             else physical_sector_size,
         )
-        create.write_image(leaf, parameters, sparse=sparse)
+        layout.write_image(leaf, parameters, sparse=sparse)
         host = HostFile(
             os.fspath(destination), leaf, read_only=False, sparse=sparse, key=(0, 0), keep=True
         )

@@ -6,13 +6,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from vhdx.errors import InvalidArgumentError
-from vhdx.image.create import create_vhdx
 from vhdx.image.differencing import create_child
+from vhdx.image.layout import create_vhdx
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from vhdx.image.create import Progress, StrPath
+    from vhdx.image.layout import Progress, StrPath
 
 __all__ = ["create_disk"]
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vhdx.errors import InUseError, InvalidArgumentError, VhdxError
 from vhdx.format import locator
 from vhdx.format.header import NIL
-from vhdx.image import create
+from vhdx.image import layout
 from vhdx.image.host import open_host
 from vhdx.image.structure import Structure, read_structure
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from uuid import UUID
 
-    from vhdx.image.create import StrPath
+    from vhdx.image.layout import StrPath
 
 __all__ = ["DEFAULT_CHILD_BLOCK_SIZE", "children_near", "create_child", "guard_parent", "locator_for"]
 
@@ -84,7 +84,7 @@ def create_child(
                 path=path,
                 hint="leave the size out",
             )
-        child = create.check_parameters(
+        child = layout.check_parameters(
             path,
             parameters.virtual_size if size is None else size,
             type="differencing",
@@ -96,8 +96,8 @@ def create_child(
         if os.path.exists(path) and os.path.samefile(path, parent):
             raise InvalidArgumentError("it would be its own parent", path=path)
         link = locator_for(parent, path, structure.header.data_write_guid, windows_path)
-        with create.new_file(path, force=force) as leaf:
-            create.write_image(leaf, child, sparse=True, parent=link)
+        with layout.new_file(path, force=force) as leaf:
+            layout.write_image(leaf, child, sparse=True, parent=link)
     finally:
         host.close()
 

@@ -13,6 +13,7 @@ from vhdx.errors import ClosedError, InUseError, NoSpaceError, RangeError, ReadO
 from vhdx.plane.device import Buffer
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Iterator, Sequence
     from types import TracebackType
 
@@ -91,6 +92,12 @@ class Format(Protocol):
 
     def resize(self, size: int, *, shrink: bool, unsafe: bool) -> None:
         """Changes the size of the disk."""
+
+    def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
+        """Keeps the disk as it is now under another name, and goes on in a child."""
+
+    def chain(self) -> list[dict[str, Any]]:
+        """The layers, this one first."""
 
     def close(self) -> None:
         """Makes everything durable and lets go of the files."""
@@ -278,6 +285,34 @@ class Disk:
         """
         self._check_open()
         self._image.resize(size, shrink=shrink, unsafe=unsafe)
+
+    def snapshot(self, checkpoint: str | os.PathLike[str] | None = None) -> str:
+        """Keeps the disk as it is now, while it is used, and goes on in a fresh child.
+
+        The file is found under the name of the checkpoint afterwards, and the child under the
+        disk's. Requests wait for a moment, for as long as a flush takes; the checkpoint holds what
+        was written by every request that had returned, and nothing of a later one. After a crash
+        there is the disk as it was, or the child over the checkpoint.
+
+        Args:
+            checkpoint: the name for what there is now, in the same file system; the disk's name
+                with the time when None.
+
+        Returns:
+            The path of the checkpoint. It must not be changed as long as the child needs it.
+
+        Raises:
+            ExistsError, HostIOError, NoSpaceError: nothing is changed.
+            UnsupportedError: the format has no children.
+        """
+        self._check_open()
+        return self._image.snapshot(checkpoint)
+
+    @property
+    def chain(self) -> list[dict[str, Any]]:
+        """The layers of the disk, this one first: path, type, sizes in bytes, ids."""
+        self._check_open()
+        return self._image.chain()
 
     # ---- the end, and other libraries ----
 

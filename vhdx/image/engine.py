@@ -38,6 +38,7 @@ from vhdx.units import GIB, MIB, TIB
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from uuid import UUID
 
     import numpy.typing as npt
 
@@ -74,6 +75,7 @@ class Engine:
         parent: device of the parent, for a differencing image.
         write: whether the image may be changed.
         pool: for background work.
+        data_write_guid: what the first change makes the DataWriteGuid; a new one when None.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Engine:
         *,
         write: bool,
         pool: plane.Pool,
+        data_write_guid: UUID | None = None,
     ) -> None:
         self.host = host
         self.structure = structure
@@ -95,6 +98,7 @@ class Engine:
         self.structure_lock = threading.Lock()
         self._resident: OrderedDict[int, None] = OrderedDict()
         self._closed = False
+        self._data_write_guid = data_write_guid
         self._journal = journal.Journal(self._leaf, structure.header)
         self._space: Space | None = None
         self._furthest = 0
@@ -231,7 +235,7 @@ class Engine:
                 raise ClosedError("the disk was closed", path=self.host.path)
             try:
                 if not self._journal.is_open:
-                    self._journal.open(self._leaf.size)
+                    self._journal.open(self._leaf.size, self._data_write_guid)
                 if self._furthest > self._leaf.size:
                     # The file ends inside its last block, as QEMU's fixed images do.
                     self._leaf.resize(self._furthest)
@@ -494,6 +498,19 @@ class Engine:
                 path=self.host.path,
                 hint="open it again and check what is there",
             )
+
+    def freeze(self, path: str) -> None:
+        """Ends all changes, with everything committed and the log cleared; reads go on.
+
+        Nobody may be writing any more. The file is called ``path`` from now on.
+        """
+        self.map.flush()
+        self.map.freeze()
+        with self._gate_lock:
+            if self._space is not None and self._journal.is_open:
+                self._finish(self._space)
+        self.host.freeze(path)
+        self.map.path = path
 
     def _finish(self, space: Space) -> None:
         with self._lock:

@@ -59,6 +59,12 @@ class HostFile:
         if isinstance(self.leaf, plane.File) and not self._keep:
             self.leaf.close()
 
+    def freeze(self, path: str) -> None:
+        """The file, now called ``path``, is only read from here on; its lock says so."""
+        self.path, self.leaf.path, self.read_only = path, path, True
+        if self._fd is not None:
+            lock.downgrade(self._fd)
+
     def allocated(self) -> int:
         """Bytes that the host has set aside for the file."""
         if self._fd is None:

@@ -105,13 +105,15 @@ class Journal:
         """Whether the log is in use, so that a crash needs a replay."""
         return self._header.log_guid != headers.NIL
 
-    def open(self, log_span_size: int) -> None:
+    def open(self, log_span_size: int, data_write_guid: UUID | None = None) -> None:
         """Prepares the first change of this open; three barriers.
 
         Args:
             log_span_size: bytes of the file now, durable already.
+            data_write_guid: a new one when None.
         """
-        header = self._header.successor(file_write_guid=uuid4(), data_write_guid=uuid4())
+        data = uuid4() if data_write_guid is None else data_write_guid
+        header = self._header.successor(file_write_guid=uuid4(), data_write_guid=data)
         guid = uuid4()
         self._sequence = secrets.randbits(62) + 1
         empty = self._pack(guid, np.empty(0, np.uint64), np.empty((0, 4096), np.uint8), log_span_size)

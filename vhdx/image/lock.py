@@ -13,6 +13,7 @@ belong to the open file description: they go when it is closed, also by a crash.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from vhdx.errors import HostIOError, InUseError
 
-__all__ = ["acquire"]
+__all__ = ["acquire", "downgrade"]
 
 _USED, _UNSHARED = 100, 200
 _CONSISTENT_READ, _WRITE, _WRITE_UNCHANGED, _RESIZE = 0, 1, 2, 3
@@ -69,6 +70,13 @@ def acquire(fd: int, path: str, *, write: bool) -> None:
             path=path,
             hint="close it there first",
         )
+
+
+def downgrade(fd: int) -> None:
+    """A writer's locks become a reader's."""
+    with contextlib.suppress(OSError):  # a file system without locks
+        for byte in (_USED + _WRITE, _USED + _RESIZE):
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
 
 
 def _holders(fd: int) -> str:

@@ -16,7 +16,7 @@ from vhdx.image.vhdx_image import is_vhdx, open_vhdx
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["RAW_SUFFIXES", "open_disk"]
+__all__ = ["RAW_SUFFIXES", "open_disk", "snapshot"]
 
 RAW_SUFFIXES = (".raw", ".img")
 _MODES = {"r": False, "r+": True}
@@ -81,3 +81,13 @@ def open_disk(
             hint='a raw image is opened with --format raw (format="raw")',
         )
     return Disk(image)
+
+
+def snapshot(path: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> str:
+    """Keeps a disk image as it is now and goes on in a child; see :meth:`vhdx.Disk.snapshot`.
+
+    Returns:
+        The path of the checkpoint.
+    """
+    with open_disk(path, "r+") as disk:
+        return disk.snapshot(checkpoint)

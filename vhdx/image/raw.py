@@ -16,6 +16,8 @@ from vhdx.errors import UnsupportedError
 from vhdx.units import GIB, KIB
 
 if TYPE_CHECKING:
+    import os
+
     from vhdx.image.host import HostFile
 
 __all__ = ["RawImage"]
@@ -87,6 +89,16 @@ class RawImage:
         raise UnsupportedError(
             "the size of a raw image is its file's", path=self.path, hint="use truncate on the file"
         )
+
+    def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
+        """Refused: a raw image names no parent."""
+        raise UnsupportedError(
+            "a raw image has no snapshots", path=self.path, hint="convert it to VHDX first"
+        )
+
+    def chain(self) -> list[dict[str, Any]]:
+        """One layer."""
+        return [{"path": self.path, "virtual_size": self.device.size, **self.describe()}]
 
     def close(self) -> None:
         """Flushes and closes."""

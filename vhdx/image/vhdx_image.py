@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vhdx import plane
@@ -15,61 +15,26 @@ from vhdx.errors import (
     NotFoundError,
     ReadOnlyError,
     Reason,
-    UnsupportedError,
     VhdxError,
 )
 from vhdx.format import header as headers
-from vhdx.image import journal, resizing
+from vhdx.image import journal, resizing, snapshots
 from vhdx.image.allocation import block_counts, survey
 from vhdx.image.differencing import guard_parent
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile, open_host
+from vhdx.image.parents import Missing, candidates, existing, mismatch
+from vhdx.image.parents import parent_info as describe_parent
 from vhdx.image.partitions import read_partitions
 from vhdx.image.structure import Structure, read_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
+    from uuid import UUID
 
-__all__ = ["VhdxImage", "is_vhdx", "open_vhdx"]
+__all__ = ["VhdxImage", "is_vhdx", "open_layer", "open_vhdx", "prepare_for_writing"]
 
 _LONGEST_CHAIN = 256
-
-
-class _Missing:
-    """Stands for a parent that was not opened: every read of it says so."""
-
-    def __init__(self, path: str, why: MissingParentError) -> None:
-        self._path = path
-        self._why = why
-
-    def _refuse(self, offset: int) -> MissingParentError:
-        return MissingParentError(
-            f"the sector at {offset:#x} of the disk is not in this layer: {self._why.message}",
-            path=self._path,
-            hint=self._why.hint,
-        )
-
-    def pread_into(self, buffer: memoryview, offset: int) -> None:
-        raise self._refuse(offset)
-
-    def pwrite(self, data: memoryview, offset: int) -> None:
-        raise self._refuse(offset)
-
-    def zero(self, offset: int, length: int) -> None:
-        raise self._refuse(offset)
-
-    def trim(self, offset: int, length: int) -> None:
-        raise self._refuse(offset)
-
-    def flush(self) -> None:
-        """Nothing to make durable."""
-
-    def resize(self, size: int) -> None:
-        raise UnsupportedError("a missing parent has no size", path=self._path)
-
-    def extents(self, offset: int, length: int) -> Iterable[plane.device.RawExtent]:
-        # Not a hole: it does not read as zeros, it does not read at all.
-        return [plane.device.RawExtent(offset, length, plane.DATA, 0)]
 
 
 class VhdxImage:
@@ -91,12 +56,15 @@ class VhdxImage:
         *,
         log_was_dirty: bool,
         pool: plane.Pool,
+        frozen: bool = False,
     ) -> None:
         parameters = engine.structure.parameters
         self.engine = engine
         self.parent = parent
         self.parent_info = parent_info
-        self._switch = None if engine.host.read_only else plane.Switch(engine.map, pool)
+        self._pool = pool
+        fixed = frozen or engine.host.read_only
+        self._switch = None if fixed else plane.Switch(engine.map, pool)
         self.device: plane.Device = engine.map if self._switch is None else self._switch
         self.path = engine.host.path
         self.read_only = engine.host.read_only
@@ -140,6 +108,47 @@ class VhdxImage:
         except MissingParentError:
             return None  # opened without its chain
         return resizing.minimum_size(table, sector)
+
+    def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
+        """Makes the file the parent of a fresh child; see :meth:`vhdx.Disk.snapshot`."""
+        if self._switch is None:
+            raise ReadOnlyError("it is open for reading only", path=self.path)
+        old = self.engine
+        name = snapshots.checkpoint_name(self.path) if checkpoint is None else Path(checkpoint)
+        with old.structure_lock:
+            old.open_gate()  # from here on its DataWriteGuid stays
+            with (
+                snapshots.second_name(self.path, name),
+                snapshots.fresh_child(self.path, name, old, self._pool) as child,
+            ):
+                old.map.flush()  # most of it, before anybody is held up
+                with self._switch.paused():
+                    old.map.flush()
+                    child.take_name()
+                    # From here on there is no way back, and what fails is the child's.
+                    failure = child.settle(self._switch, old, name)
+        base = VhdxImage(
+            old, self.parent, self.parent_info, log_was_dirty=False, pool=self._pool, frozen=True
+        )
+        self.engine, self.parent = child.engine, base
+        self.parent_info = describe_parent(child.engine.structure, os.fspath(name))
+        self.block_size = child.engine.structure.parameters.block_size
+        if failure is not None:
+            raise failure
+        return os.fspath(name)
+
+    def chain(self) -> list[dict[str, Any]]:
+        """This layer and those below it, for ``vhdx info --chain``."""
+        header = self.engine.header
+        here = {
+            "path": self.engine.host.path,
+            "type": self.kind,
+            "virtual_size": self.engine.structure.parameters.virtual_size,
+            "block_size": self.block_size,
+            "file_size": self.engine.host.leaf.size,
+            "data_write_id": str(header.data_write_guid),
+        }
+        return [here, *([] if self.parent is None else self.parent.chain())]
 
     def resize(self, size: int, *, shrink: bool, unsafe: bool) -> None:
         """Changes the virtual size while the disk is used; see :meth:`vhdx.Disk.resize`."""
@@ -212,6 +221,7 @@ def _open(
     seen: set[tuple[int, int]],
     *,
     force: bool = False,
+    data_write_guid: UUID | None = None,
 ) -> VhdxImage:
     parent: VhdxImage | None = None
     try:
@@ -227,13 +237,15 @@ def _open(
             else:
                 why = MissingParentError("its parents were not opened (chain=False)")
                 lower = plane.Callback(
-                    _Missing(host.path, why), structure.geometry.virtual_size, read_only=True
+                    Missing(host.path, why), structure.geometry.virtual_size, read_only=True
                 )
-                info = _parent_info(structure, None)
+                info = describe_parent(structure, None)
         dirty = structure.sequence is not None
         if write:
-            structure = _prepare_for_writing(host, structure)
-        engine = Engine(host, structure, lower, write=write, pool=pool)
+            structure = prepare_for_writing(host, structure)
+        engine = Engine(
+            host, structure, lower, write=write, pool=pool, data_write_guid=data_write_guid
+        )
     except BaseException as error:
         host.close()
         if parent is not None:
@@ -244,7 +256,23 @@ def _open(
     return VhdxImage(engine, parent, info, log_was_dirty=dirty and not write, pool=pool)
 
 
-def _prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
+def open_layer(host: HostFile, *, search: Sequence[str], data_write_guid: UUID) -> VhdxImage:
+    """Opens an image for writing, whatever is based on it, to give it that DataWriteGuid.
+
+    ``host`` belongs to the image from here on, also on failure.
+    """
+    pool = plane.default_pool()
+    return _open(
+        host, True, True, tuple(search), pool, {host.key}, force=True, data_write_guid=data_write_guid
+    )
+
+
+def prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
+    """Replays the log into the file; the structure afterwards.
+
+    Raises:
+        DamagedError: it has no usable log, or must not be changed.
+    """
     header = structure.header
     if header.log_length == 0:
         raise DamagedError(
@@ -267,42 +295,6 @@ def _prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
     return structure
 
 
-def _parent_info(structure: Structure, found: str | None) -> dict[str, Any]:
-    assert structure.parent is not None
-    paths = structure.parent.paths
-    return {
-        "path": paths[0][1] if paths else None,
-        "linkage": [str(guid) for guid in structure.parent.linkages],
-        "found": found,
-    }
-
-
-def _candidates(host: HostFile, structure: Structure, search: Sequence[str]) -> list[Path]:
-    """Where the parent may be: its relative path, beside the child, in the search path."""
-    assert structure.parent is not None
-    here = Path(host.path).parent
-    found: list[Path] = []
-    for kind, value in structure.parent.paths:
-        windows = PureWindowsPath(value)
-        if kind == "relative_path" and not windows.anchor:
-            found.append(here.joinpath(*windows.parts))
-        found += [directory / windows.name for directory in (here, *map(Path, search))]
-    return list(dict.fromkeys(found))
-
-
-def _existing(path: Path) -> Path | None:
-    """The file of that name; letters of either case will do, as on Windows."""
-    try:
-        if path.is_file():
-            return path
-        names = os.listdir(path.parent)
-    except (OSError, ValueError):  # names that this host cannot have
-        return None
-    same = [name for name in names if name.casefold() == path.name.casefold()]
-    found = path.with_name(same[0]) if len(same) == 1 else None
-    return found if found is not None and found.is_file() else None
-
-
 def _open_parent(
     host: HostFile,
     structure: Structure,
@@ -317,8 +309,8 @@ def _open_parent(
             path=host.path,
         )
     refusals: list[VhdxError] = []
-    for candidate in _candidates(host, structure, search):
-        path = _existing(candidate)
+    for candidate in candidates(host, structure, search):
+        path = existing(candidate)
         if path is None:
             continue
         try:
@@ -343,9 +335,9 @@ def _open_parent(
         except VhdxError as error:
             refusals.append(error)
             continue
-        refusal = _mismatch(host, structure, parent)
+        refusal = mismatch(host, structure, parent.path, parent.engine.structure)
         if refusal is None:
-            return parent, _parent_info(structure, str(path))
+            return parent, describe_parent(structure, str(path))
         parent.close()
         refusals.append(refusal)
     if refusals:
@@ -358,25 +350,6 @@ def _open_parent(
         hint="put the parent beside it, or say where it is with --parent-dir (parent_search=); "
         "--no-chain (chain=False) shows this layer alone",
     )
-
-
-def _mismatch(host: HostFile, structure: Structure, parent: VhdxImage) -> MissingParentError | None:
-    assert structure.parent is not None
-    found = parent.engine.structure
-    if found.header.data_write_guid not in structure.parent.linkages:
-        return MissingParentError(
-            f"{parent.path} was changed since this image was made from it, or is another disk",
-            reason=Reason.PARENT_CHANGED,
-            path=host.path,
-            hint="find the parent as it was, or open this layer alone (chain=False)",
-        )
-    if found.parameters.logical_sector_size != structure.parameters.logical_sector_size:
-        return MissingParentError(
-            f"{parent.path} has another logical sector size",
-            reason=Reason.PARENT_MISMATCH,
-            path=host.path,
-        )
-    return None
 
 
 def is_vhdx(leaf: plane.Device) -> bool:

@@ -265,6 +265,10 @@ class Device:
         if code:
             check.raise_for(code, self.path)
 
+    def freeze(self) -> None:
+        """Refuses changes from now on; those under way go on."""
+        lib.vx_device_freeze(self.handle)
+
     def resize(self, size: int) -> None:
         """Changes the size to ``size`` bytes."""
         code = lib.vx_device_resize(self.handle, _offset(size))

@@ -45,6 +45,7 @@ __all__ = [
     "check_parameters",
     "create_vhdx",
     "new_file",
+    "sync_directory",
     "write_image",
 ]
 
@@ -259,7 +260,7 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
                 temporary.replace(target)
             else:
                 _rename_new(temporary, target)
-            _sync_directory(target.parent)
+            sync_directory(target.parent)
         except FileExistsError as error:
             raise _exists(path) from error
         except OSError as error:
@@ -315,7 +316,8 @@ def _host_error(error: OSError, path: StrPath) -> HostIOError | NoSpaceError:
     return HostIOError((error.strerror or str(error)).lower(), reason=reason, path=path)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
+    """Makes names in a directory durable."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: MIT
+"""Merging a differencing image into its parent, and giving it another parent; both offline.
+
+Merge. The child's content goes into the parent's file, which then takes the child's name. Its
+DataWriteGuid becomes the child's, because its content does: so images that are based on the child
+stay valid. The child accepts that GUID as its parent's from the start (parent_linkage2, [MS-VHDX]
+2.6.2.6.3): at every moment of the merge it opens and reads what it did before, and a merge that was
+interrupted is simply done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vhdx import plane
+from vhdx.errors import (
+    HostIOError,
+    InUseError,
+    InvalidArgumentError,
+    MissingParentError,
+    NoSpaceError,
+    Reason,
+    UnsupportedError,
+    VhdxError,
+)
+from vhdx.format import locator, metadata
+from vhdx.image import layout, resizing
+from vhdx.image.differencing import children_near, locator_for
+from vhdx.image.engine import Engine
+from vhdx.image.host import open_host
+from vhdx.image.structure import read_structure
+from vhdx.image.vhdx_image import open_layer, open_vhdx, prepare_for_writing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from uuid import UUID
+
+    from vhdx.image.host import HostFile
+    from vhdx.image.layout import Progress, StrPath
+    from vhdx.image.structure import Structure
+    from vhdx.image.vhdx_image import VhdxImage
+
+__all__ = ["merge", "rebase"]
+
+_PIECE = 4 << 20
+
+
+def merge(
+    path: StrPath,
+    *,
+    parent_search: Sequence[StrPath] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> None:
+    """Merges a differencing image into its parent; the result has the name of the image.
+
+    The parent's own name is gone afterwards. Images based on the merged one stay valid; others based
+    on the parent do not, so with such images beside it the merge is refused. When it is interrupted
+    or cancelled the image still reads as before; merge it again.
+
+    Args:
+        path: of the differencing image.
+        parent_search: further directories to look for the parent in.
+        force: merge although other images are based on the parent; they are lost.
+        progress: called with the bytes done and the bytes in all.
+        cancel: asked between pieces; the merge stops when it answers True.
+
+    Raises:
+        InvalidArgumentError: it is not a differencing image.
+        InUseError: somebody uses one of the two, or another image is based on the parent.
+        VhdxError: as :func:`vhdx.open`; reason CANCELLED when cancelled.
+    """
+    name = os.fspath(path)
+    search = [os.fspath(each) for each in parent_search]
+    parent_path, guid = _accept_own_guid(name, search)
+    _check_names(name, parent_path)
+    host = open_host(parent_path, write=True)
+    base = open_layer(host, search=search, data_write_guid=guid)
+    try:
+        if not force:
+            _check_siblings(name, base)
+        child = open_host(name, write=False)
+        structure = read_structure(child)
+        if structure.parameters.virtual_size < base.engine.map.size:
+            raise UnsupportedError("it is smaller than its parent", path=name)
+        top = Engine(child, structure, base.engine.map, write=False, pool=plane.default_pool())
+        try:
+            if structure.parameters.virtual_size > base.engine.map.size:
+                resizing.grow(base.engine, structure.parameters.virtual_size)
+                base.engine.map.resize(structure.parameters.virtual_size)
+            base.engine.open_gate()  # also where nothing is copied: the content is the child's
+            _copy_down(top.map, base.engine.map, name, progress, cancel)
+        finally:
+            top.close()
+    finally:
+        base.close()
+    try:
+        os.replace(parent_path, os.path.realpath(name))
+        layout.sync_directory(Path(os.path.realpath(name)).parent)
+    except OSError as error:
+        raise HostIOError(
+            f"it is merged, but {parent_path} cannot take its name: {error.strerror}", path=name
+        ) from error
+
+
+def _accept_own_guid(name: str, search: list[str]) -> tuple[str, UUID]:
+    """Makes the child accept its own DataWriteGuid as its parent's; the parent's path, and it."""
+    host = open_host(name, write=True)
+    try:
+        structure = prepare_for_writing(host, read_structure(host))
+        if structure.parent is None:
+            raise InvalidArgumentError("it has no parent to merge into", path=name)
+        probe = open_vhdx(
+            open_host(name, write=False, locked=False),
+            write=False,
+            chain=True,
+            parent_search=search,
+            pool=plane.default_pool(),
+        )
+        assert probe.parent is not None
+        parent_path = probe.parent.path
+        probe.close()
+        guid = structure.header.data_write_guid
+        if guid not in structure.parent.linkages:
+            entries = dict(structure.parent.entries)
+            entries["parent_linkage2"] = f"{{{guid}}}"
+            engine = _alone(host, structure)
+            try:
+                _set_locator(engine, locator.ParentLocator(entries))
+            finally:
+                engine.close()
+        return parent_path, guid
+    finally:
+        host.close()
+
+
+def _alone(host: HostFile, structure: Structure) -> Engine:
+    """The layer itself, to change metadata that leaves its content, and so its GUID, alone."""
+    nothing = plane.Memory(0, 0)
+    return Engine(
+        host,
+        structure,
+        nothing,
+        write=True,
+        pool=plane.default_pool(),
+        data_write_guid=structure.header.data_write_guid,
+    )
+
+
+def _set_locator(engine: Engine, new: locator.ParentLocator) -> None:
+    """Replaces the parent locator in one log entry."""
+    packed, base = locator.pack_locator(new), engine.structure.metadata_region
+    items = engine.structure.items
+    index = next(i for i, item in enumerate(items) if item.guid == metadata.PARENT_LOCATOR)
+    item, at = items[index], items[index].offset
+    if len(packed) > item.length:
+        at = max(each.offset + each.length for each in items)
+        if at + len(packed) > base.length:
+            raise NoSpaceError("its metadata has no room for the locator", path=engine.host.path)
+    entry = base.offset + 32 + 32 * index + 16  # offset and length follow the GUID
+    with engine.changing() as leaf:
+        leaf.flush()
+        engine.log([(base.offset + at, packed), (entry, struct.pack("<II", at, len(packed)))])
+
+
+def _check_names(name: str, parent_path: str) -> None:
+    child, parent = os.stat(name), os.stat(parent_path)
+    if child.st_dev != parent.st_dev:
+        raise UnsupportedError(
+            f"its parent {parent_path} is in another file system",
+            path=name,
+            hint="convert it instead, or move the parent beside it",
+        )
+    here, there = (Path(os.path.realpath(p)).parent for p in (name, parent_path))
+    if here != there:
+        host = open_host(parent_path, write=False)
+        try:
+            differencing = read_structure(host).parent is not None
+        finally:
+            host.close()
+        if differencing:
+            raise UnsupportedError(
+                f"its parent {parent_path} is in another directory and has a parent itself",
+                path=name,
+                hint="move them together",
+            )
+
+
+def _check_siblings(name: str, base: VhdxImage) -> None:
+    for other in children_near(base.path, base.engine.structure):
+        if not os.path.samefile(other, name):
+            raise InUseError(
+                f"{other.name} is based on the same parent and would be lost",
+                path=name,
+                hint="use --force (force=True) if it is not needed",
+            )
+
+
+def _pieces(top: plane.Device, state: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    for extent in top.extents(0, top.size):
+        if extent.state not in state or extent.depth > 0:
+            continue
+        for at in range(extent.offset, extent.offset + extent.length, _PIECE):
+            yield extent.state, at, min(_PIECE, extent.offset + extent.length - at)
+
+
+def _copy_down(
+    top: plane.Device,
+    base: plane.Device,
+    name: str,
+    progress: Progress | None,
+    cancel: Callable[[], bool] | None,
+) -> None:
+    total = sum(length for _, _, length in _pieces(top, (plane.DATA,)))
+    buffer, done = bytearray(_PIECE), 0
+    for state, at, length in _pieces(top, (plane.DATA, plane.ZERO, plane.HOLE)):
+        if cancel is not None and cancel():
+            raise VhdxError(
+                "the merge was cancelled", reason=Reason.CANCELLED, path=name, hint="merge it again"
+            )
+        if state == plane.DATA:
+            part = memoryview(buffer)[:length]
+            top.read_into(part, at)
+            base.write(part, at)
+            done += length
+            if progress is not None:
+                progress(done, total)
+        elif any(e.state == plane.DATA for e in base.extents(at, length)):
+            base.zero(at, length)  # trimmed or zeroed here: the parent's bytes go
+    base.flush()
+
+
+def rebase(
+    path: StrPath,
+    parent: StrPath,
+    *,
+    parent_search: Sequence[StrPath] = (),
+    unsafe: bool = False,
+    progress: Progress | None = None,
+) -> None:
+    """Gives a differencing image another parent, with the same content afterwards.
+
+    Where the new parent is the old one under another name, only the name changes. Otherwise what
+    reads differently through it is copied into the image first.
+
+    Args:
+        path: of the differencing image.
+        parent: the new parent.
+        parent_search: further directories to look for the old one in.
+        unsafe: take the new parent's content for the old one's, and copy nothing.
+        progress: called with the bytes compared and the bytes in all.
+
+    Raises:
+        InvalidArgumentError: it is not a differencing image, or the new parent is larger.
+        MissingParentError: the old parent is not there, so nothing can be compared, or the new
+            one's sectors have another size.
+        InUseError: somebody uses it.
+    """
+    name = os.fspath(path)
+    search = [os.fspath(each) for each in parent_search]
+    pool = plane.default_pool()
+    if os.path.exists(name) and os.path.exists(parent) and os.path.samefile(name, parent):
+        raise InvalidArgumentError("it would be its own parent", path=name)
+    with contextlib.ExitStack() as stack:
+        host = open_host(name, write=True)
+        stack.callback(host.close)
+        structure = prepare_for_writing(host, read_structure(host))
+        if structure.parent is None:
+            raise InvalidArgumentError("it has no parent", path=name)
+        new = open_vhdx(
+            open_host(parent, write=False), write=False, chain=True, parent_search=search, pool=pool
+        )
+        stack.callback(new.close)
+        if any(os.path.samefile(layer["path"], name) for layer in new.chain()):
+            raise InvalidArgumentError("it would be its own parent", path=name)
+        parameters = new.engine.structure.parameters
+        if parameters.logical_sector_size != structure.parameters.logical_sector_size:
+            raise MissingParentError(
+                f"{parent} has another logical sector size", reason=Reason.PARENT_MISMATCH, path=name
+            )
+        if new.device.size > structure.parameters.virtual_size:
+            raise InvalidArgumentError(f"{parent} is larger", path=name)
+        linkage = new.engine.header.data_write_guid
+        if unsafe or linkage in structure.parent.linkages:
+            engine = _alone(host, structure)
+        else:
+            probe = open_vhdx(
+                open_host(name, write=False, locked=False),
+                write=False,
+                chain=True,
+                parent_search=search,
+                pool=pool,
+            )
+            stack.callback(probe.close)
+            assert probe.parent is not None
+            engine = Engine(
+                host,
+                structure,
+                probe.parent.device,
+                write=True,
+                pool=pool,
+                data_write_guid=structure.header.data_write_guid,
+            )
+        try:
+            if engine.map.size and not (unsafe or linkage in structure.parent.linkages):
+                _keep_content(engine, new.device, progress)
+            _set_locator(engine, locator_for(parent, name, linkage))
+        finally:
+            engine.close()
+
+
+def _keep_content(engine: Engine, new: plane.Device, progress: Progress | None) -> None:
+    """Copies into the image what would read differently through ``new``."""
+    size = engine.map.size
+    for at in range(0, size, _PIECE):
+        length = min(_PIECE, size - at)
+        stored = [
+            (e.offset, e.offset + e.length) for e in engine.map.extents(at, length) if e.depth == 0
+        ]
+        before = engine.map.read(length, at)
+        present = max(0, min(length, new.size - at))
+        after = (new.read(present, at) if present else b"") + bytes(length - present)
+        if before != after:
+            _copy_differences(engine, at, before, after, stored)
+        if progress is not None:
+            progress(at + length, size)
+    engine.map.flush()
+
+
+def _copy_differences(
+    engine: Engine, at: int, before: bytes, after: bytes, stored: list[tuple[int, int]]
+) -> None:
+    step = engine.structure.parameters.logical_sector_size
+    for offset in range(0, len(before), step):
+        part = before[offset : offset + step]
+        where = at + offset
+        if part == after[offset : offset + step]:
+            continue
+        if any(start <= where < end for start, end in stored):
+            continue
+        engine.map.write(part, where)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: MIT
+"""Snapshots of an open image: its file becomes the parent of a fresh child that takes its name.
+
+The file gets a second name, that of the checkpoint. A child that names the checkpoint is written
+under a temporary name. Then requests are held up for a moment, everything is committed, and one
+rename gives the child the image's name. A crash before the rename leaves the image as it was (with a
+second name); after it, the child over the checkpoint. Nothing is copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vhdx import plane
+from vhdx.errors import ExistsError, HostIOError, ReadOnlyError, VhdxError
+from vhdx.format import metadata
+from vhdx.image import layout, lock
+from vhdx.image.differencing import DEFAULT_CHILD_BLOCK_SIZE, locator_for
+from vhdx.image.engine import Engine
+from vhdx.image.host import HostFile
+from vhdx.image.structure import read_structure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["checkpoint_name", "fresh_child", "second_name"]
+
+
+def checkpoint_name(path: str) -> Path:
+    """A free name beside ``path``: its stem, the time in UTC, and a number where that is taken."""
+    here = Path(os.path.realpath(path))
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
+    base, suffix, number = f"{here.stem}-{stamp}", here.suffix or ".vhdx", 1
+    found = here.with_name(base + suffix)
+    while os.path.lexists(found):
+        number += 1
+        found = here.with_name(f"{base}-{number}{suffix}")
+    return found
+
+
+@contextlib.contextmanager
+def second_name(path: str, checkpoint: Path) -> Iterator[None]:
+    """Inside, the file has the name ``checkpoint``, too; it keeps it unless there is an exception."""
+    try:
+        os.link(os.path.realpath(path), checkpoint)
+    except FileExistsError as error:
+        raise ExistsError("it exists already", path=checkpoint, hint="choose another name") from error
+    except OSError as error:
+        raise HostIOError(
+            f"the checkpoint cannot be named: {error.strerror}", path=checkpoint
+        ) from error
+    try:
+        layout.sync_directory(checkpoint.parent)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            checkpoint.unlink()
+        raise
+
+
+class FreshChild:
+    """A child under a temporary name, ready to take the name of the image.
+
+    Attributes:
+        engine: its engine, whose lower device is the image's map.
+    """
+
+    def __init__(self, path: str, checkpoint: Path, base: Engine, pool: plane.Pool) -> None:
+        self._target = Path(os.path.realpath(path))
+        self._temporary = self._target.with_name(
+            f".{self._target.name}.{secrets.token_hex(4)}.partial"
+        )
+        parameters = base.structure.parameters
+        child = metadata.DiskParameters(
+            virtual_size=parameters.virtual_size,
+            block_size=DEFAULT_CHILD_BLOCK_SIZE,
+            logical_sector_size=parameters.logical_sector_size,
+            physical_sector_size=parameters.physical_sector_size,
+            disk_id=parameters.disk_id,
+            leave_blocks_allocated=False,
+            has_parent=True,
+        )
+        link = locator_for(checkpoint, self._target, base.header.data_write_guid)
+        fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        os.fchmod(fd, os.stat(self._target).st_mode & 0o777)
+        sparse = base.host.sparse
+        leaf = plane.File(fd, 0, read_only=False, sparse=sparse, path=path)
+        host: HostFile | None = None
+        try:
+            lock.acquire(fd, path, write=True)
+            layout.write_image(leaf, child, sparse=sparse, parent=link)
+            status = os.fstat(fd)
+            host = HostFile(
+                path, leaf, read_only=False, sparse=sparse, key=(status.st_dev, status.st_ino), fd=fd
+            )
+            self.engine = Engine(host, read_structure(host), base.map, write=True, pool=pool)
+        except BaseException:
+            leaf.close()
+            self.discard()
+            raise
+
+    def take_name(self) -> None:
+        """The image's name is the child's from now on; :meth:`settle` makes that durable."""
+        try:
+            self._temporary.replace(self._target)
+        except OSError as error:
+            raise HostIOError(
+                f"the child cannot take the name: {error.strerror}", path=self._target
+            ) from error
+
+    def settle(self, switch: plane.Switch, base: Engine, checkpoint: Path) -> BaseException | None:
+        """Requests go to the child, and the base is only read; a failure poisons the child.
+
+        Nothing that is written to the child may count as durable before its name is.
+        """
+        failure: BaseException | None = None
+        try:
+            layout.sync_directory(self._target.parent)
+            base.freeze(os.fspath(checkpoint))
+        except BaseException as error:
+            self.engine.map.poison()
+            failure = error
+        switch.set(self.engine.map)
+        return failure
+
+    def discard(self) -> None:
+        """Removes the file, unless it took the name."""
+        with contextlib.suppress(OSError):
+            self._temporary.unlink()
+
+
+@contextlib.contextmanager
+def fresh_child(path: str, checkpoint: Path, base: Engine, pool: plane.Pool) -> Iterator[FreshChild]:
+    """A child of ``base`` that is gone again when the block ends with an exception."""
+    if base.host.read_only:
+        raise ReadOnlyError("it is open for reading only", path=path)
+    try:
+        child = FreshChild(path, checkpoint, base, pool)
+    except VhdxError:
+        raise
+    except OSError as error:
+        raise HostIOError(f"the child cannot be made: {error.strerror}", path=path) from error
+    try:
+        yield child
+    except BaseException:
+        child.engine.close()
+        child.discard()
+        raise
