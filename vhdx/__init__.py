@@ -34,12 +34,17 @@ from vhdx.image import (
     Disk,
     Extent,
     ExtentState,
+    Finding,
+    Report,
+    check,
     convert,
     create,
     merge,
     open,
     rebase,
+    repair,
     snapshot,
+    undo,
 )
 from vhdx.nbd import Limits, Server, serve
 
@@ -50,6 +55,7 @@ __all__ = [
     "ExistsError",
     "Extent",
     "ExtentState",
+    "Finding",
     "HostIOError",
     "InUseError",
     "InvalidArgumentError",
@@ -61,16 +67,20 @@ __all__ = [
     "RangeError",
     "ReadOnlyError",
     "Reason",
+    "Report",
     "Server",
     "UnsupportedError",
     "VhdxError",
+    "check",
     "convert",
     "create",
     "merge",
     "open",
     "rebase",
+    "repair",
     "serve",
     "snapshot",
+    "undo",
 ]
 
 __version__ = "0.1.0"

@@ -30,6 +30,7 @@ for command in (
     images.map_extents,
     images.dump,
     images.convert,
+    images.check,
     images.resize,
     images.snapshot,
     images.merge,

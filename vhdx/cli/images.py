@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 __all__ = [
+    "check",
     "convert",
     "create",
     "dump",
@@ -153,6 +154,39 @@ def _shown(name: str, value: Any) -> str:
             f"{key.replace('_', ' ')} {entry}" for key, entry in value.items() if entry != 0
         )
     return str(value)
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@click.option("--repair", is_flag=True, help="Mend what needs no guess; keeps PATH.undo.")
+@click.option("--undo", is_flag=True, help="Take the last repair back.")
+@_json
+@click.pass_context
+def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: bool) -> None:
+    """Check an image against the rules of its format. Exit code 3: errors are left.
+
+    Example: vhdx check disk.vhdx --repair
+    """
+    if repair and undo:
+        raise click.UsageError("choose --repair or --undo")
+    if undo:
+        image.undo(path)
+    report = image.repair(path) if repair else image.check(path)
+    if as_json:
+        print_json(report.as_dict())
+    else:
+        for finding in report.repaired:
+            click.echo(f"repaired: {finding.message}")
+        for finding in report.findings:
+            where = "" if finding.offset is None else f" at {finding.offset:#x}"
+            click.echo(f"{finding.severity}{where}: {finding.message} [{finding.code}]")
+        if report.repaired:
+            click.echo(f"what was overwritten is kept in {path}.undo")
+        if not report.findings:
+            click.echo("no errors")
+        elif any(finding.repair for finding in report.findings) and not repair:
+            click.echo("some of it can be mended with --repair")
+    context.exit(3 if report.errors else 0)
 
 
 @click.command()

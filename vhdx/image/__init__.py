@@ -4,21 +4,28 @@
 Owns: which bytes of a host file mean what. Never: how they are moved (the plane does).
 """
 
+from vhdx.image.checking import Finding, Report, check
 from vhdx.image.convert import convert
 from vhdx.image.creation import create_disk as create
 from vhdx.image.disk import Disk, Extent, ExtentState
 from vhdx.image.merging import merge, rebase
 from vhdx.image.opening import open_disk as open
 from vhdx.image.opening import snapshot
+from vhdx.image.repairing import repair, undo
 
 __all__ = [
     "Disk",
     "Extent",
     "ExtentState",
+    "Finding",
+    "Report",
+    "check",
     "convert",
     "create",
     "merge",
     "open",
     "rebase",
+    "repair",
     "snapshot",
+    "undo",
 ]

@@ -186,6 +186,10 @@ class Taken:
         taken = np.flatnonzero(self._map[:-1])
         return int(taken[-1]) + 1 if len(taken) else 0
 
+    def free_bytes(self, size: int) -> int:
+        """Bytes of a file of ``size`` bytes that belong to nothing."""
+        return int((~self._map[: size // MIB]).sum()) * MIB
+
     def gaps(self, length: int) -> npt.NDArray[np.uint64]:
         """Offsets of free places of ``length`` bytes (a multiple of 1 MiB) before the end."""
         free = np.concatenate(([False], ~self._map[: self._last], [False]))

@@ -105,6 +105,7 @@ class Engine:
         self._anchors: set[int] = set()
         self._bitmaps = SectorBitmaps(structure, host.leaf, host.path)
         self._grant_bytes = _FIRST_GRANT
+        self._bitmap_stock: list[int] = []
         self._referenced_end = self._leaf.size
         if write or self._geometry.entries <= _SURVEY_ENTRIES:
             taken = survey(structure, self._leaf)
@@ -353,8 +354,16 @@ class Engine:
                 self._journal.commit(offsets, pages, self._referenced_end)
 
     def _place_bitmaps(self, count: int) -> list[int]:
+        """Places of 1 MiB that read zeros; from the ready blocks, so that none lie behind them."""
         assert self._space is not None
-        places = [self._space.take_region(MIB) for _ in range(count)]
+        if count > len(self._bitmap_stock):
+            ready = np.sort(self.map.revoke())
+            if len(ready):
+                ends = range(int(ready[0]), int(ready[0]) + self._geometry.block_size, MIB)
+                self._bitmap_stock += ends
+                self.map.grant(_OWN, ready[1:], BlockState.FULLY_PRESENT)
+        places = [self._bitmap_stock.pop(0) for _ in range(min(count, len(self._bitmap_stock)))]
+        places += [self._space.take_region(MIB) for _ in range(count - len(places))]
         if places:
             self._referenced_end = max(self._referenced_end, max(places) + MIB)
         return places

@@ -51,7 +51,10 @@ def _header_step(header: headers.Header) -> plane.Step:
 
 
 def replay_to_file(
-    leaf: plane.Device, header: headers.Header, sequence: log.Sequence
+    leaf: plane.Device,
+    header: headers.Header,
+    sequence: log.Sequence,
+    file_write_guid: UUID | None = None,
 ) -> headers.Header:
     """Replays the log into the file ([MS-VHDX] 2.3.3) and clears the LogGuid.
 
@@ -61,7 +64,7 @@ def replay_to_file(
     Returns:
         The header that is current afterwards.
     """
-    header = header.successor(file_write_guid=uuid4())
+    header = header.successor(file_write_guid=file_write_guid or uuid4())
     leaf.batch([_header_step(header), _BARRIER])
     patches = log.patches_of(sequence)
     end = max((p.offset + p.length for p in patches), default=0)

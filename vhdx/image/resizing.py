@@ -264,7 +264,6 @@ def shrink(engine: Engine, size: int) -> None:
         engine.adopt(new, engine.structure.bat)
         stored = is_payload(replace(engine.structure, geometry=old), indices)
         stored &= bat.state_of(values) >= BlockState.FULLY_PRESENT
-        leaf.flush()  # the cleared entries, before what they named is used again
         engine.forget(new.blocks, old.blocks)
         engine.release(bat.offset_of(values[stored]))
 

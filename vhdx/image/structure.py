@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from vhdx.image.host import HostFile
 
-__all__ = ["Structure", "read_structure"]
+__all__ = ["Structure", "active_sequence", "read_structure"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def _read(host: HostFile) -> Structure:
         for slot, offset in enumerate(headers.HEADER_OFFSETS)
     ]
     header = headers.choose_header(copies[0], copies[1])
-    sequence = _active_sequence(host, header)
+    sequence = active_sequence(host, header)
     if sequence is None:
         overlay = Overlay(leaf, [], leaf.size)
     else:
@@ -139,7 +139,12 @@ def _read(host: HostFile) -> Structure:
     )
 
 
-def _active_sequence(host: HostFile, header: headers.Header) -> log.Sequence | None:
+def active_sequence(host: HostFile, header: headers.Header) -> log.Sequence | None:
+    """What the log holds to replay; None where its GUID says that it holds nothing.
+
+    Raises:
+        DamagedError: it must hold something and does not, or what it says cannot be.
+    """
     if header.log_guid == headers.NIL:
         return None
     if header.log_offset + header.log_length > host.leaf.size:

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: MIT
+"""Repairs what a check found, where no guess is needed, and can take it back.
+
+Every byte that a repair changes is saved first, durably, in ``PATH.undo``: a header (signature,
+version, CRC-32C, size of the image before, its FileWriteGuid before and after) and records (offset,
+length, CRC-32C, the bytes). Undoing checks all of it, and that nobody changed the image since; writes
+the records back, the last first, and cuts the file to its old size. A crash in either leaves a file
+from which undoing starts over.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import uuid4
+
+import google_crc32c
+
+from vhdx import plane
+from vhdx.errors import (
+    DamagedError,
+    ExistsError,
+    HostIOError,
+    InvalidArgumentError,
+    NotFoundError,
+    Reason,
+)
+from vhdx.format import bat, log, metadata, region
+from vhdx.format import header as headers
+from vhdx.format.bat import BlockState
+from vhdx.image import journal, layout
+from vhdx.image.checking import Report, examine
+from vhdx.image.host import HostFile, open_host
+from vhdx.image.structure import active_sequence
+
+if TYPE_CHECKING:
+    from os import PathLike
+    from uuid import UUID
+
+__all__ = ["repair", "undo", "undo_path"]
+
+_HEADER = struct.Struct("<8sIIQ16s16s")
+_RECORD = struct.Struct("<QII")
+_SIGNATURE, _VERSION = b"vhdxundo", 1
+_LARGEST_RECORD = 64 << 20
+_BARRIER = plane.Step(plane.Operation.FLUSH)
+_LEAVE_ALLOCATED = 1
+
+
+def undo_path(path: str | PathLike[str]) -> Path:
+    """Where a repair keeps what it overwrites."""
+    return Path(os.fspath(path) + ".undo")
+
+
+class _Undo:
+    """What a repair overwrites, saved before."""
+
+    def __init__(self, host: HostFile, before: UUID) -> None:
+        self.guid = uuid4()  # the FileWriteGuid that the repair gives the image
+        self._path, self._leaf = undo_path(host.path), host.leaf
+        self._size = host.leaf.size
+        try:
+            self._file = self._path.open("xb")
+        except FileExistsError as error:
+            raise ExistsError(
+                "an earlier repair is kept there",
+                path=self._path,
+                hint="undo it with check --undo, or remove the file",
+            ) from error
+        except OSError as error:
+            raise HostIOError(str(error.strerror), path=self._path) from error
+        rest = (self._size, before.bytes_le, self.guid.bytes_le)
+        checksum = google_crc32c.value(_HEADER.pack(_SIGNATURE, _VERSION, 0, *rest))
+        self._file.write(_HEADER.pack(_SIGNATURE, _VERSION, checksum, *rest))
+
+    def save(self, offset: int, length: int) -> None:
+        """Keeps what the file has there now."""
+        end = min(offset + length, self._size)
+        for at in range(offset, end, _LARGEST_RECORD):
+            data = self._leaf.read(min(_LARGEST_RECORD, end - at), at)
+            self._file.write(_RECORD.pack(at, len(data), google_crc32c.value(data)) + data)
+
+    def sync(self) -> None:
+        """Makes what was saved durable; only then may the image be changed."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        layout.sync_directory(self._path.resolve().parent)
+
+    def close(self, *, keep: bool) -> None:
+        self._file.close()
+        if not keep:
+            self._path.unlink()
+
+
+def repair(path: str | PathLike[str]) -> Report:
+    """Checks an image and mends what can be mended without guessing.
+
+    What it overwrites is kept in ``PATH.undo``; :func:`undo` puts it back.
+
+    Returns:
+        What is left, and in ``repaired`` what was mended.
+
+    Raises:
+        UnsupportedError, InUseError, ReadOnlyError: as :func:`vhdx.open`.
+        ExistsError: an earlier repair was not undone.
+    """
+    host = open_host(path, write=True)
+    try:
+        before = examine(host)
+        if not any(finding.repair for finding in before.findings):
+            return before
+        undo_file = _Undo(host, _current(host).file_write_guid)
+        changed = False
+        try:
+            changed = _mend(host, before, undo_file)
+        finally:
+            undo_file.close(keep=changed)
+        after = examine(host)
+        left = set(after.findings)
+        after.repaired = [f for f in before.findings if f.repair and f not in left]
+        return after
+    finally:
+        host.close()
+
+
+def _current(host: HostFile) -> headers.Header:
+    copies = [
+        headers.parse_header(host.leaf.read(headers.HEADER_SIZE, at), slot)
+        for slot, at in enumerate(headers.HEADER_OFFSETS)
+    ]
+    return headers.choose_header(copies[0], copies[1])
+
+
+def _mend(host: HostFile, report: Report, undo_file: _Undo) -> bool:
+    leaf, codes = host.leaf, {f.code for f in report.findings if f.repair}
+    header = _current(host)
+    for at in headers.HEADER_OFFSETS:
+        undo_file.save(at, headers.HEADER_SIZE)
+    if "log_dirty" in codes:
+        sequence = active_sequence(host, header)
+        assert sequence is not None
+        for patch in log.patches_of(sequence):
+            undo_file.save(patch.offset, patch.length)
+        undo_file.sync()
+        header = journal.replay_to_file(leaf, header, sequence, undo_file.guid)
+        _mend_rest(host, header, undo_file)
+        return True
+    if "log_empty" in codes and report.errors > 1:
+        # Whether the log mattered cannot be told when other things are wrong, too.
+        codes.discard("log_empty")
+        if not codes:
+            return False
+    clear = "log_empty" in codes
+    return _mend_rest(host, header, undo_file, clear_log=clear, always=bool(codes))
+
+
+def _mend_rest(
+    host: HostFile,
+    header: headers.Header,
+    undo_file: _Undo,
+    *,
+    clear_log: bool = False,
+    always: bool = False,
+) -> bool:
+    """Everything but a replay; the log is empty, or is to be."""
+    leaf = host.leaf
+    if clear_log:
+        probe = replace(header, log_guid=headers.NIL)
+    elif header.log_guid != headers.NIL:
+        return False  # an unreadable log: nothing else may be touched
+    else:
+        probe = header
+    steps = [*_region_steps(leaf, probe), *_table_steps(host)]
+    if not steps and not always:
+        return False
+    for step in steps:
+        undo_file.save(step.offset, len(memoryview(step.buffer or b"")))
+    undo_file.sync()
+    # The FileWriteGuid first ([MS-VHDX] 2.2.2); then both headers are current and alike.
+    first = header.successor(file_write_guid=undo_file.guid)
+    leaf.batch([_header_step(first), _BARRIER, *steps, _BARRIER])
+    for _ in range(2):
+        first = first.successor(log_guid=headers.NIL)
+        leaf.batch([_header_step(first), _BARRIER])
+    return True
+
+
+def _header_step(header: headers.Header) -> plane.Step:
+    at = headers.HEADER_OFFSETS[header.slot]
+    return plane.Step(plane.Operation.WRITE, at, buffer=header.pack())
+
+
+def _region_steps(leaf: plane.Device, header: headers.Header) -> list[plane.Step]:
+    """Both region tables alike, with the Required bits that they must have."""
+    copies = [leaf.read(region.TABLE_SIZE, at) for at in region.TABLE_OFFSETS]
+    parsed = [region.parse_table(copy) for copy in copies]
+    regions = next((table for table in parsed if table is not None), None)
+    if regions is None:
+        return []
+    wanted = [
+        replace(r, required=True) if r.guid in {region.BAT, region.METADATA} else r for r in regions
+    ]
+    try:
+        region.check_regions(wanted, region.TABLE_OFFSETS[0], header.log_offset, header.log_length)
+    except DamagedError:
+        return []
+    if parsed == [wanted, wanted]:
+        return []
+    table = region.pack_table(wanted)
+    return [plane.Step(plane.Operation.WRITE, at, buffer=table) for at in region.TABLE_OFFSETS]
+
+
+def _table_steps(host: HostFile) -> list[plane.Step]:
+    """Entries of the BAT, and the flag of a fixed image that is none."""
+    report, steps = examine(host), []
+    for finding in report.findings:
+        if not finding.repair or finding.offset is None:
+            continue
+        at = finding.offset
+        if finding.code == "bat_stray_offset":
+            entry = int.from_bytes(host.leaf.read(bat.ENTRY_SIZE, at), "little")
+            steps.append(_entry_step(at, entry & 7))
+        elif finding.code == "partial_without_parent":
+            entry = int.from_bytes(host.leaf.read(bat.ENTRY_SIZE, at), "little")
+            steps.append(_entry_step(at, entry & ~7 | BlockState.FULLY_PRESENT))
+        elif finding.code == "fixed_not_allocated":
+            where = _file_parameters(host)
+            flags = int.from_bytes(host.leaf.read(4, where + 4), "little")
+            data = (flags & ~_LEAVE_ALLOCATED).to_bytes(4, "little")
+            steps.append(plane.Step(plane.Operation.WRITE, where + 4, buffer=data))
+    return steps
+
+
+def _entry_step(at: int, value: int) -> plane.Step:
+    return plane.Step(plane.Operation.WRITE, at, buffer=value.to_bytes(8, "little"))
+
+
+def _file_parameters(host: HostFile) -> int:
+    """Where the file parameters item stands, bytes."""
+    for at in region.TABLE_OFFSETS:
+        regions = region.parse_table(host.leaf.read(region.TABLE_SIZE, at))
+        if regions is not None:
+            where = next(r for r in regions if r.guid == region.METADATA)
+            table = host.leaf.read(metadata.TABLE_SIZE, where.offset)
+            items = metadata.parse_table(table, where.offset, where.length)
+            item = next(i for i in items if i.guid == metadata.FILE_PARAMETERS)
+            return where.offset + item.offset
+    raise DamagedError("neither region table is valid", path=host.path)
+
+
+def undo(path: str | PathLike[str]) -> None:
+    """Puts back what the last repair overwrote, and removes ``PATH.undo``.
+
+    Raises:
+        NotFoundError: there is nothing to undo.
+        DamagedError: the file is not whole; nothing is changed.
+        InvalidArgumentError: the image was changed since the repair; nothing is changed.
+    """
+    kept = undo_path(path)
+    try:
+        data = kept.read_bytes()
+    except FileNotFoundError as error:
+        raise NotFoundError("there is nothing to undo", path=kept) from error
+    except OSError as error:
+        raise HostIOError(str(error.strerror), path=kept) from error
+    size, guids, records = _parse(kept, data)
+    host = open_host(path, write=True)
+    try:
+        leaf = host.leaf
+        try:
+            fits = _current(host).file_write_guid.bytes_le in guids
+        except DamagedError:
+            fits = True  # an undo that was interrupted in the middle of a header
+        if not fits:
+            raise InvalidArgumentError(
+                "it was changed since the repair, so what was there before does not fit any more",
+                path=host.path,
+                hint=f"remove {kept}",
+            )
+        if leaf.size < size:
+            leaf.resize(size)
+        steps = [
+            plane.Step(plane.Operation.WRITE, at, buffer=content) for at, content in reversed(records)
+        ]
+        leaf.batch(steps)
+        if leaf.size > size:
+            leaf.resize(size)
+        leaf.flush()
+    finally:
+        host.close()
+    kept.unlink()
+    layout.sync_directory(kept.resolve().parent)
+
+
+def _parse(kept: Path, data: bytes) -> tuple[int, set[bytes], list[tuple[int, bytes]]]:
+    def refuse(at: int) -> DamagedError:
+        return DamagedError(
+            "it is not whole, so nothing is put back", reason=Reason.TRUNCATED, path=kept, offset=at
+        )
+
+    if len(data) < _HEADER.size:
+        raise refuse(0)
+    signature, version, checksum, size, *guids = _HEADER.unpack_from(data)
+    plain = _HEADER.pack(signature, version, 0, size, *guids)
+    if signature != _SIGNATURE or version != _VERSION or google_crc32c.value(plain) != checksum:
+        raise refuse(0)
+    at, records = _HEADER.size, []
+    while at < len(data):
+        if len(data) - at < _RECORD.size:
+            raise refuse(at)
+        offset, length, checksum = _RECORD.unpack_from(data, at)
+        content = data[at + _RECORD.size : at + _RECORD.size + length]
+        if len(content) != length or google_crc32c.value(content) != checksum:
+            raise refuse(at)
+        if offset + length > size:
+            raise refuse(at)
+        records.append((offset, content))
+        at += _RECORD.size + length
+    return size, set(guids), records
