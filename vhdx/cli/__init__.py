@@ -31,6 +31,7 @@ for command in (
     images.dump,
     images.convert,
     images.check,
+    images.compact,
     images.resize,
     images.snapshot,
     images.merge,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check",
+    "compact",
     "convert",
     "create",
     "dump",
@@ -187,6 +188,26 @@ def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: 
         elif any(finding.repair for finding in report.findings) and not repair:
             click.echo("some of it can be mended with --repair")
     context.exit(3 if report.errors else 0)
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@_parents
+@_json
+def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
+    """Give the space of zeros and of trimmed blocks back to the host.
+
+    Example: vhdx compact disk.vhdx
+    """
+    with progress_bar("compacting") as progress:
+        done = image.compact(path, parent_search=parent_dir, progress=progress)
+    if as_json:
+        print_json(done.as_dict())
+    else:
+        click.echo(
+            f"{format_size(done.file_size_before)} became {format_size(done.file_size_after)}; "
+            f"the host got {format_size(done.won)} back"
+        )
 
 
 @click.command()

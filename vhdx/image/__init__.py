@@ -8,7 +8,7 @@ from vhdx.image.checking import Finding, Report, check
 from vhdx.image.convert import convert
 from vhdx.image.creation import create_disk as create
 from vhdx.image.disk import Disk, Extent, ExtentState
-from vhdx.image.merging import merge, rebase
+from vhdx.image.merging import compact, merge, rebase
 from vhdx.image.opening import open_disk as open
 from vhdx.image.opening import snapshot
 from vhdx.image.repairing import repair, undo
@@ -20,6 +20,7 @@ __all__ = [
     "Finding",
     "Report",
     "check",
+    "compact",
     "convert",
     "create",
     "merge",

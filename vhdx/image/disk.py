@@ -14,8 +14,11 @@ from vhdx.plane.device import Buffer
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
+
+    from vhdx.image.compacting import Compacted
+    from vhdx.image.layout import Progress
 
 __all__ = ["Disk", "Extent", "ExtentState", "Format"]
 
@@ -95,6 +98,9 @@ class Format(Protocol):
 
     def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
         """Keeps the disk as it is now under another name, and goes on in a child."""
+
+    def compact(self, progress: Progress | None, cancel: Callable[[], bool] | None) -> Compacted:
+        """Gives space back to the host."""
 
     def chain(self) -> list[dict[str, Any]]:
         """The layers, this one first."""
@@ -307,6 +313,24 @@ class Disk:
         """
         self._check_open()
         return self._image.snapshot(checkpoint)
+
+    def compact(
+        self, *, progress: Progress | None = None, cancel: Callable[[], bool] | None = None
+    ) -> Compacted:
+        """Gives space back to the host while the disk is used.
+
+        Blocks of zeros are given up, blocks are moved down in the file, and the file is cut. A crash
+        or a cancellation at any moment leaves the disk as it reads now.
+
+        Args:
+            progress: called with what is done and what is to do, in units of its own.
+            cancel: asked between blocks; the compaction stops when it answers True.
+
+        Raises:
+            VhdxError: reason CANCELLED when cancelled.
+        """
+        self._check_open()
+        return self._image.compact(progress, cancel)
 
     @property
     def chain(self) -> list[dict[str, Any]]:

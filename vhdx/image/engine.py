@@ -449,6 +449,52 @@ class Engine:
         with self._lock:
             self._space.release_after(0, offsets)
 
+    def release_later(self, offsets: npt.NDArray[np.uint64]) -> None:
+        """Frees blocks as soon as what was published by now is durable."""
+        assert self._space is not None
+        generation = self.map.statistics()["dirty_generation"]
+        with self._lock:
+            self._space.release_after(generation, offsets)
+
+    def republish(self, page: int, old: np.uint64, new: npt.NDArray[np.uint64], offset: int) -> bool:
+        """Publishes ``new`` where ``old`` stands, and frees its place; False where it does not."""
+        one = np.array([page], np.uint64)
+        before, after = np.array([old], np.uint64), np.array([new], np.uint64)
+        done = not self.map.replace(one, before, after)[0]
+        if done:
+            self.release_later(np.array([offset], np.uint64))
+        return done
+
+    def take_back_grants(self) -> None:
+        """Ready blocks that C has not used are free again."""
+        assert self._space is not None
+        with self._lock:
+            self._space.give_back(self.map.revoke())
+
+    def take_place_before(self, offset: int) -> int | None:
+        """The first free block before ``offset``, zeroed or not; None where there is none."""
+        assert self._space is not None
+        with self._lock:
+            return self._space.take_before(offset)
+
+    def return_place(self, offset: int) -> None:
+        """A place of :meth:`take_place_before` that was not used."""
+        assert self._space is not None
+        with self._lock:
+            self._space.give_back(np.array([offset], np.uint64))
+
+    def shorten(self) -> None:
+        """Cuts off what nothing needs at the end of the file."""
+        assert self._space is not None
+        with self.changing() as leaf, self._lock:
+            self._space.give_back(self.map.revoke())
+            end = self._space.end
+            if end < leaf.size:
+                # A log that says the file was longer would be refused.
+                self._referenced_end = end
+                self._journal.note_size(end)
+                leaf.resize(end)
+
     def adopt(self, geometry: bat.Geometry, table: region.Region) -> None:
         """The disk has this geometry from now on, and its BAT stands there."""
         with self._lock:

@@ -161,6 +161,15 @@ class Journal:
             self._leaf.batch(steps)
             self._advance(len(entry))  # only now: a failed entry is written over
 
+    def note_size(self, file_size: int) -> None:
+        """An empty entry, durable: the file need not be longer than ``file_size`` any more."""
+        empty = np.empty(0, np.uint64), np.empty((0, 4096), np.uint8)
+        entry = self._pack(self._header.log_guid, *empty, file_size)
+        # What was applied before must be durable, because this entry is its own tail.
+        self._leaf.batch([_BARRIER, *self._entry_steps(entry), _BARRIER])
+        self._applied_durable = True
+        self._advance(len(entry))
+
     def barrier_passed(self) -> None:
         """Notes that everything applied so far is durable (the data barrier of a commit)."""
         self._applied_durable = True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Merging a differencing image into its parent, and giving it another parent; both offline.
+"""What leaves the content of an image alone, offline: merge, another parent, compaction.
 
 Merge. The child's content goes into the parent's file, which then takes the child's name. Its
 DataWriteGuid becomes the child's, because its content does: so images that are based on the child
@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from uuid import UUID
 
+    from vhdx.image.compacting import Compacted
     from vhdx.image.host import HostFile
     from vhdx.image.layout import Progress, StrPath
     from vhdx.image.structure import Structure
     from vhdx.image.vhdx_image import VhdxImage
 
-__all__ = ["merge", "rebase"]
+__all__ = ["compact", "merge", "rebase"]
 
 _PIECE = 4 << 20
 
@@ -344,3 +345,27 @@ def _copy_differences(
         if any(start <= where < end for start, end in stored):
             continue
         engine.map.write(part, where)
+
+
+def compact(
+    path: StrPath,
+    *,
+    parent_search: Sequence[StrPath] = (),
+    progress: Progress | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> Compacted:
+    """Compacts an image that nobody uses; see :meth:`vhdx.Disk.compact`.
+
+    Its content does not change, so images that are based on it stay valid.
+    """
+    host = open_host(path, write=True)
+    try:
+        guid = read_structure(host).header.data_write_guid
+    except BaseException:
+        host.close()
+        raise
+    disk = open_layer(host, search=[os.fspath(p) for p in parent_search], data_write_guid=guid)
+    try:
+        return disk.compact(progress, cancel)
+    finally:
+        disk.close()

@@ -17,8 +17,11 @@ from vhdx.units import GIB, KIB
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Callable
 
+    from vhdx.image.compacting import Compacted
     from vhdx.image.host import HostFile
+    from vhdx.image.layout import Progress
 
 __all__ = ["RawImage"]
 
@@ -94,6 +97,12 @@ class RawImage:
         """Refused: a raw image names no parent."""
         raise UnsupportedError(
             "a raw image has no snapshots", path=self.path, hint="convert it to VHDX first"
+        )
+
+    def compact(self, progress: Progress | None, cancel: Callable[[], bool] | None) -> Compacted:
+        """Refused: there is nothing to move in a raw image."""
+        raise UnsupportedError(
+            "a raw image has no blocks", path=self.path, hint="use fallocate --dig-holes on the file"
         )
 
     def chain(self) -> list[dict[str, Any]]:

@@ -101,6 +101,14 @@ class Space:
                 self._leaf.resize(max(size, start))
                 raise
 
+    def take_before(self, offset: int) -> int | None:
+        """The lowest free place, if it is before ``offset``; what it holds is anybody's."""
+        if not self._free or min(self._free) >= offset:
+            return None
+        found = min(self._free)
+        self._free.remove(found)
+        return found
+
     def release_after(self, generation: int, offsets: npt.NDArray[np.uint64]) -> None:
         """These places are free as soon as ``generation`` is committed."""
         if len(offsets):

@@ -18,7 +18,7 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.format import header as headers
-from vhdx.image import journal, resizing, snapshots
+from vhdx.image import compacting, journal, resizing, snapshots
 from vhdx.image.allocation import block_counts, survey
 from vhdx.image.differencing import guard_parent
 from vhdx.image.engine import Engine
@@ -29,8 +29,10 @@ from vhdx.image.partitions import read_partitions
 from vhdx.image.structure import Structure, read_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from uuid import UUID
+
+    from vhdx.image.layout import Progress
 
 __all__ = ["VhdxImage", "is_vhdx", "open_layer", "open_vhdx", "prepare_for_writing"]
 
@@ -136,6 +138,14 @@ class VhdxImage:
         if failure is not None:
             raise failure
         return os.fspath(name)
+
+    def compact(
+        self, progress: Progress | None, cancel: Callable[[], bool] | None
+    ) -> compacting.Compacted:
+        """Gives space back to the host while the disk is used; see :meth:`vhdx.Disk.compact`."""
+        if self._switch is None:
+            raise ReadOnlyError("it is open for reading only", path=self.path)
+        return compacting.compact(self.engine, self._switch, progress, cancel)
 
     def chain(self) -> list[dict[str, Any]]:
         """This layer and those below it, for ``vhdx info --chain``."""

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: MIT
+"""Compacts an open VHDX image: zero blocks are given up, blocks move down, the file gets shorter.
+
+Works while the disk is used. A block that is looked at or moved is *shared* meanwhile: reads go on,
+and a write first takes a place of its own, after which the old place is what is given back. The new
+place of a moved block is written before its entry is published, the entry becomes durable by an
+ordinary commit, and only then is the old place free. So every moment may be the last one.
+
+Sector bitmap blocks, the BAT, metadata and log stay where they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vhdx import plane
+from vhdx.errors import ReadOnlyError, Reason, VhdxError
+from vhdx.format.bat import BlockState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    import numpy.typing as npt
+
+    from vhdx.image.engine import Engine
+    from vhdx.image.layout import Progress
+
+    Cancel = Callable[[], bool]
+
+__all__ = ["Compacted", "compact"]
+
+_PIECE = 4 << 20
+_MOVES_PER_COMMIT = 64
+_SCAN = 512
+_ZEROS = bytes(_PIECE)
+
+
+@dataclass
+class Compacted:
+    """What a compaction did; bytes.
+
+    Attributes:
+        file_size_before, file_size_after: of the file.
+        allocated_before, allocated_after: what the host has set aside for it.
+        zeroed: blocks that held nothing but zeros.
+        moved: blocks that were moved down.
+    """
+
+    file_size_before: int
+    file_size_after: int = 0
+    allocated_before: int = 0
+    allocated_after: int = 0
+    zeroed: int = 0
+    moved: int = 0
+
+    @property
+    def won(self) -> int:
+        """Bytes that the host got back."""
+        return max(0, self.allocated_before - self.allocated_after)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return asdict(self) | {"won": self.won}
+
+
+def compact(
+    engine: Engine, switch: plane.Switch, progress: Progress | None, cancel: Cancel | None
+) -> Compacted:
+    """Compacts the image of ``engine``, which ``switch`` leads to.
+
+    Raises:
+        ReadOnlyError: it is open for reading only.
+        VhdxError: reason CANCELLED; what was done so far stays.
+    """
+    if engine.host.read_only:
+        raise ReadOnlyError("it is open for reading only", path=engine.host.path)
+    work = _Compaction(engine, switch, progress, cancel)
+    done = Compacted(engine.host.leaf.size, allocated_before=engine.host.allocated())
+    engine.map.flush()
+    parameters = engine.structure.parameters
+    if parameters.has_parent or not parameters.leave_blocks_allocated:
+        done.zeroed = work.give_up_zeros()
+        engine.map.flush()
+        done.moved = work.move_down()
+        engine.map.flush()
+        engine.shorten()
+    done.file_size_after, done.allocated_after = engine.host.leaf.size, engine.host.allocated()
+    return done
+
+
+class _Compaction:
+    def __init__(
+        self,
+        engine: Engine,
+        switch: plane.Switch,
+        progress: Progress | None,
+        cancel: Cancel | None,
+    ) -> None:
+        self._engine, self._switch = engine, switch
+        self._leaf, self._map = engine.host.leaf, engine.map
+        self._block = engine.structure.geometry.block_size
+        self._progress, self._cancel = progress, cancel
+        self._buffer = bytearray(min(_PIECE, self._block))
+
+    def _step(self, done: int, total: int) -> None:
+        if self._cancel is not None and self._cancel():
+            raise VhdxError(
+                "the compaction was cancelled", reason=Reason.CANCELLED, path=self._engine.host.path
+            )
+        if self._progress is not None:
+            self._progress(done, total)
+
+    def _loaded(self) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]]:
+        """Pages and entries of blocks with a place, some at a time."""
+        for first in range(0, self._engine.structure.geometry.blocks, _SCAN):
+            count = min(_SCAN, self._engine.structure.geometry.blocks - first)
+            if count <= 0:
+                return  # it became smaller
+            entries = self._map.read_entries(first, count)
+            if (entries == 0).any():
+                self._engine.load(first, count)
+                entries = self._map.read_entries(first, count)
+            kinds, _, _ = plane.fields(entries)
+            placed = np.isin(kinds, (plane.Kind.DATA, plane.Kind.MIXED))
+            pages = np.arange(first, first + count, dtype=np.uint64)
+            yield pages[placed], entries[placed]
+
+    # ---- zeros ----
+
+    def give_up_zeros(self) -> int:
+        """Blocks that hold nothing but zeros become ZERO; returns how many."""
+        found, total = 0, self._engine.structure.geometry.virtual_size
+        for pages, entries in self._loaded():
+            kinds, offsets, _ = plane.fields(entries)
+            for page, entry, kind, offset in zip(
+                pages.tolist(), entries, kinds.tolist(), offsets.tolist(), strict=True
+            ):
+                if kind == plane.Kind.DATA and self._is_zero(offset):
+                    found += self._give_up(page, entry, offset)
+                self._step(page * self._block, 2 * total)
+        return found
+
+    def _is_zero(self, offset: int) -> bool:
+        for extent in self._leaf.extents(offset, min(self._block, self._leaf.size - offset)):
+            if extent.state != plane.DATA:
+                continue
+            for at in range(extent.offset, extent.offset + extent.length, len(self._buffer)):
+                part = min(len(self._buffer), extent.offset + extent.length - at)
+                view = memoryview(self._buffer)[:part]
+                self._leaf.read_into(view, at)
+                if view != memoryview(_ZEROS)[:part]:
+                    return False
+        return True
+
+    def _give_up(self, page: int, entry: np.uint64, offset: int) -> bool:
+        hole = plane.entries(plane.Kind.HOLE, 0, 0, BlockState.ZERO | plane.TAG_ZERO)
+        with self._engine.structure_lock, _Shared(self._engine, page, entry) as shared:
+            # Nobody writes it now: look again.
+            return shared.held and self._is_zero(offset) and shared.become(hole)
+
+    # ---- moves ----
+
+    def move_down(self) -> int:
+        """Moves blocks from the end of the file into free places before them; returns how many."""
+        self._engine.take_back_grants()
+        where = sorted(
+            (
+                (offset, page)
+                for pages, entries in self._loaded()
+                for page, offset in zip(
+                    pages.tolist(), plane.fields(entries)[1].tolist(), strict=True
+                )
+            ),
+            reverse=True,
+        )
+        moved = 0
+        for number, (offset, page) in enumerate(where):
+            self._step(len(where) + number, 2 * len(where))
+            with self._engine.structure_lock:
+                target = self._engine.take_place_before(offset)
+                if target is None:
+                    return moved
+                entry = self._map.read_entries(page, 1)[0]
+                moved += self._move(page, entry, offset, target)
+            if number % _MOVES_PER_COMMIT == _MOVES_PER_COMMIT - 1:
+                self._map.flush()
+        return moved
+
+    def _move(self, page: int, entry: np.uint64, offset: int, target: int) -> bool:
+        kind, now, tag = (int(v[0]) for v in plane.fields(np.array([entry], np.uint64)))
+        if now != offset or kind not in {plane.Kind.DATA, plane.Kind.MIXED}:
+            self._engine.return_place(target)
+            return False
+        new = plane.entries(kind, 0, target, tag)
+        if kind == plane.Kind.MIXED:
+            # Its sectors change in place, so nobody may write it meanwhile.
+            with self._switch.paused():
+                self._copy(offset, target)
+                done = self._engine.republish(page, entry, new, offset)
+            if not done:
+                self._engine.return_place(target)
+            return done
+        with _Shared(self._engine, page, entry) as shared:
+            if shared.held:
+                self._copy(offset, target)
+                if shared.become(new):
+                    return True
+        self._engine.return_place(target)
+        return False
+
+    def _copy(self, source: int, target: int) -> None:
+        """Only what the host has stored; the rest of the target, which may hold anything, is zeroed."""
+        end = min(self._block, self._leaf.size - source)
+        self._leaf.zero(target, self._block)
+        for extent in self._leaf.extents(source, end):
+            if extent.state != plane.DATA:
+                continue
+            stop = min(extent.offset + extent.length, source + end)
+            for at in range(extent.offset, stop, len(self._buffer)):
+                view = memoryview(self._buffer)[: min(len(self._buffer), stop - at)]
+                self._leaf.read_into(view, at)
+                self._leaf.write(view, target + at - source)
+
+
+class _Shared:
+    """A block that nobody writes in place while the block of code runs.
+
+    Attributes:
+        held: whether it still stood where the entry says.
+    """
+
+    def __init__(self, engine: Engine, page: int, entry: np.uint64) -> None:
+        self._engine, self._page, self._entry = engine, page, entry
+        _, offset, tag = plane.fields(np.array([entry], np.uint64))
+        self._offset = int(offset[0])
+        self._shared = plane.entries(plane.Kind.SHARED, 0, offset[0], tag[0])
+        self._settled = False
+        self.held = False
+
+    def __enter__(self) -> _Shared:
+        self.held = self._replace(self._entry, self._shared, publish=False)
+        self._settled = not self.held
+        return self
+
+    def become(self, new: npt.NDArray[np.uint64]) -> bool:
+        """Publishes ``new`` and gives the old place back; False when a write came before."""
+        done = self._replace(self._shared, new, publish=True)
+        if done:
+            self._release()
+            self._settled = True
+        return done
+
+    def __exit__(self, *_: object) -> None:
+        if self._settled:
+            return
+        if not self._replace(self._shared, self._entry, publish=False):
+            now = plane.fields(self._engine.map.read_entries(self._page, 1))[1]
+            if int(now[0]) != self._offset:
+                self._release()  # a write took a place of its own
+
+    def _release(self) -> None:
+        self._engine.release_later(np.array([self._offset], np.uint64))
+
+    def _replace(self, old: object, new: object, *, publish: bool) -> bool:
+        one = np.array([self._page], np.uint64)
+        before, after = np.array([old], np.uint64), np.array([new], np.uint64)
+        return not self._engine.map.replace(one, before, after, publish=publish)[0]
