@@ -212,7 +212,7 @@ class _Compaction:
         return False
 
     def _copy(self, source: int, target: int) -> None:
-        """Only what the host has stored; the rest of the target, which may hold anything, is zeroed."""
+        """Only what the host has stored; the rest of the target, which may be anything, is zeroed."""
         end = min(self._block, self._leaf.size - source)
         self._leaf.zero(target, self._block)
         for extent in self._leaf.extents(source, end):
