@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -99,6 +101,63 @@ def test_fio_verifies_for_a_minute(image, peer, tmp_path):
     peer("fio")
     with vhdx.serve({"disk": image}) as server:
         fio_verify(server.uri, 60, tmp_path)
+
+
+def change_while_used(disk, directory, stop, done, *, grows, compacts, snapshots):
+    """Grows, compacts and snapshots of a disk that is served, one after the other."""
+    steps = ["grow"] * grows + ["compact"] * compacts + ["snapshot"] * snapshots
+    random.Random(1).shuffle(steps)
+    for number, step in enumerate(steps):
+        if step == "grow":
+            disk.resize(disk.size + 64 * MIB)
+        elif step == "compact":
+            at = disk.size - 32 * MIB  # behind what the client uses
+            disk.pwrite(os.urandom(8 * MIB) + bytes(8 * MIB), at)
+            disk.flush()
+            disk.trim(at, 8 * MIB)
+            done["won"] = done.get("won", 0) + disk.compact().won
+        else:
+            disk.snapshot(directory / f"s{number}.vhdx")
+        done[step] = done.get(step, 0) + 1
+        if stop.wait(done["pause"]):
+            break
+
+
+def verified_while_changed(image, directory, seconds, **steps):
+    stop, done = threading.Event(), {"pause": seconds * 0.8 / sum(steps.values())}
+    with vhdx.open(image, "r+") as disk:
+        disk.resize(disk.size + 64 * MIB)
+        with vhdx.serve({"disk": disk}) as server:
+            changer = threading.Thread(
+                target=change_while_used, args=(disk, directory, stop, done), kwargs=steps
+            )
+            changer.start()
+            try:
+                fio_verify(server.uri, seconds, directory)
+            finally:
+                stop.set()
+                changer.join()
+            found = run("nbdinfo", "--size", server.uri).strip()
+            assert int(found) == disk.size  # a new connection sees the new size
+    assert {step: done.get(step, 0) for step in ("grow", "compact", "snapshot")} == {
+        "grow": steps["grows"],
+        "compact": steps["compacts"],
+        "snapshot": steps["snapshots"],
+    }
+    assert done["won"] > 0
+    for path in directory.glob("*.vhdx"):
+        assert vhdx.check(path).errors == 0
+
+
+def test_fio_verifies_while_the_disk_is_changed(image, peer, fast_path):
+    peer("fio", "nbdinfo")
+    verified_while_changed(image, fast_path, 10, grows=5, compacts=2, snapshots=3)
+
+
+@pytest.mark.soak
+def test_fio_verifies_for_two_minutes_while_the_disk_is_changed(image, peer, fast_path):
+    peer("fio", "nbdinfo")
+    verified_while_changed(image, fast_path, 120, grows=20, compacts=5, snapshots=10)
 
 
 @contextlib.contextmanager
