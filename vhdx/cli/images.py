@@ -172,6 +172,8 @@ def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: 
         raise click.UsageError("choose --repair or --undo")
     if undo:
         image.undo(path)
+        click.echo("the last repair is undone")
+        return
     report = image.repair(path) if repair else image.check(path)
     if as_json:
         print_json(report.as_dict())

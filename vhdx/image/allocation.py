@@ -156,6 +156,7 @@ class Taken:
         self.furthest = max(self.furthest, int(offsets.max()) + length)
         span = np.arange(max(1, length // MIB), dtype=np.uint64)
         step = max(1, (1 << 20) // len(span))
+        claimed: list[npt.NDArray[np.uint64]] = []
         for first in range(0, len(offsets), step):
             some = offsets[first : first + step] // np.uint64(MIB)
             mibs = (some[:, None] + span).ravel()
@@ -167,6 +168,8 @@ class Taken:
             if len(clash):
                 mib = int(unique[clash[0]])
                 low = (offsets // np.uint64(MIB)).astype(np.int64)
+                for earlier in claimed:  # all of it, or nothing
+                    self._map[earlier] = False
                 guilty = np.flatnonzero((low <= mib) & (mib < low + len(span)))
                 raise _refuse(
                     self._structure,
@@ -175,6 +178,7 @@ class Taken:
                     Reason.BAT_OVERLAP,
                 )
             self._map[unique] = True
+            claimed.append(unique)
 
     @property
     def end(self) -> int:

@@ -52,6 +52,9 @@ class SectorBitmaps:
     def adopt(self, structure: Structure) -> None:
         """The image has this structure from now on."""
         self._structure, self._geometry = structure, structure.geometry
+        gone = [chunk for chunk in self._placed if chunk >= self._geometry.bitmaps]
+        for chunk in gone:
+            del self._placed[chunk]
 
     @property
     def slice_length(self) -> int:

@@ -17,10 +17,10 @@ from vhdx.errors import DamagedError, UnsupportedError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.format.bat import BitmapState, BlockState, Geometry
-from vhdx.image.allocation import Taken, bat_runs, check_entries, is_payload
+from vhdx.image.allocation import Taken, bat_runs, check_entries, is_payload, survey
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.overlay import Overlay
-from vhdx.image.structure import Structure, active_sequence
+from vhdx.image.structure import Structure, active_sequence, read_structure
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
@@ -133,7 +133,25 @@ def examine(host: HostFile) -> Report:
     structure = _metadata(report, overlay, header, sequence, *table)
     if structure is not None:
         _entries(report, host, structure)
+        _as_opened(report, host, structure)
     return report
+
+
+def _as_opened(report: Report, host: HostFile, structure: Structure) -> None:
+    """What an open would refuse, and was not found yet."""
+    header = structure.header
+    if report.errors:
+        return
+    if structure.parameters.has_parent:
+        _attempt(report, lambda: read_structure(host))
+    _attempt(report, lambda: survey(structure, host.leaf))
+    if header.log_length == 0 or header.log_offset + header.log_length > host.leaf.size:
+        report.add(
+            "log_location",
+            ERROR,
+            header.log_offset,
+            "it has no log inside the file, so it can only be read",
+        )
 
 
 def _damage(report: Report, error: DamagedError, *, repair: bool = False) -> None:

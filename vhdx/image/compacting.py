@@ -82,6 +82,7 @@ def compact(
     engine.map.flush()
     parameters = engine.structure.parameters
     if parameters.has_parent or not parameters.leave_blocks_allocated:
+        engine.open_gate()
         done.zeroed = work.give_up_zeros()
         engine.map.flush()
         done.moved = work.move_down()

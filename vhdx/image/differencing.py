@@ -12,6 +12,7 @@ from vhdx.format import locator
 from vhdx.format.header import NIL
 from vhdx.image import layout
 from vhdx.image.host import open_host
+from vhdx.image.parents import candidates, existing
 from vhdx.image.structure import Structure, read_structure
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = ["DEFAULT_CHILD_BLOCK_SIZE", "children_near", "create_child", "guard_p
 DEFAULT_CHILD_BLOCK_SIZE = 2 << 20
 _SUFFIXES = (".vhdx", ".avhdx")
 _MOST_NEIGHBOURS = 4096
+_LONGEST_CHAIN = 256
 
 
 def relative_windows_path(parent: StrPath, child: StrPath) -> str:
@@ -45,9 +47,18 @@ def locator_for(
         linkage: the parent's DataWriteGuid.
         windows_path: the parent's absolute path on a Windows host, if the caller knows one.
     """
+    relative = relative_windows_path(parent, child)
+    try:
+        relative.encode("utf-16-le")
+    except UnicodeEncodeError:
+        relative = ""
+    if not relative or "\\" in Path(os.path.realpath(parent)).name:
+        raise InvalidArgumentError(
+            "a parent of this name cannot be written into an image", path=parent, hint="rename it"
+        )
     entries = {
         "parent_linkage": f"{{{linkage}}}",
-        "relative_path": relative_windows_path(parent, child),
+        "relative_path": relative,
         "parent_linkage2": f"{{{NIL}}}",
     }
     if windows_path is not None:
@@ -93,13 +104,33 @@ def create_child(
             physical_sector_size=parameters.physical_sector_size,
             disk_id=parameters.disk_id,
         )
-        if os.path.exists(path) and os.path.samefile(path, parent):
-            raise InvalidArgumentError("it would be its own parent", path=path)
+        if os.path.exists(path):
+            _check_not_in_chain(path, parent, structure)
         link = locator_for(parent, path, structure.header.data_write_guid, windows_path)
         with layout.new_file(path, force=force) as leaf:
             layout.write_image(leaf, child, sparse=True, parent=link)
     finally:
         host.close()
+
+
+def _check_not_in_chain(path: StrPath, parent: StrPath, structure: Structure) -> None:
+    """Refuses to replace the parent, or what the parent is based on."""
+    layer, below, depth = os.fspath(parent), structure, 0
+    while layer is not None:
+        if os.path.samefile(path, layer):
+            raise InvalidArgumentError("it would be its own parent", path=path)
+        depth += 1
+        if below.parent is None or depth > _LONGEST_CHAIN:
+            return
+        found = [existing(place) for place in candidates(layer, below.parent, ())]
+        here = next((str(place) for place in found if place is not None), None)
+        if here is None:
+            return
+        host = open_host(here, write=False, locked=False)
+        try:
+            layer, below = here, read_structure(host)
+        finally:
+            host.close()
 
 
 def children_near(path: StrPath, structure: Structure) -> Iterator[Path]:
@@ -125,7 +156,11 @@ def children_near(path: StrPath, structure: Structure) -> Iterator[Path]:
             host.close()
         if found is None or structure.header.data_write_guid not in found.linkages:
             continue
-        if any(PureWindowsPath(p).name.casefold() == here.name.casefold() for _, p in found.paths):
+        named = any(
+            PureWindowsPath(p).name.casefold() == here.name.casefold() for _, p in found.paths
+        )
+        places = (existing(place) for place in candidates(str(other), found, ()))
+        if named or any(p is not None and os.path.samefile(p, here) for p in places):
             yield other
 
 

@@ -27,6 +27,7 @@ from vhdx.errors import (
     InvalidArgumentError,
     NoSpaceError,
     PoisonedError,
+    ReadOnlyError,
 )
 from vhdx.format import bat
 from vhdx.format.bat import BlockState
@@ -234,6 +235,8 @@ class Engine:
         with self._gate_lock:
             if self._closed:
                 raise ClosedError("the disk was closed", path=self.host.path)
+            if self.host.read_only:
+                raise ReadOnlyError("it is a checkpoint by now", path=self.host.path)
             try:
                 if not self._journal.is_open:
                     self._journal.open(self._leaf.size, self._data_write_guid)
@@ -269,6 +272,8 @@ class Engine:
     def change_range(self, operation: plane.Operation, first: int, count: int) -> None:
         """Whole blocks become ZERO or UNMAPPED and give their space back."""
         with self.structure_lock:
+            if self.host.read_only:
+                return  # a snapshot was taken: the request comes back and goes to the child
             # A disk that was made smaller meanwhile refuses the request when it comes back.
             self._change_range(operation, first, min(count, self._geometry.blocks - first))
 

@@ -20,6 +20,7 @@ from uuid import UUID, uuid4
 import numpy as np
 
 from vhdx import plane
+from vhdx.errors import PoisonedError
 from vhdx.format import header as headers
 from vhdx.format import log
 from vhdx.units import MIB
@@ -147,6 +148,8 @@ class Journal:
             pages: their new content, n by 4096 bytes.
             file_size: bytes of the file, durable already.
         """
+        if not self.is_open:
+            raise PoisonedError("metadata was to be changed without a log")  # a bug of ours
         for first in range(0, len(offsets), MOST_PAGES):
             some = slice(first, first + MOST_PAGES)
             steps: list[plane.Step] = []

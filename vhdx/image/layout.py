@@ -45,6 +45,7 @@ __all__ = [
     "check_parameters",
     "create_vhdx",
     "new_file",
+    "partial_name",
     "sync_directory",
     "write_image",
 ]
@@ -237,9 +238,7 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
     target = Path(path)
     try:
         guard = _guard_target(target, force=force)
-        suffix = f".{secrets.token_hex(4)}.partial"
-        stem = os.fsdecode(os.fsencode(target.name)[: _LONGEST_NAME - len(suffix) - 1])
-        temporary = target.with_name(f".{stem}{suffix}")
+        temporary = target.with_name(partial_name(target))
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     except FileNotFoundError as error:
         raise NotFoundError("there is no such directory", path=path) from error
@@ -271,6 +270,13 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
             os.close(guard)
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def partial_name(target: Path) -> str:
+    """A name for what will be ``target`` when it is whole."""
+    suffix = f".{secrets.token_hex(4)}.partial"
+    stem = os.fsdecode(os.fsencode(target.name)[: _LONGEST_NAME - len(suffix) - 1])
+    return f".{stem}{suffix}"
 
 
 def _guard_target(target: Path, *, force: bool) -> int | None:

@@ -76,66 +76,90 @@ def merge(
         InUseError: somebody uses one of the two, or another image is based on the parent.
         VhdxError: as :func:`vhdx.open`; reason CANCELLED when cancelled.
     """
-    name = os.fspath(path)
-    search = [os.fspath(each) for each in parent_search]
-    parent_path, guid = _accept_own_guid(name, search)
-    _check_names(name, parent_path)
-    host = open_host(parent_path, write=True)
-    base = open_layer(host, search=search, data_write_guid=guid)
-    try:
+    name = os.path.realpath(os.fsdecode(path))
+    search = [os.fsdecode(each) for each in parent_search]
+    with contextlib.ExitStack() as stack:
+        # Nobody else may write the image from the first look to the rename.
+        guard = open_host(name, write=True)
+        stack.callback(guard.close)
+        parent_path = _parent_of(name, search)
+        _check_names(name, parent_path)
         if not force:
-            _check_siblings(name, base)
-        child = open_host(name, write=False)
-        structure = read_structure(child)
-        if structure.parameters.virtual_size < base.engine.map.size:
-            raise UnsupportedError("it is smaller than its parent", path=name)
-        top = Engine(child, structure, base.engine.map, write=False, pool=plane.default_pool())
+            _check_siblings(name, parent_path)
+        guid = _accept_own_guid(name, parent_path)
+        base = open_layer(open_host(parent_path, write=True), search=search, data_write_guid=guid)
+        stack.callback(base.close)
+        _merge_into(base, name, progress, cancel)
         try:
-            if structure.parameters.virtual_size > base.engine.map.size:
-                resizing.grow(base.engine, structure.parameters.virtual_size)
-                base.engine.map.resize(structure.parameters.virtual_size)
-            base.engine.open_gate()  # also where nothing is copied: the content is the child's
-            _copy_down(top.map, base.engine.map, name, progress, cancel)
-        finally:
-            top.close()
-    finally:
-        base.close()
+            os.replace(parent_path, name)
+            layout.sync_directory(Path(name).parent)
+        except OSError as error:
+            raise HostIOError(
+                f"it is merged, but {parent_path} cannot take its name: {error.strerror}", path=name
+            ) from error
+
+
+def _merge_into(
+    base: VhdxImage,
+    name: str,
+    progress: Progress | None,
+    cancel: Callable[[], bool] | None,
+) -> None:
+    child = open_host(name, write=False, locked=False)
+    structure = read_structure(child)
+    size = structure.parameters.virtual_size
+    if size < base.engine.map.size:
+        child.close()
+        raise UnsupportedError("it is smaller than its parent", path=name)
+    top = Engine(child, structure, base.engine.map, write=False, pool=plane.default_pool())
     try:
-        os.replace(parent_path, os.path.realpath(name))
-        layout.sync_directory(Path(os.path.realpath(name)).parent)
-    except OSError as error:
-        raise HostIOError(
-            f"it is merged, but {parent_path} cannot take its name: {error.strerror}", path=name
-        ) from error
+        if size > base.engine.map.size:
+            resizing.grow(base.engine, size)
+            base.engine.map.resize(size)
+        base.engine.open_gate()  # also where nothing is copied: the content is the child's
+        _copy_down(top.map, base.engine.map, name, progress, cancel)
+    finally:
+        top.close()
 
 
-def _accept_own_guid(name: str, search: list[str]) -> tuple[str, UUID]:
-    """Makes the child accept its own DataWriteGuid as its parent's; the parent's path, and it."""
-    host = open_host(name, write=True)
+def _parent_of(name: str, search: list[str]) -> str:
+    """The real path of the parent, whose linkage fits."""
+    probe = open_vhdx(
+        open_host(name, write=False, locked=False),
+        write=False,
+        chain=True,
+        parent_search=search,
+        pool=plane.default_pool(),
+    )
+    try:
+        if probe.parent is None:
+            raise InvalidArgumentError("it has no parent to merge into", path=name)
+        return os.path.realpath(probe.parent.path)
+    finally:
+        probe.close()
+
+
+def _accept_own_guid(name: str, parent_path: str) -> UUID:
+    """Makes the child accept its own DataWriteGuid as its parent's, besides the parent's own."""
+    host = open_host(name, write=True, locked=False)
     try:
         structure = prepare_for_writing(host, read_structure(host))
-        if structure.parent is None:
-            raise InvalidArgumentError("it has no parent to merge into", path=name)
-        probe = open_vhdx(
-            open_host(name, write=False, locked=False),
-            write=False,
-            chain=True,
-            parent_search=search,
-            pool=plane.default_pool(),
-        )
-        assert probe.parent is not None
-        parent_path = probe.parent.path
-        probe.close()
+        assert structure.parent is not None
         guid = structure.header.data_write_guid
-        if guid not in structure.parent.linkages:
-            entries = dict(structure.parent.entries)
-            entries["parent_linkage2"] = f"{{{guid}}}"
+        parent = open_host(parent_path, write=False)
+        try:
+            now = read_structure(parent).header.data_write_guid
+        finally:
+            parent.close()
+        entries = dict(structure.parent.entries)
+        entries["parent_linkage"], entries["parent_linkage2"] = f"{{{now}}}", f"{{{guid}}}"
+        if entries != structure.parent.entries:
             engine = _alone(host, structure)
             try:
                 _set_locator(engine, locator.ParentLocator(entries))
             finally:
                 engine.close()
-        return parent_path, guid
+        return guid
     finally:
         host.close()
 
@@ -192,8 +216,13 @@ def _check_names(name: str, parent_path: str) -> None:
             )
 
 
-def _check_siblings(name: str, base: VhdxImage) -> None:
-    for other in children_near(base.path, base.engine.structure):
+def _check_siblings(name: str, parent_path: str) -> None:
+    host = open_host(parent_path, write=False)
+    try:
+        others = list(children_near(parent_path, read_structure(host)))
+    finally:
+        host.close()
+    for other in others:
         if not os.path.samefile(other, name):
             raise InUseError(
                 f"{other.name} is based on the same parent and would be lost",
@@ -262,8 +291,8 @@ def rebase(
             one's sectors have another size.
         InUseError: somebody uses it.
     """
-    name = os.fspath(path)
-    search = [os.fspath(each) for each in parent_search]
+    name = os.fsdecode(path)
+    search = [os.fsdecode(each) for each in parent_search]
     pool = plane.default_pool()
     if os.path.exists(name) and os.path.exists(parent) and os.path.samefile(name, parent):
         raise InvalidArgumentError("it would be its own parent", path=name)
@@ -364,7 +393,7 @@ def compact(
     except BaseException:
         host.close()
         raise
-    disk = open_layer(host, search=[os.fspath(p) for p in parent_search], data_write_guid=guid)
+    disk = open_layer(host, search=[os.fsdecode(p) for p in parent_search], data_write_guid=guid)
     try:
         return disk.compact(progress, cancel)
     finally:

@@ -13,6 +13,7 @@ from vhdx.errors import MissingParentError, Reason, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from vhdx.format.locator import ParentLocator
     from vhdx.image.host import HostFile
     from vhdx.image.structure import Structure
 
@@ -67,12 +68,17 @@ def parent_info(structure: Structure, found: str | None) -> dict[str, Any]:
     }
 
 
-def candidates(host: HostFile, structure: Structure, search: Sequence[str]) -> list[Path]:
-    """Where the parent may be: its relative path, beside the child, in the search path."""
-    assert structure.parent is not None
-    here = Path(host.path).parent
+def candidates(child: str, locator: ParentLocator, search: Sequence[str]) -> list[Path]:
+    """Where the parent may be: its relative path, beside the child, in the search path.
+
+    Args:
+        child: path of the image; where a symbolic link leads counts.
+        locator: of the image.
+        search: further directories.
+    """
+    here = Path(os.path.realpath(child)).parent
     found: list[Path] = []
-    for kind, value in structure.parent.paths:
+    for kind, value in locator.paths:
         windows = PureWindowsPath(value)
         if kind == "relative_path" and not windows.anchor:
             found.append(here.joinpath(*windows.parts))

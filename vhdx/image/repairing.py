@@ -10,6 +10,8 @@ from which undoing starts over.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import struct
 from dataclasses import replace
@@ -25,8 +27,10 @@ from vhdx.errors import (
     ExistsError,
     HostIOError,
     InvalidArgumentError,
+    NoSpaceError,
     NotFoundError,
     Reason,
+    VhdxError,
 )
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
@@ -52,7 +56,7 @@ _LEAVE_ALLOCATED = 1
 
 def undo_path(path: str | PathLike[str]) -> Path:
     """Where a repair keeps what it overwrites."""
-    return Path(os.fspath(path) + ".undo")
+    return Path(os.fsdecode(path) + ".undo")
 
 
 class _Undo:
@@ -62,6 +66,7 @@ class _Undo:
         self.guid = uuid4()  # the FileWriteGuid that the repair gives the image
         self._path, self._leaf = undo_path(host.path), host.leaf
         self._size = host.leaf.size
+        self._used = False  # what it keeps may have been overwritten
         try:
             self._file = self._path.open("xb")
         except FileExistsError as error:
@@ -74,10 +79,31 @@ class _Undo:
             raise HostIOError(str(error.strerror), path=self._path) from error
         rest = (self._size, before.bytes_le, self.guid.bytes_le)
         checksum = google_crc32c.value(_HEADER.pack(_SIGNATURE, _VERSION, 0, *rest))
-        self._file.write(_HEADER.pack(_SIGNATURE, _VERSION, checksum, *rest))
+        try:
+            self._file.write(_HEADER.pack(_SIGNATURE, _VERSION, checksum, *rest))
+        except OSError as error:
+            self.close()
+            raise self._failed(error) from error
 
     def save(self, offset: int, length: int) -> None:
-        """Keeps what the file has there now."""
+        """Keeps what the file has there now.
+
+        Raises:
+            NoSpaceError, HostIOError: it cannot be kept; the image must not be changed.
+        """
+        try:
+            self._save(offset, length)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> VhdxError:
+        if isinstance(error, VhdxError):
+            return error
+        if error.errno == errno.ENOSPC:
+            return NoSpaceError("no space left to keep what is overwritten", path=self._path)
+        return HostIOError(str(error.strerror).lower(), path=self._path)
+
+    def _save(self, offset: int, length: int) -> None:
         end = min(offset + length, self._size)
         for at in range(offset, end, _LARGEST_RECORD):
             data = self._leaf.read(min(_LARGEST_RECORD, end - at), at)
@@ -85,14 +111,21 @@ class _Undo:
 
     def sync(self) -> None:
         """Makes what was saved durable; only then may the image be changed."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        layout.sync_directory(self._path.resolve().parent)
+        try:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            layout.sync_directory(self._path.resolve().parent)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._used = True
 
-    def close(self, *, keep: bool) -> None:
-        self._file.close()
-        if not keep:
-            self._path.unlink()
+    def close(self) -> None:
+        """Keeps the file if the image may have been changed, else removes it."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+        if not self._used:
+            with contextlib.suppress(OSError):
+                self._path.unlink()
 
 
 def repair(path: str | PathLike[str]) -> Report:
@@ -113,11 +146,10 @@ def repair(path: str | PathLike[str]) -> Report:
         if not any(finding.repair for finding in before.findings):
             return before
         undo_file = _Undo(host, _current(host).file_write_guid)
-        changed = False
         try:
-            changed = _mend(host, before, undo_file)
+            _mend(host, before, undo_file)
         finally:
-            undo_file.close(keep=changed)
+            undo_file.close()
         after = examine(host)
         left = set(after.findings)
         after.repaired = [f for f in before.findings if f.repair and f not in left]
@@ -264,6 +296,8 @@ def undo(path: str | PathLike[str]) -> None:
         data = kept.read_bytes()
     except FileNotFoundError as error:
         raise NotFoundError("there is nothing to undo", path=kept) from error
+    except ValueError as error:
+        raise InvalidArgumentError("no file can have this name", path=kept) from error
     except OSError as error:
         raise HostIOError(str(error.strerror), path=kept) from error
     size, guids, records = _parse(kept, data)

@@ -12,12 +12,17 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vhdx import plane
-from vhdx.errors import ExistsError, HostIOError, ReadOnlyError, VhdxError
+from vhdx.errors import (
+    ExistsError,
+    HostIOError,
+    InvalidArgumentError,
+    ReadOnlyError,
+    VhdxError,
+)
 from vhdx.format import metadata
 from vhdx.image import layout, lock
 from vhdx.image.differencing import DEFAULT_CHILD_BLOCK_SIZE, locator_for
@@ -28,12 +33,18 @@ from vhdx.image.structure import read_structure
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["checkpoint_name", "fresh_child", "second_name"]
+__all__ = ["check_place", "checkpoint_path", "fresh_child", "second_name"]
 
 
-def checkpoint_name(path: str) -> Path:
-    """A free name beside ``path``: its stem, the time in UTC, and a number where that is taken."""
-    here = Path(os.path.realpath(path))
+def checkpoint_path(path: str, wanted: str | os.PathLike[str] | None) -> Path:
+    """Where the checkpoint of ``path`` goes, absolute.
+
+    When nothing is wanted a free name beside it: its stem, the time in UTC, and a number where that
+    is taken.
+    """
+    if wanted is not None:
+        return Path(os.path.abspath(os.fsdecode(wanted)))
+    here = Path(path)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     base, suffix, number = f"{here.stem}-{stamp}", here.suffix or ".vhdx", 1
     found = here.with_name(base + suffix)
@@ -43,23 +54,48 @@ def checkpoint_name(path: str) -> Path:
     return found
 
 
+def check_place(path: str, checkpoint: Path, base: Engine) -> None:
+    """Refuses what would leave an image that does not open.
+
+    Raises:
+        HostIOError: the name does not lead to the open file any more.
+        InvalidArgumentError: the image's own parent would not be found from there.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise HostIOError(f"it has lost its name: {error.strerror}", path=path) from error
+    if base.host.key not in {(status.st_dev, status.st_ino), (0, 0)}:
+        raise HostIOError("another file has its name by now", path=path)
+    away = os.path.realpath(checkpoint.parent) != os.path.dirname(path)
+    if away and base.structure.parent is not None:
+        raise InvalidArgumentError(
+            "a checkpoint in another directory would not find its own parent",
+            path=checkpoint,
+            hint="keep it in the directory of the image",
+        )
+
+
 @contextlib.contextmanager
 def second_name(path: str, checkpoint: Path) -> Iterator[None]:
     """Inside, the file has the name ``checkpoint``, too; it keeps it unless there is an exception."""
     try:
-        os.link(os.path.realpath(path), checkpoint)
+        os.link(path, checkpoint)
     except FileExistsError as error:
         raise ExistsError("it exists already", path=checkpoint, hint="choose another name") from error
     except OSError as error:
         raise HostIOError(
             f"the checkpoint cannot be named: {error.strerror}", path=checkpoint
         ) from error
+    except ValueError as error:
+        raise InvalidArgumentError("no file can have this name", path=checkpoint) from error
     try:
         layout.sync_directory(checkpoint.parent)
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            checkpoint.unlink()
+            if os.path.samefile(path, checkpoint):  # or it is the only name by now
+                checkpoint.unlink()
         raise
 
 
@@ -71,10 +107,8 @@ class FreshChild:
     """
 
     def __init__(self, path: str, checkpoint: Path, base: Engine, pool: plane.Pool) -> None:
-        self._target = Path(os.path.realpath(path))
-        self._temporary = self._target.with_name(
-            f".{self._target.name}.{secrets.token_hex(4)}.partial"
-        )
+        self._target = Path(path)
+        self._temporary = self._target.with_name(layout.partial_name(self._target))
         parameters = base.structure.parameters
         child = metadata.DiskParameters(
             virtual_size=parameters.virtual_size,

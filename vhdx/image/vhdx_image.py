@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vhdx import plane
 from vhdx.errors import (
     DamagedError,
+    InUseError,
     InvalidArgumentError,
     MissingParentError,
     NotFoundError,
@@ -29,7 +32,7 @@ from vhdx.image.partitions import read_partitions
 from vhdx.image.structure import Structure, read_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from uuid import UUID
 
     from vhdx.image.layout import Progress
@@ -65,6 +68,8 @@ class VhdxImage:
         self.parent = parent
         self.parent_info = parent_info
         self._pool = pool
+        self._changing = threading.Lock()
+        self._real_path = os.path.realpath(engine.host.path)
         fixed = frozen or engine.host.read_only
         self._switch = None if fixed else plane.Switch(engine.map, pool)
         self.device: plane.Device = engine.map if self._switch is None else self._switch
@@ -107,21 +112,22 @@ class VhdxImage:
         sector = self.logical_sector_size
         try:
             table = read_partitions(self.device.read, self.device.size, sector)
-        except MissingParentError:
-            return None  # opened without its chain
+        except VhdxError:
+            return None  # opened without its chain, or damaged there
         return resizing.minimum_size(table, sector)
 
     def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
         """Makes the file the parent of a fresh child; see :meth:`vhdx.Disk.snapshot`."""
         if self._switch is None:
             raise ReadOnlyError("it is open for reading only", path=self.path)
-        old = self.engine
-        name = snapshots.checkpoint_name(self.path) if checkpoint is None else Path(checkpoint)
-        with old.structure_lock:
+        name = snapshots.checkpoint_path(self._real_path, checkpoint)
+        with self._alone("snapshot"), self.engine.structure_lock:
+            old = self.engine
+            snapshots.check_place(self._real_path, name, old)
             old.open_gate()  # from here on its DataWriteGuid stays
             with (
-                snapshots.second_name(self.path, name),
-                snapshots.fresh_child(self.path, name, old, self._pool) as child,
+                snapshots.second_name(self._real_path, name),
+                snapshots.fresh_child(self._real_path, name, old, self._pool) as child,
             ):
                 old.map.flush()  # most of it, before anybody is held up
                 with self._switch.paused():
@@ -129,15 +135,34 @@ class VhdxImage:
                     child.take_name()
                     # From here on there is no way back, and what fails is the child's.
                     failure = child.settle(self._switch, old, name)
-        base = VhdxImage(
-            old, self.parent, self.parent_info, log_was_dirty=False, pool=self._pool, frozen=True
-        )
-        self.engine, self.parent = child.engine, base
-        self.parent_info = describe_parent(child.engine.structure, os.fspath(name))
-        self.block_size = child.engine.structure.parameters.block_size
+            child.engine.host.path = self.path
+            self._follow(old, child.engine, name)
         if failure is not None:
             raise failure
         return os.fspath(name)
+
+    def _follow(self, old: Engine, new: Engine, name: Path) -> None:
+        """The image is ``new`` from now on, over ``old``, which has that name."""
+        base = VhdxImage(
+            old, self.parent, self.parent_info, log_was_dirty=False, pool=self._pool, frozen=True
+        )
+        self.engine, self.parent = new, base
+        self.parent_info = describe_parent(new.structure, os.fspath(name))
+        self.block_size = new.structure.parameters.block_size
+
+    @contextlib.contextmanager
+    def _alone(self, what: str) -> Iterator[None]:
+        """One change of the structure at a time; a second one is refused rather than held up."""
+        if not self._changing.acquire(blocking=False):
+            raise InUseError(
+                f"there can be no {what} now, because its structure is being changed",
+                path=self.path,
+                hint="wait for the other operation",
+            )
+        try:
+            yield
+        finally:
+            self._changing.release()
 
     def compact(
         self, progress: Progress | None, cancel: Callable[[], bool] | None
@@ -145,7 +170,8 @@ class VhdxImage:
         """Gives space back to the host while the disk is used; see :meth:`vhdx.Disk.compact`."""
         if self._switch is None:
             raise ReadOnlyError("it is open for reading only", path=self.path)
-        return compacting.compact(self.engine, self._switch, progress, cancel)
+        with self._alone("compaction"):
+            return compacting.compact(self.engine, self._switch, progress, cancel)
 
     def chain(self) -> list[dict[str, Any]]:
         """This layer and those below it, for ``vhdx info --chain``."""
@@ -164,8 +190,8 @@ class VhdxImage:
         """Changes the virtual size while the disk is used; see :meth:`vhdx.Disk.resize`."""
         if self._switch is None:
             raise ReadOnlyError("it is open for reading only", path=self.path)
-        engine, now = self.engine, self.device.size
-        with engine.structure_lock:
+        with self._alone("resize"), self.engine.structure_lock:
+            engine, now = self.engine, self.device.size
             if size == now:
                 return
             if size > now:
@@ -319,7 +345,8 @@ def _open_parent(
             path=host.path,
         )
     refusals: list[VhdxError] = []
-    for candidate in candidates(host, structure, search):
+    assert structure.parent is not None
+    for candidate in candidates(host.path, structure.parent, search):
         path = existing(candidate)
         if path is None:
             continue
