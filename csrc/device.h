@@ -77,6 +77,7 @@ typedef struct vx_fault {
     uint32_t operation; /* enum vx_operation, RANGE only */
     uint64_t first;     /* page */
     uint64_t count;     /* pages, or entries of a commit */
+    uint64_t size;      /* RANGE: of the device when the pages were counted, bytes */
     const uint64_t *pages;   /* COMMIT: the pages published, oldest first; may repeat */
     const uint64_t *entries; /* COMMIT: their entries */
     uint64_t generation;     /* COMMIT: what it makes durable */

@@ -285,8 +285,11 @@ int vx_map_zero_or_trim(vx_map *map, vx_request *request)
     uint64_t past = (end == size ? end + mask : end) >> map->page_shift;
     if (keeps || past <= first)
         past = first = 0;
-    else if (!in_memo(map, request, first, past - first))
-        return vx_map_fault(map, request, VX_FAULT_RANGE, first, past - first);
+    else if (!in_memo(map, request, first, past - first)) {
+        vx_map_fault(map, request, VX_FAULT_RANGE, first, past - first);
+        request->fault.size = size;
+        return VX_FAULTED;
+    }
     uint32_t flags = request->flags;
     request->flags &= ~(uint32_t)VX_FUA;
     uint64_t head_end = past > 0 ? first << map->page_shift : end;

@@ -7,7 +7,7 @@ typedef ... vx_nbd_connection;
 typedef struct { int32_t code; int32_t os_error; uint32_t operation; uint64_t device;
                  uint64_t offset; ...; } vx_failure;
 typedef struct { uint64_t offset; uint64_t length; uint32_t state; int32_t depth; } vx_extent;
-typedef struct { uint32_t kind; uint32_t operation; uint64_t first; uint64_t count;
+typedef struct { uint32_t kind; uint32_t operation; uint64_t first; uint64_t count; uint64_t size;
                  const uint64_t *pages; const uint64_t *entries; uint64_t generation;
                  uint64_t bitmap_count; uint64_t bitmap_bytes; const uint64_t *bitmap_pages;
                  const uint8_t *bitmap_bits;

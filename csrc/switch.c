@@ -17,7 +17,7 @@ typedef struct vx_switch {
     pthread_mutex_t lock;
     vx_request *head, *tail; /* under lock: parked here */
     vx_job resume_job;
-    uint32_t jobs; /* under lock */
+    bool running; /* under lock: resume_job is queued or runs */
     pthread_cond_t idle;
 } vx_switch;
 
@@ -56,24 +56,24 @@ static int switch_submit(vx_device *device, vx_request *request)
     }
 }
 
-/* What was parked goes on. */
+/* What was parked goes on, until the switch is paused again: then it is parked again. */
 static void go_on(vx_job *job)
 {
     vx_switch *s = (vx_switch *)((char *)job - offsetof(vx_switch, resume_job));
     pthread_mutex_lock(&s->lock);
-    vx_request *request = s->head;
-    s->head = s->tail = NULL;
-    pthread_mutex_unlock(&s->lock);
-    while (request != NULL) {
-        vx_request *next = request->next;
+    while (s->head != NULL && !atomic_load(&s->paused)) {
+        vx_request *request = s->head;
+        s->head = request->next;
+        if (s->head == NULL)
+            s->tail = NULL;
+        pthread_mutex_unlock(&s->lock);
         request->next = NULL;
         request->memo = NULL; /* it stood on the stack of who submitted it */
         if (vx_run(&s->device, request) == VX_DONE)
             request->complete(request);
-        request = next;
+        pthread_mutex_lock(&s->lock);
     }
-    pthread_mutex_lock(&s->lock);
-    s->jobs--;
+    s->running = false;
     pthread_cond_broadcast(&s->idle);
     pthread_mutex_unlock(&s->lock);
 }
@@ -81,9 +81,8 @@ static void go_on(vx_job *job)
 void vx_switch_pause(vx_device *device)
 {
     vx_switch *s = (vx_switch *)device;
+    /* Not for go_on: what it runs may wait for a lock that the caller holds. */
     pthread_mutex_lock(&s->lock);
-    while (s->jobs > 0) /* the last resume is still under way */
-        pthread_cond_wait(&s->idle, &s->lock);
     atomic_store(&s->paused, true);
     pthread_mutex_unlock(&s->lock);
     vx_epoch_quiesce(&s->epochs);
@@ -108,8 +107,8 @@ void vx_switch_resume(vx_device *device)
     vx_switch *s = (vx_switch *)device;
     pthread_mutex_lock(&s->lock);
     atomic_store(&s->paused, false);
-    if (s->head != NULL) {
-        s->jobs++;
+    if (s->head != NULL && !s->running) {
+        s->running = true;
         vx_pool_push(s->pool, &s->resume_job);
     }
     pthread_mutex_unlock(&s->lock);
@@ -119,7 +118,7 @@ static void switch_destroy(vx_device *device)
 {
     vx_switch *s = (vx_switch *)device;
     pthread_mutex_lock(&s->lock);
-    while (s->jobs > 0)
+    while (s->running)
         pthread_cond_wait(&s->idle, &s->lock);
     pthread_mutex_unlock(&s->lock);
     vx_device_release(atomic_load(&s->lower));

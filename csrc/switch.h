@@ -5,7 +5,8 @@
  *
  * While it is paused no request reaches the lower device: NOWAIT requests are answered AGAIN, others
  * are parked and go on, in order, on the pool when it is resumed. vx_switch_pause returns when every
- * request that got through has left the lower device, or is parked there. A map parks requests only
+ * request that got through has left the lower device, or is parked there; it does not wait for those
+ * that go on after an earlier pause, which are held up like any other. A map parks requests only
  * when their data is written and they wait for a commit, so a paused map's content does not change.
  * A request that faulted goes through the switch again.
  */

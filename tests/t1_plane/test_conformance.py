@@ -81,7 +81,7 @@ class Pages:
     def open_gate(self):
         self.map.set_gate(is_open=True)
 
-    def change_range(self, operation, first, count):
+    def change_range(self, operation, first, count, size):
         pages = np.arange(first, first + count, dtype=np.uint64)
         found = self.map.read_entries(first, count)
         if (found == 0).any():

@@ -120,10 +120,8 @@ class _Compaction:
             count = min(_SCAN, self._engine.structure.geometry.blocks - first)
             if count <= 0:
                 return  # it became smaller
+            self._engine.entry_of(first)  # loads all around it
             entries = self._map.read_entries(first, count)
-            if (entries == 0).any():
-                self._engine.load(first, count)
-                entries = self._map.read_entries(first, count)
             kinds, _, _ = plane.fields(entries)
             placed = np.isin(kinds, (plane.Kind.DATA, plane.Kind.MIXED))
             pages = np.arange(first, first + count, dtype=np.uint64)
@@ -184,7 +182,7 @@ class _Compaction:
                 target = self._engine.take_place_before(offset)
                 if target is None:
                     return moved
-                entry = self._map.read_entries(page, 1)[0]
+                entry = self._engine.entry_of(page)
                 moved += self._move(page, entry, offset, target)
             if number % _MOVES_PER_COMMIT == _MOVES_PER_COMMIT - 1:
                 self._map.flush()
@@ -258,9 +256,11 @@ class _Shared:
         if self._settled:
             return
         if not self._replace(self._shared, self._entry, publish=False):
-            now = plane.fields(self._engine.map.read_entries(self._page, 1))[1]
+            now = plane.fields(np.array([self._engine.entry_of(self._page)], np.uint64))[1]
             if int(now[0]) != self._offset:
-                self._release()  # a write took a place of its own
+                # A write took a place of its own; reads of the old one may be under way.
+                self._engine.map.quiesce()
+                self._release()
 
     def _release(self) -> None:
         self._engine.release_later(np.array([self._offset], np.uint64))

@@ -360,7 +360,11 @@ class Disk:
                     "a server still serves the disk", path=self.path, hint="stop the server first"
                 )
             self._closed = True
-        self._image.close()
+        try:
+            self._image.close()
+        except InUseError:
+            self._closed = False
+            raise
 
     def __enter__(self) -> Self:
         return self

@@ -99,6 +99,7 @@ class Engine:
         self.structure_lock = threading.Lock()
         self._resident: OrderedDict[int, None] = OrderedDict()
         self._closed = False
+        self._frozen = False  # by a snapshot: faults that come late do nothing
         self._data_write_guid = data_write_guid
         self._journal = journal.Journal(self._leaf, structure.header)
         self._space: Space | None = None
@@ -235,8 +236,8 @@ class Engine:
         with self._gate_lock:
             if self._closed:
                 raise ClosedError("the disk was closed", path=self.host.path)
-            if self.host.read_only:
-                raise ReadOnlyError("it is a checkpoint by now", path=self.host.path)
+            if self._frozen:
+                return  # a snapshot was taken: the request comes back and goes to the child
             try:
                 if not self._journal.is_open:
                     self._journal.open(self._leaf.size, self._data_write_guid)
@@ -254,7 +255,7 @@ class Engine:
         assert self._space is not None
         block = self._geometry.block_size
         with self._lock:
-            if self._closed:
+            if self._closed or self._frozen:
                 return
             count = max(wanted, 1, self._grant_bytes // block)
             try:
@@ -269,11 +270,16 @@ class Engine:
                 self._grant_bytes = _FIRST_GRANT
             self.map.grant(_OWN, offsets, BlockState.FULLY_PRESENT)
 
-    def change_range(self, operation: plane.Operation, first: int, count: int) -> None:
+    def change_range(self, operation: plane.Operation, first: int, count: int, size: int) -> None:
         """Whole blocks become ZERO or UNMAPPED and give their space back."""
         with self.structure_lock:
-            if self.host.read_only:
+            if self._frozen:
                 return  # a snapshot was taken: the request comes back and goes to the child
+            if (
+                size != self._geometry.virtual_size
+                and (first + count) * self.structure.geometry.block_size > size
+            ):
+                count -= 1  # the last block was shorter then, and may hold more by now
             # A disk that was made smaller meanwhile refuses the request when it comes back.
             self._change_range(operation, first, min(count, self._geometry.blocks - first))
 
@@ -362,11 +368,11 @@ class Engine:
         """Places of 1 MiB that read zeros; from the ready blocks, so that none lie behind them."""
         assert self._space is not None
         if count > len(self._bitmap_stock):
-            ready = np.sort(self.map.revoke())
+            ready = self.map.revoke()
+            self._space.give_back(ready)
             if len(ready):
-                ends = range(int(ready[0]), int(ready[0]) + self._geometry.block_size, MIB)
-                self._bitmap_stock += ends
-                self.map.grant(_OWN, ready[1:], BlockState.FULLY_PRESENT)
+                start = int(self._space.take(1)[0])
+                self._bitmap_stock += range(start, start + self._geometry.block_size, MIB)
         places = [self._bitmap_stock.pop(0) for _ in range(min(count, len(self._bitmap_stock)))]
         places += [self._space.take_region(MIB) for _ in range(count - len(places))]
         if places:
@@ -413,6 +419,8 @@ class Engine:
     def changing(self) -> Iterator[plane.Device]:
         """Inside, metadata other than blocks may be changed: no commit runs. Gives the leaf."""
         self.open_gate()
+        if self._frozen:
+            raise ReadOnlyError("it is a checkpoint by now", path=self.host.path)
         with self._commit_lock:
             try:
                 yield self._leaf
@@ -438,7 +446,11 @@ class Engine:
         contents = np.frombuffer(b"".join(pages[at] for at in sorted(pages)), np.uint8)
         if len(pages) > journal.MOST_PAGES:
             raise InvalidArgumentError(f"{len(pages)} pages do not fit into a log entry")
-        self._journal.commit(offsets, contents.reshape(-1, 4096), self._referenced_end)
+        try:
+            self._journal.commit(offsets, contents.reshape(-1, 4096), self._referenced_end)
+        except BaseException:
+            self.map.poison()  # the entry may be durable, and not applied
+            raise
 
     def take_region(self, length: int) -> int:
         """Space at the end of the file that reads zeros, durable after the next barrier; bytes."""
@@ -469,6 +481,15 @@ class Engine:
         if done:
             self.release_later(np.array([offset], np.uint64))
         return done
+
+    def entry_of(self, page: int) -> np.uint64:
+        """The entry of a block, loaded if it was dropped."""
+        while page < self._geometry.blocks:
+            entry: np.uint64 = self.map.read_entries(page, 1)[0]
+            if entry:
+                return entry
+            self.load(page, 1)
+        return np.uint64(0)
 
     def take_back_grants(self) -> None:
         """Ready blocks that C has not used are free again."""
@@ -564,6 +585,8 @@ class Engine:
 
         Nobody may be writing any more. The file is called ``path`` from now on.
         """
+        with self._gate_lock, self._lock:
+            self._frozen = True
         self.map.flush()
         self.map.freeze()
         with self._gate_lock:

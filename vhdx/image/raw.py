@@ -66,7 +66,7 @@ class RawImage:
         """Nothing to prepare."""
         self.device.set_gate(is_open=True)
 
-    def change_range(self, operation: plane.Operation, first: int, count: int) -> None:
+    def change_range(self, operation: plane.Operation, first: int, count: int, size: int) -> None:
         """Never asked for: the file does it."""
         raise UnsupportedError(f"a raw image does not {operation.name} by pages", path=self.path)
 

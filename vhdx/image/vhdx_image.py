@@ -69,6 +69,7 @@ class VhdxImage:
         self.parent_info = parent_info
         self._pool = pool
         self._changing = threading.Lock()
+        self._changer = 0  # the thread that holds it
         self._real_path = os.path.realpath(engine.host.path)
         fixed = frozen or engine.host.read_only
         self._switch = None if fixed else plane.Switch(engine.map, pool)
@@ -159,9 +160,11 @@ class VhdxImage:
                 path=self.path,
                 hint="wait for the other operation",
             )
+        self._changer = threading.get_ident()
         try:
             yield
         finally:
+            self._changer = 0
             self._changing.release()
 
     def compact(
@@ -218,12 +221,18 @@ class VhdxImage:
                     self._switch.follow()
 
     def close(self) -> None:
-        """Closes this layer, then those below; the first failure is raised."""
-        try:
-            self.engine.close()
-        finally:
-            if self.parent is not None:
-                self.parent.close()
+        """Closes this layer, then those below; the first failure is raised.
+
+        Waits for a change of the structure that another thread makes.
+        """
+        if self._changer == threading.get_ident():
+            raise InUseError("its structure is being changed by this very thread", path=self.path)
+        with self._changing:
+            try:
+                self.engine.close()
+            finally:
+                if self.parent is not None:
+                    self.parent.close()
 
 
 def open_vhdx(

@@ -118,8 +118,8 @@ class FaultHandler(Protocol):
     def open_gate(self) -> None:
         """Prepares for the first change, then opens the map's gate."""
 
-    def change_range(self, operation: Operation, first: int, count: int) -> None:
-        """Zeroes or trims whole pages."""
+    def change_range(self, operation: Operation, first: int, count: int, size: int) -> None:
+        """Zeroes or trims whole pages; the last of a device of ``size`` bytes may be shorter."""
 
     def commit(self, changes: Changes) -> None:
         """Makes entries and sector bitmaps durable."""
@@ -203,7 +203,7 @@ class Map(Device):
         elif kind == 2:
             handler.open_gate()
         elif kind == 3:
-            handler.change_range(Operation(fault.operation), fault.first, fault.count)
+            handler.change_range(Operation(fault.operation), fault.first, fault.count, fault.size)
         else:
             count, each = fault.bitmap_count, fault.bitmap_bytes
             bits = np.frombuffer(_copy(fault.bitmap_bits, count * each), np.uint8)
