@@ -11,7 +11,7 @@ import pytest
 
 import vhdx
 from tests.images import edit
-from vhdx.image import snapshots
+from vhdx.image import lock, snapshots
 from vhdx.units import GIB, MIB
 
 
@@ -247,3 +247,45 @@ def test_snapshots_module_names_are_free(path):
     first = snapshots.checkpoint_path(os.fspath(path), None)
     first.touch()
     assert snapshots.checkpoint_path(os.fspath(path), None) != first
+
+
+def test_a_checkpoint_that_a_kill_left_behind_is_taken_up(path, fast_path):
+    os.link(path, fast_path / "s.vhdx")
+    vhdx.snapshot(path, fast_path / "s.vhdx")
+    with vhdx.open(path, "r+") as disk:
+        disk.pwrite(b"after", 0)
+    assert content(fast_path / "s.vhdx")[:4] == b"base"
+    with pytest.raises(vhdx.InvalidArgumentError, match="raw"):
+        vhdx.snapshot(path, fast_path / "t.raw")
+
+
+def test_a_name_that_changes_hands_before_the_lock(path, fast_path, monkeypatch):
+    """The writer gets the file that has the name when it is locked."""
+    real, once = lock.acquire, []
+
+    def late(fd, name, *, write):
+        if not once and write:
+            once.append(1)
+            vhdx.snapshot(path, fast_path / "s.vhdx")
+        real(fd, name, write=write)
+
+    monkeypatch.setattr(lock, "acquire", late)
+    with vhdx.open(path, "r+") as disk:
+        disk.pwrite(b"head", 0)
+    assert content(fast_path / "s.vhdx")[:4] == b"base"
+    assert content(path)[:4] == b"head"
+
+
+def test_children_of_any_name_guard_their_parent(path, fast_path):
+    vhdx.create(fast_path / "child.disk", parent=path)
+    with pytest.raises(vhdx.InUseError, match=r"child\.disk"):
+        vhdx.open(path, "r+")
+
+
+def test_check_looks_for_the_parents(path, fast_path):
+    child = fast_path / "child.vhdx"
+    vhdx.create(child, parent=path)
+    assert vhdx.check(child).findings == []
+    path.unlink()
+    assert [f.code for f in vhdx.check(child).findings] == ["parent_missing"]
+    assert vhdx.check(child).errors == 0

@@ -175,6 +175,31 @@ def test_undo_of_a_damaged_file_changes_nothing(image):
     assert image.read_bytes() == repaired
 
 
+def test_undo_of_an_image_that_cannot_be_told_is_refused(image):
+    break_header(image)
+    vhdx.repair(image)
+    for at in header.HEADER_OFFSETS:
+        edit(image, at + 8, b"\xff\xff")
+    damaged = image.read_bytes()
+    with pytest.raises(vhdx.InvalidArgumentError):
+        vhdx.undo(image)
+    assert image.read_bytes() == damaged
+    undo_path(image).rename(f"{undo_path(image)}.active")  # but one that was under way goes on
+    vhdx.undo(image)
+    assert vhdx.check(image).errors == 0
+
+
+def test_a_repair_that_was_killed_early_is_done_again(image):
+    break_header(image)
+    damaged = image.read_bytes()
+    vhdx.repair(image)
+    kept = undo_path(image).read_bytes()
+    for length in (0, 10, 60, len(kept) - 1, len(kept)):
+        image.write_bytes(damaged)
+        undo_path(image).write_bytes(kept[:length])
+        assert vhdx.repair(image).findings == []
+
+
 def overlap(path):
     entry = struct.unpack("<Q", read(path, BAT_OFFSET + 8 * 3, 8))[0]
     set_entry(path, 6, entry)

@@ -207,7 +207,8 @@ def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
         print_json(done.as_dict())
     else:
         click.echo(
-            f"{format_size(done.file_size_before)} became {format_size(done.file_size_after)}; "
+            f"{format_size(done.file_size_before)} became {format_size(done.file_size_after)}: "
+            f"{done.zeroed} blocks were zeros, {done.moved} moved down; "
             f"the host got {format_size(done.won)} back"
         )
 
@@ -216,25 +217,27 @@ def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
 @click.argument("path", type=click.Path())
 @click.argument("size", type=SIZE)
 @click.option("--shrink", is_flag=True, help="Allow a smaller size, down to the last partition.")
-@click.option("--unsafe", is_flag=True, help="Shrink although there is no partition table.")
-def resize(path: str, size: int, shrink: bool, unsafe: bool) -> None:
+@click.option("--unsafe", is_flag=True, help="With --shrink: although there is no partition table.")
+@click.option("--force", is_flag=True, help="Although a child beside it is based on it; it is lost.")
+def resize(path: str, size: int, shrink: bool, unsafe: bool, force: bool) -> None:
     """Change the virtual size. Partitions in it are left to the guest.
 
     Example: vhdx resize disk.vhdx 128G
     """
-    with image.open(path, "r+") as disk:
+    with image.open(path, "r+", force=force) as disk:
         disk.resize(size, shrink=shrink, unsafe=unsafe)
 
 
 @click.command()
 @click.argument("path", type=click.Path())
 @click.option("--checkpoint", type=click.Path(), help="The name for what there is now.")
-def snapshot(path: str, checkpoint: str | None) -> None:
+@click.option("--force", is_flag=True, help="Although a child beside it is based on it; it is lost.")
+def snapshot(path: str, checkpoint: str | None, force: bool) -> None:
     """Keep the disk as it is now under another name, and go on in a child. Prints that name.
 
     Example: vhdx snapshot disk.vhdx --checkpoint before-upgrade.vhdx
     """
-    click.echo(image.snapshot(path, checkpoint))
+    click.echo(image.snapshot(path, checkpoint, force=force))
 
 
 @click.command()
@@ -243,6 +246,8 @@ def snapshot(path: str, checkpoint: str | None) -> None:
 @click.option("--force", is_flag=True, help="Although other images are based on the parent.")
 def merge(path: str, parent_dir: tuple[str, ...], force: bool) -> None:
     """Merge a differencing image into its parent, whose file takes the image's name.
+
+    The parent's own name is gone afterwards; other images based on it are lost.
 
     Example: vhdx merge disk.vhdx
     """

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from vhdx.errors import DamagedError, UnsupportedError
+from vhdx import plane
+from vhdx.errors import DamagedError, UnsupportedError, VhdxError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.format.bat import BitmapState, BlockState, Geometry
@@ -21,6 +22,7 @@ from vhdx.image.allocation import Taken, bat_runs, check_entries, is_payload, su
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.overlay import Overlay
 from vhdx.image.structure import Structure, active_sequence, read_structure
+from vhdx.image.vhdx_image import open_vhdx
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
@@ -109,9 +111,29 @@ def check(path: str | PathLike[str]) -> Report:
     """
     host = open_host(path, write=False)
     try:
-        return examine(host)
+        report = examine(host)
+        if not report.errors:
+            _parents(report, host)
+        return report
     finally:
         host.close()
+
+
+def _parents(report: Report, host: HostFile) -> None:
+    """Whether the parents are there and fit."""
+    try:
+        open_vhdx(
+            open_host(host.path, write=False, locked=False),
+            write=False,
+            chain=True,
+            parent_search=(),
+            pool=plane.default_pool(),
+        ).close()
+    except VhdxError as error:
+        if error.path is not None and error.path != host.path:
+            report.add("parent", WARNING, None, f"a parent cannot be used: {error}")
+        else:
+            report.add(str(error.reason), WARNING, error.offset, error.message)
 
 
 def examine(host: HostFile) -> Report:
@@ -201,7 +223,9 @@ def _log(
         "log_dirty",
         NOTE,
         header.log_offset,
-        f"the log holds {len(log.patches_of(sequence))} changes that are to be replayed",
+        f"the log holds {len(log.patches_of(sequence))} changes that are to be replayed"
+        if log.patches_of(sequence)
+        else "the image was not closed; its log holds nothing to replay",
         repair=True,
     )
     return Overlay(leaf, log.patches_of(sequence), sequence.head.last_file_offset), sequence

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from vhdx.errors import InUseError, InvalidArgumentError, VhdxError
 from vhdx.format import locator
-from vhdx.format.header import NIL
+from vhdx.format.header import NIL, SIGNATURE
 from vhdx.image import layout
 from vhdx.image.host import open_host
 from vhdx.image.parents import candidates, existing
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_CHILD_BLOCK_SIZE", "children_near", "create_child", "guard_parent", "locator_for"]
 
 DEFAULT_CHILD_BLOCK_SIZE = 2 << 20
-_SUFFIXES = (".vhdx", ".avhdx")
 _MOST_NEIGHBOURS = 4096
 _LONGEST_CHAIN = 256
 
@@ -137,12 +136,12 @@ def children_near(path: StrPath, structure: Structure) -> Iterator[Path]:
     """Images in the same directory that name ``path`` as their parent and still fit it."""
     here = Path(os.path.realpath(path))
     try:
-        names = sorted(n for n in os.listdir(here.parent) if n.lower().endswith(_SUFFIXES))
+        names = sorted(os.listdir(here.parent))
     except OSError:
         return
     for name in names[:_MOST_NEIGHBOURS]:
         other = here.with_name(name)
-        if name == here.name or not other.is_file():
+        if name == here.name or not _looks_like_vhdx(other):
             continue
         try:
             host = open_host(other, write=False, locked=False)
@@ -164,6 +163,16 @@ def children_near(path: StrPath, structure: Structure) -> Iterator[Path]:
             yield other
 
 
+def _looks_like_vhdx(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(SIGNATURE)) == SIGNATURE
+    except OSError:
+        return False
+
+
 def guard_parent(path: StrPath, structure: Structure) -> None:
     """Refuses to change an image that a child beside it depends on.
 
@@ -175,5 +184,6 @@ def guard_parent(path: StrPath, structure: Structure) -> None:
         raise InUseError(
             f"{child.name} depends on it as it is: a change would destroy that image",
             path=path,
-            hint="change the child instead, merge it, or use --force (force=True)",
+            hint="change the child instead, or merge it; force=True (--force of resize and snapshot) "
+            "changes it all the same",
         )

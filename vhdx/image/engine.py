@@ -422,14 +422,7 @@ class Engine:
         if self._frozen:
             raise ReadOnlyError("it is a checkpoint by now", path=self.host.path)
         with self._commit_lock:
-            try:
-                yield self._leaf
-            except (NoSpaceError, InvalidArgumentError):
-                raise
-            except BaseException:
-                # Which of the steps are durable is not known.
-                self.map.poison()
-                raise
+            yield self._leaf
 
     def log(self, patches: list[tuple[int, bytes]]) -> None:
         """Changes these bytes of the file (offset, data) in one log entry; inside changing() only."""

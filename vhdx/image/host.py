@@ -10,6 +10,7 @@ from vhdx import plane
 from vhdx.errors import (
     ClosedError,
     HostIOError,
+    InUseError,
     InvalidArgumentError,
     NotFoundError,
     ReadOnlyError,
@@ -20,6 +21,7 @@ from vhdx.image import lock
 __all__ = ["HostFile", "open_host"]
 
 _LARGEST_FILE = (1 << 63) - 1
+_MOST_TRIES = 20
 
 
 class HostFile:
@@ -80,10 +82,27 @@ def open_host(
 ) -> HostFile:
     """Opens a regular file or block device, and locks it unless ``locked`` is False.
 
+    The file is the one that has the name once it is locked: a snapshot or merge may give the name to
+    another file in between, and then that one is opened.
+
     Raises:
         NotFoundError, ReadOnlyError, HostIOError: it is not there, not writable, or no such file.
         InUseError: somebody else has it open in a way that excludes this.
     """
+    for _ in range(_MOST_TRIES):
+        host = _open_once(path, write=write, sparse=sparse, locked=locked)
+        try:
+            status = os.stat(host.path)
+            same = (status.st_dev, status.st_ino) == host.key
+        except OSError:
+            same = False
+        if same or not locked:
+            return host
+        host.close()
+    raise InUseError("its name goes from file to file", path=path, hint="try again")
+
+
+def _open_once(path: str | os.PathLike[str], *, write: bool, sparse: bool, locked: bool) -> HostFile:
     name = os.fsdecode(path)
     try:
         # O_NONBLOCK: opening a FIFO must not wait for its other end.

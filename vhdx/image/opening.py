@@ -83,11 +83,16 @@ def open_disk(
     return Disk(image)
 
 
-def snapshot(path: str | os.PathLike[str], checkpoint: str | os.PathLike[str] | None = None) -> str:
+def snapshot(
+    path: str | os.PathLike[str],
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    force: bool = False,
+) -> str:
     """Keeps a disk image as it is now and goes on in a child; see :meth:`vhdx.Disk.snapshot`.
 
     Returns:
         The path of the checkpoint.
     """
-    with open_disk(path, "r+") as disk:
+    with open_disk(path, "r+", force=force) as disk:
         return disk.snapshot(checkpoint)

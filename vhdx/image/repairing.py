@@ -68,6 +68,8 @@ class _Undo:
         self._size = host.leaf.size
         self._used = False  # what it keeps may have been overwritten
         try:
+            if _never_used(self._path, before):
+                self._path.unlink()
             self._file = self._path.open("xb")
         except FileExistsError as error:
             raise ExistsError(
@@ -126,6 +128,19 @@ class _Undo:
         if not self._used:
             with contextlib.suppress(OSError):
                 self._path.unlink()
+
+
+def _never_used(kept: Path, now: UUID) -> bool:
+    """Whether an undo file is there from a repair that ended before it changed anything."""
+    try:
+        with kept.open("rb") as file:
+            head = file.read(_HEADER.size)
+    except OSError:
+        return False
+    if len(head) < _HEADER.size:
+        return True
+    fields = _HEADER.unpack(head)
+    return bool(fields[0] == _SIGNATURE and fields[4] == now.bytes_le)
 
 
 def repair(path: str | PathLike[str]) -> Report:
@@ -292,8 +307,10 @@ def undo(path: str | PathLike[str]) -> None:
         InvalidArgumentError: the image was changed since the repair; nothing is changed.
     """
     kept = undo_path(path)
+    under_way = kept.with_name(kept.name + ".active")
+    again = under_way.exists()
     try:
-        data = kept.read_bytes()
+        data = (under_way if again else kept).read_bytes()
     except FileNotFoundError as error:
         raise NotFoundError("there is nothing to undo", path=kept) from error
     except ValueError as error:
@@ -305,15 +322,18 @@ def undo(path: str | PathLike[str]) -> None:
     try:
         leaf = host.leaf
         try:
-            fits = _current(host).file_write_guid.bytes_le in guids
+            fits = again or _current(host).file_write_guid.bytes_le in guids
         except DamagedError:
-            fits = True  # an undo that was interrupted in the middle of a header
+            fits = False
         if not fits:
             raise InvalidArgumentError(
                 "it was changed since the repair, so what was there before does not fit any more",
                 path=host.path,
                 hint=f"remove {kept}",
             )
+        if not again:  # from here on it may be done again, whatever the image looks like
+            kept.rename(under_way)
+            layout.sync_directory(kept.resolve().parent)
         if leaf.size < size:
             leaf.resize(size)
         steps = [
@@ -325,7 +345,7 @@ def undo(path: str | PathLike[str]) -> None:
         leaf.flush()
     finally:
         host.close()
-    kept.unlink()
+    under_way.unlink()
     layout.sync_directory(kept.resolve().parent)
 
 

@@ -257,15 +257,19 @@ def shrink(engine: Engine, size: int) -> None:
         new = replace(old, virtual_size=size)
         indices, values = _entries_behind(engine, leaf, new)
         engine.log([_size_patch(engine, size)])
-        first, blank = _blank(engine, leaf, old, new, old.entries)
-        patches = _write_table(leaf, engine.structure.bat, first, blank, new.entries)
-        if patches:
-            engine.log(patches)
-        engine.adopt(new, engine.structure.bat)
-        stored = is_payload(replace(engine.structure, geometry=old), indices)
-        stored &= bat.state_of(values) >= BlockState.FULLY_PRESENT
-        engine.forget(new.blocks, old.blocks)
-        engine.release(bat.offset_of(values[stored]))
+        try:
+            first, blank = _blank(engine, leaf, old, new, old.entries)
+            patches = _write_table(leaf, engine.structure.bat, first, blank, new.entries)
+            if patches:
+                engine.log(patches)
+            engine.adopt(new, engine.structure.bat)
+            stored = is_payload(replace(engine.structure, geometry=old), indices)
+            stored &= bat.state_of(values) >= BlockState.FULLY_PRESENT
+            engine.forget(new.blocks, old.blocks)
+            engine.release(bat.offset_of(values[stored]))
+        except BaseException:
+            engine.map.poison()  # the size is the new one in the file, and the old one here
+            raise
 
 
 def _entries_behind(engine: Engine, leaf: plane.Device, new: Geometry) -> tuple[Table, Table]:

@@ -43,7 +43,10 @@ def checkpoint_path(path: str, wanted: str | os.PathLike[str] | None) -> Path:
     is taken.
     """
     if wanted is not None:
-        return Path(os.path.abspath(os.fsdecode(wanted)))
+        name = os.fsdecode(wanted)
+        if "\0" in name:
+            raise InvalidArgumentError("no file can have this name", path=path)
+        return Path(os.path.abspath(name))
     here = Path(path)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     base, suffix, number = f"{here.stem}-{stamp}", here.suffix or ".vhdx", 1
@@ -52,6 +55,10 @@ def checkpoint_path(path: str, wanted: str | os.PathLike[str] | None) -> Path:
         number += 1
         found = here.with_name(f"{base}-{number}{suffix}")
     return found
+
+
+def _exists(checkpoint: Path) -> ExistsError:
+    return ExistsError("it exists already", path=checkpoint, hint="choose another name")
 
 
 def check_place(path: str, checkpoint: Path, base: Engine) -> None:
@@ -67,6 +74,14 @@ def check_place(path: str, checkpoint: Path, base: Engine) -> None:
         raise HostIOError(f"it has lost its name: {error.strerror}", path=path) from error
     if base.host.key not in {(status.st_dev, status.st_ino), (0, 0)}:
         raise HostIOError("another file has its name by now", path=path)
+    if os.path.lexists(checkpoint) and not os.path.samefile(path, checkpoint):
+        raise _exists(checkpoint)
+    if checkpoint.suffix.lower() in {".raw", ".img"}:
+        raise InvalidArgumentError(
+            "an image of this name would be taken for a raw one",
+            path=checkpoint,
+            hint="name it .vhdx",
+        )
     away = os.path.realpath(checkpoint.parent) != os.path.dirname(path)
     if away and base.structure.parent is not None:
         raise InvalidArgumentError(
@@ -82,7 +97,8 @@ def second_name(path: str, checkpoint: Path) -> Iterator[None]:
     try:
         os.link(path, checkpoint)
     except FileExistsError as error:
-        raise ExistsError("it exists already", path=checkpoint, hint="choose another name") from error
+        if not os.path.samefile(path, checkpoint):  # else a snapshot was killed right here
+            raise _exists(checkpoint) from error
     except OSError as error:
         raise HostIOError(
             f"the checkpoint cannot be named: {error.strerror}", path=checkpoint

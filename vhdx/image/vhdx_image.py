@@ -126,14 +126,12 @@ class VhdxImage:
             old = self.engine
             snapshots.check_place(self._real_path, name, old)
             old.open_gate()  # from here on its DataWriteGuid stays
-            with (
-                snapshots.second_name(self._real_path, name),
-                snapshots.fresh_child(self._real_path, name, old, self._pool) as child,
-            ):
+            with snapshots.fresh_child(self._real_path, name, old, self._pool) as child:
                 old.map.flush()  # most of it, before anybody is held up
                 with self._switch.paused():
                     old.map.flush()
-                    child.take_name()
+                    with snapshots.second_name(self._real_path, name):
+                        child.take_name()
                     # From here on there is no way back, and what fails is the child's.
                     failure = child.settle(self._switch, old, name)
             child.engine.host.path = self.path
