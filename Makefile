@@ -56,6 +56,7 @@ bench: $(STAMP) peers ## benchmarks against the peers; report in bench/results
 	$(BIN)/python -m bench nbd
 	$(BIN)/python -m bench api
 	$(BIN)/python -m bench stall
+	$(BIN)/python -m bench chain
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist *.egg-info vhdx/plane/*.so
