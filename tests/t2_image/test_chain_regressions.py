@@ -11,8 +11,8 @@ import pytest
 
 import vhdx
 from tests.images import edit
-from vhdx.image import lock, snapshots
-from vhdx.units import GIB, MIB
+from vhdx.image import compacting, engine, lock, snapshots
+from vhdx.units import GIB, MIB, TIB
 
 
 @pytest.fixture
@@ -289,3 +289,60 @@ def test_check_looks_for_the_parents(path, fast_path):
     path.unlink()
     assert [f.code for f in vhdx.check(child).findings] == ["parent_missing"]
     assert vhdx.check(child).errors == 0
+
+
+def test_a_chunk_that_is_dropped_during_a_compaction(fast_path, monkeypatch):
+    """Its blocks are loaded again, and the place of a live one is not given away."""
+    monkeypatch.setattr(engine, "_RESIDENT_CHUNKS", 8)
+    path = fast_path / "disk.vhdx"
+    vhdx.create(path, 8 * GIB, block_size=MIB)
+    at = 8 * GIB - 100 * MIB
+    with vhdx.open(path, "r+") as disk:
+        disk.pwrite(b"A" * MIB, 0)
+        disk.pwrite(b"B" * MIB, at)
+        disk.trim(0, MIB)
+        disk.flush()
+        real = compacting._Compaction._copy
+
+        def copy(self, source, target):
+            real(self, source, target)
+            for i in range(12):  # a guest reads elsewhere: chunks are dropped
+                disk.pread(512, i * 512 * MIB)
+
+        monkeypatch.setattr(compacting._Compaction, "_copy", copy)
+        disk.compact()
+        for i in range(80):
+            disk.pwrite(bytes([97 + i % 20]) * MIB, GIB + i * MIB)
+        disk.flush()
+        assert disk.pread(MIB, at) == b"B" * MIB
+    with vhdx.open(path, "r+") as disk:
+        assert disk.pread(MIB, at) == b"B" * MIB
+
+
+def test_a_host_that_is_full_while_a_log_entry_is_applied(fast_path):
+    """What is in the log counts after the next open; until then nobody goes on with the old table."""
+    path = fast_path / "disk.vhdx"
+    vhdx.create(path, 64 * GIB, block_size=MIB)
+    disk = vhdx.open(path, "r+")
+    disk.pwrite(b"1" * 4096, 0)
+    disk.flush()
+    leaf = disk._image.engine._journal._leaf
+
+    class Full:
+        def __getattr__(self, name):
+            return getattr(leaf, name)
+
+        def batch(self, steps):
+            leaf.batch(steps[:-1])
+            raise vhdx.NoSpaceError("injected", path=path)
+
+    disk._image.engine._journal._leaf = Full()
+    with pytest.raises(vhdx.NoSpaceError):
+        disk.resize(4 * TIB)
+    with pytest.raises(vhdx.PoisonedError):
+        disk.pwrite(b"2" * 4096, 10 * GIB, fua=True)
+    with pytest.raises(vhdx.PoisonedError):
+        disk.close()
+    with vhdx.open(path) as disk:
+        assert disk.size in {64 * GIB, 4 * TIB}
+        assert disk.pread(4096, 0) == b"1" * 4096
