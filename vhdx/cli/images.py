@@ -126,10 +126,9 @@ def info(
     if as_json:
         print_json(facts)
         return
-    table = Table(show_header=False, box=None, pad_edge=False)
+    width = max(map(len, facts)) + 2
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _shown(name, value))
-    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+        click.echo(f"{name.replace('_', ' '):<{width}}{_shown(name, value)}")
 
 
 def _show_chain(layers: list[dict[str, Any]], as_json: bool) -> None:
@@ -152,7 +151,9 @@ def _shown(name: str, value: Any) -> str:
         return "none"
     if isinstance(value, dict):
         return ", ".join(
-            f"{key.replace('_', ' ')} {entry}" for key, entry in value.items() if entry != 0
+            f"{key.replace('_', ' ')} {' '.join(entry) if isinstance(entry, list) else entry}"
+            for key, entry in value.items()
+            if entry != 0
         )
     return str(value)
 
