@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import random
 import statistics
-import sys
 import threading
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import vhdx
 from bench.conditions import work_directory
+from vhdx import plane
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,16 +114,14 @@ def run(*, quick: bool, fast: Path, disk: Path) -> dict[str, Any]:
             while not stop.is_set():
                 number += 1
 
-        interval = sys.getswitchinterval()
-        sys.setswitchinterval(1e-5)  # as servers have it
         spinner = threading.Thread(target=spin, daemon=True)
         spinner.start()
         try:
-            spinning = _first_writes(flat, size, rounds, "spinning")
+            with plane.serving():
+                spinning = _first_writes(flat, size, rounds, "spinning")
         finally:
             stop.set()
             spinner.join()
-            sys.setswitchinterval(interval)
     measured = {
         "reads through ten layers, against a flat image": reads,
         "first writes after a snapshot, against overwrites": quiet,

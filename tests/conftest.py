@@ -9,8 +9,11 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from vhdx.image import journal
 
 REQUIRE = os.environ.get("VHDX_REQUIRE_PEERS") == "1"
 DATA = Path(os.environ.get("VHDX_TEST_DATA", Path(__file__).parents[2] / "shared"))
@@ -77,3 +80,17 @@ def fast_path(tmp_path_factory):
     path.mkdir(parents=True)
     yield path
     shutil.rmtree(path, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def kept_pages_are_the_files(monkeypatch):
+    """In every test: a page of metadata that is kept in memory is what the file holds."""
+    plain = journal.Pages.read
+
+    def read(self, offsets):
+        pages = plain(self, offsets)
+        if not np.array_equal(pages, plain(journal.Pages(self._leaf, 0), offsets)):
+            raise AssertionError("a kept page of metadata differs from the file")
+        return pages
+
+    monkeypatch.setattr(journal.Pages, "read", read)

@@ -64,7 +64,7 @@ def add_log(path: Path, pages: dict[int, bytes], *, guid: UUID | None = None, **
         flushed_file_offset=fields.get("flushed", size),
         last_file_offset=fields.get("last", size),
     )
-    edit(path, LOG_OFFSET, entry)
+    edit(path, LOG_OFFSET, entry.tobytes())
     edit_headers(path, lambda h: header.Header(**{**vars(h), "log_guid": guid}))
 
 

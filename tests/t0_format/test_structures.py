@@ -43,7 +43,7 @@ def test_packed_structures_never_change():
         pages,
         flushed_file_offset=8 * MIB,
         last_file_offset=8 * MIB,
-    )
+    ).tobytes()
     found = {
         "identifier": digest(header.pack_identifier("vhdx 0.1.0")),
         "header": digest(HEADER.pack()),
@@ -241,7 +241,7 @@ def entry_of(number: int, tail: int, pages: int, guid: UUID = GUID) -> bytes:
     offsets = np.arange(pages, dtype=np.uint64) * np.uint64(4096) + np.uint64(3 * MIB)
     return log.pack_entry(
         guid, number, tail, offsets, content, flushed_file_offset=4 * MIB, last_file_offset=4 * MIB
-    )
+    ).tobytes()
 
 
 def place(buffer: bytearray, at: int, data: bytes) -> int:
@@ -300,7 +300,7 @@ def test_entry_that_changes_the_log_or_the_headers_is_invalid():
             np.zeros((1, 4096), np.uint8),
             flushed_file_offset=0,
             last_file_offset=0,
-        )
+        ).tobytes()
         assert log.parse_entry(data + bytes(MIB), 0, GUID, MIB) is None
 
 

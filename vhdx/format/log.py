@@ -14,7 +14,7 @@ from uuid import UUID
 
 import numpy as np
 
-from vhdx.format.checksum import seal, verify
+from vhdx.format.checksum import sealed, verify
 from vhdx.format.region import TABLE_OFFSETS
 from vhdx.units import MIB
 
@@ -113,7 +113,7 @@ def pack_entry(
     *,
     flushed_file_offset: int,
     last_file_offset: int,
-) -> bytes:
+) -> npt.NDArray[np.uint8]:
     """An entry that writes ``pages`` (n by 4096 bytes) at ``offsets`` (bytes) of the file."""
     count = len(offsets)
     descriptors = _descriptor_sectors(count) * SECTOR
@@ -147,9 +147,7 @@ def pack_entry(
         halves = struct.pack("<II", sequence_number >> 32, sequence_number & 0xFFFFFFFF)
         sectors[:, 4:8] = np.frombuffer(halves[:4], np.uint8)
         sectors[:, 4092:] = np.frombuffer(halves[4:], np.uint8)
-    sealed = bytearray(data.data)
-    seal(sealed)
-    return bytes(sealed)
+    return sealed(data)
 
 
 def guid_at(log: bytes, offset: int) -> UUID:

@@ -15,17 +15,17 @@ import numpy as np
 from vhdx.errors import DamagedError, Reason
 from vhdx.format import bat
 from vhdx.format.log import SECTOR
-from vhdx.image import journal
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
 
     from vhdx import plane
     from vhdx.image.structure import Structure
 
+    Read = Callable[[npt.NDArray[np.uint64]], npt.NDArray[np.uint8]]
     Pages = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]
 
 __all__ = ["SectorBitmaps"]
@@ -115,13 +115,14 @@ class SectorBitmaps:
         self._placed.update(zip(chunks, offsets, strict=True))
 
     def pages(
-        self, blocks: npt.NDArray[np.uint64], bitmaps: npt.NDArray[np.uint8]
+        self, blocks: npt.NDArray[np.uint64], bitmaps: npt.NDArray[np.uint8], read: Read
     ) -> Iterator[Pages]:
         """The 4 KiB pages of the file that these slices change, some at a time.
 
         Args:
             blocks: partially present ones, their bitmap blocks in place.
             bitmaps: their slices, n by slice_length.
+            read: gives the pages at ascending offsets as they stand.
         """
         length = self.slice_length
         chunks, within = np.divmod(blocks, np.uint64(self._geometry.chunk_ratio))
@@ -131,16 +132,18 @@ class SectorBitmaps:
         step = max(1, _PAGES_AT_ONCE * SECTOR // max(length, SECTOR))
         for first in range(0, len(blocks), step):
             some = slice(first, first + step)
-            yield self._changed(starts[some], bitmaps[some])
+            yield self._changed(read, starts[some], bitmaps[some])
 
-    def _changed(self, starts: npt.NDArray[np.uint64], bitmaps: npt.NDArray[np.uint8]) -> Pages:
+    def _changed(
+        self, read: Read, starts: npt.NDArray[np.uint64], bitmaps: npt.NDArray[np.uint8]
+    ) -> Pages:
         piece = min(self.slice_length, SECTOR)
         pieces = bitmaps.reshape(-1, piece)
         steps = np.arange(0, self.slice_length, piece, dtype=np.uint64)
         at = (starts[:, None] + steps).ravel()
         offsets, inverse = np.unique(at // np.uint64(SECTOR), return_inverse=True)
         offsets *= np.uint64(SECTOR)
-        before = journal.read_pages(self._leaf, offsets)
+        before = read(offsets)
         after = before.copy()
         slots = (at % np.uint64(SECTOR) // np.uint64(piece)).astype(np.int64)
         after.reshape(len(offsets), SECTOR // piece, piece)[inverse, slots] = pieces

@@ -58,13 +58,17 @@ _COMMIT_PAGES = 1024
 _OWN, _PARENT = 0, 1
 _FIRST_GRANT, _LARGEST_GRANT = 64 * MIB, 4 * GIB
 
-_PLACED = (plane.Kind.DATA, plane.Kind.MIXED)
 _HOLE_TAGS = {
     BlockState.NOT_PRESENT: 0,
     BlockState.UNDEFINED: 1,
     BlockState.ZERO: 2 | plane.TAG_ZERO,
     BlockState.UNMAPPED: 3,
 }
+
+
+def _placed(kinds: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+    placed: npt.NDArray[np.bool_] = (kinds == plane.Kind.DATA) | (kinds == plane.Kind.MIXED)
+    return placed
 
 
 class Engine:
@@ -309,7 +313,7 @@ class Engine:
             return pages
         kinds, offsets = kinds[wanted], offsets[wanted]
         mismatched = self.map.replace(pages, found, np.full(len(pages), new_hole, np.uint64))
-        done = ~mismatched & np.isin(kinds, _PLACED)
+        done = ~mismatched & _placed(kinds)
         if done.any():
             assert self._space is not None
             generation = self.map.statistics()["dirty_generation"]
@@ -328,7 +332,7 @@ class Engine:
         # The last publication of a block counts.
         blocks, last = np.unique(changes.pages[::-1], return_index=True)
         kinds, offsets, tags = plane.fields(changes.entries[::-1][last])
-        stored = np.isin(kinds, _PLACED)
+        stored = _placed(kinds)
         offsets[~stored] = 0
         if stored.any():
             # Granted before it was published, so the barrier made the file this long.
@@ -344,6 +348,8 @@ class Engine:
 
     def _commit_bitmaps(self, changes: plane.Changes, others: npt.NDArray[np.uint64]) -> None:
         """Logs and applies the bitmaps of blocks that stay partially present."""
+        if not len(changes.bitmap_pages):
+            return
         wanted = ~np.isin(changes.bitmap_pages, others)
         blocks = changes.bitmap_pages[wanted]
         if not len(blocks):
@@ -360,7 +366,7 @@ class Engine:
             self._commit_sectors(positions, bat.pack_entries(states, np.array(places, np.uint64)))
             with self._lock:
                 self._bitmaps.place(chunks, places)
-        for offsets, pages in self._bitmaps.pages(blocks, bitmaps):
+        for offsets, pages in self._bitmaps.pages(blocks, bitmaps, self._journal.read):
             if len(offsets):
                 self._journal.commit(offsets, pages, self._referenced_end)
 
@@ -376,6 +382,7 @@ class Engine:
         places = [self._bitmap_stock.pop(0) for _ in range(min(count, len(self._bitmap_stock)))]
         places += [self._space.take_region(MIB) for _ in range(count - len(places))]
         if places:
+            self._journal.forget()
             self._referenced_end = max(self._referenced_end, max(places) + MIB)
         return places
 
@@ -397,10 +404,12 @@ class Engine:
     def _commit_sectors(
         self, positions: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]
     ) -> npt.NDArray[np.uint64]:
-        """Logs and applies entries; returns the offsets of soft anchors that they replace."""
-        sectors, inverse = np.unique(positions // np.uint64(4096), return_inverse=True)
-        offsets = sectors * np.uint64(4096)
-        contents = journal.read_pages(self._leaf, offsets)
+        """Logs and applies entries at ascending positions; returns the soft anchors they replace."""
+        sectors = positions // np.uint64(4096)
+        starts = np.concatenate(([True], np.diff(sectors) != 0))
+        offsets = sectors[starts] * np.uint64(4096)
+        inverse = np.cumsum(starts) - 1
+        contents = self._journal.read(offsets)
         table = contents.reshape(-1).view("<u8")
         slots = inverse * 512 + ((positions % np.uint64(4096)) // np.uint64(8)).astype(np.int64)
         old = table[slots].astype(np.uint64)
@@ -526,6 +535,7 @@ class Engine:
                 parameters=replace(old.parameters, virtual_size=geometry.virtual_size),
             )
             self._geometry = geometry
+            self._journal.forget()
             self._bitmaps.adopt(self.structure)
 
     def forget(self, first: int, past: int) -> None:

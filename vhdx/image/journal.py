@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from vhdx.format.log import Patch
 
-__all__ = ["MOST_PAGES", "Journal", "read_pages", "replay_to_file"]
+__all__ = ["MOST_PAGES", "Journal", "Pages", "replay_to_file"]
 
 _READ, _WRITE, _ZERO, _FLUSH = (
     plane.Operation.READ,
@@ -43,6 +43,8 @@ _READ, _WRITE, _ZERO, _FLUSH = (
 MOST_PAGES = 120
 """Pages of one log entry; two of them always fit into the log."""
 
+
+_KEPT_PAGES = 2048
 
 _BARRIER = plane.Step(_FLUSH)
 
@@ -98,6 +100,7 @@ class Journal:
         self._previous_length = 0
         self._sequence = 0
         self._applied_durable = True
+        self._pages = Pages(leaf)
 
     @property
     def header(self) -> headers.Header:
@@ -108,6 +111,14 @@ class Journal:
     def is_open(self) -> bool:
         """Whether the log is in use, so that a crash needs a replay."""
         return self._header.log_guid != headers.NIL
+
+    def read(self, offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+        """The pages of metadata at these ascending offsets (bytes), n by 4096 bytes."""
+        return self._pages.read(offsets)
+
+    def forget(self) -> None:
+        """Something else than :meth:`commit` wrote where metadata are, or will be."""
+        self._pages.forget()
 
     def open(self, log_span_size: int, data_write_guid: UUID | None = None) -> None:
         """Prepares the first change of this open; three barriers.
@@ -161,7 +172,12 @@ class Journal:
             steps.append(_BARRIER)
             steps += _page_steps(_WRITE, offsets[some], pages[some])
             self._applied_durable = False
-            self._leaf.batch(steps)
+            try:
+                self._leaf.batch(steps)
+            except BaseException:
+                self._pages.forget()  # how much of it was applied is not known
+                raise
+            self._pages.keep(offsets[some], pages[some])
             self._advance(len(entry))  # only now: a failed entry is written over
 
     def note_size(self, file_size: int) -> None:
@@ -198,7 +214,7 @@ class Journal:
         offsets: npt.NDArray[np.uint64],
         pages: npt.NDArray[np.uint8],
         file_size: int,
-    ) -> bytes:
+    ) -> npt.NDArray[np.uint8]:
         size = file_size // MIB * MIB
         return log.pack_entry(
             guid,
@@ -210,7 +226,7 @@ class Journal:
             last_file_offset=size,
         )
 
-    def _entry_steps(self, entry: bytes) -> list[plane.Step]:
+    def _entry_steps(self, entry: npt.NDArray[np.uint8]) -> list[plane.Step]:
         base, length = self._header.log_offset, self._header.log_length
         assert self._previous_length + len(entry) <= length
         first = min(len(entry), length - self._head)
@@ -240,8 +256,42 @@ def _page_steps(
     ]
 
 
-def read_pages(leaf: plane.Device, offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-    """The 4 KiB pages at these ascending offsets, n by 4096 bytes."""
-    pages = np.empty((len(offsets), log.SECTOR), np.uint8)
-    leaf.batch(_page_steps(_READ, offsets, pages))
-    return pages
+class Pages:
+    """The 4 KiB pages of metadata that were read or written last, so that a commit reads none.
+
+    Args:
+        leaf: the file.
+        kept: pages; when there would be more, all are forgotten.
+    """
+
+    def __init__(self, leaf: plane.Device, kept: int = _KEPT_PAGES) -> None:
+        self._leaf = leaf
+        self._contents = np.empty((kept, log.SECTOR), np.uint8)  # memory only where it was used
+        self._slots: dict[int, int] = {}
+
+    def read(self, offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+        """Copies of the pages at these ascending offsets (bytes), n by 4096 bytes."""
+        slots = np.array([self._slots.get(at, -1) for at in offsets.tolist()], np.int64)
+        missing = np.flatnonzero(slots < 0)
+        pages = np.empty((len(offsets), log.SECTOR), np.uint8)
+        kept = slots >= 0
+        pages[kept] = self._contents[slots[kept]]
+        if len(missing):
+            found = np.empty((len(missing), log.SECTOR), np.uint8)
+            self._leaf.batch(_page_steps(_READ, offsets[missing], found))
+            pages[missing] = found
+            self.keep(offsets[missing], found)
+        return pages
+
+    def keep(self, offsets: npt.NDArray[np.uint64], pages: npt.NDArray[np.uint8]) -> None:
+        """The file holds these pages there."""
+        if len(self._slots) + len(offsets) > len(self._contents):
+            self.forget()
+            if len(offsets) > len(self._contents):
+                return
+        slots = [self._slots.setdefault(at, len(self._slots)) for at in offsets.tolist()]
+        self._contents[slots] = pages
+
+    def forget(self) -> None:
+        """Nothing is known of the file any more."""
+        self._slots.clear()

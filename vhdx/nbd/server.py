@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import socket
-import sys
 import threading
 import time
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ __all__ = ["Limits", "Server", "serve"]
 
 _log = logging.getLogger(__name__)
 _SEND_BUFFER = 2 << 20
-_SWITCH_INTERVAL = 0.00001
 _LONGEST_NAME = 4096
 
 
@@ -130,11 +128,7 @@ class Server:
         except BaseException:
             self._cleanup.close()
             raise
-        self._interval = sys.getswitchinterval()
-        # A fault or commit waits for the GIL a few times; the default would let a busy Python thread
-        # hold it for 5 ms each time (docs/performance.md).
-        sys.setswitchinterval(min(self._interval, _SWITCH_INTERVAL))
-        self._cleanup.callback(sys.setswitchinterval, self._interval)
+        self._cleanup.enter_context(plane.serving())
         self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
         self._acceptor.start()
 

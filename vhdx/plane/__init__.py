@@ -34,6 +34,7 @@ from vhdx.plane.map import (
     entries,
     fields,
 )
+from vhdx.plane.turn import serving
 
 __all__ = [
     "CHUNK_PAGES",
@@ -62,4 +63,5 @@ __all__ = [
     "default_pool",
     "entries",
     "fields",
+    "serving",
 ]

@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vhdx.errors import HostIOError, RangeError, Reason
-from vhdx.plane import check
+from vhdx.plane import check, turn
 from vhdx.plane._native import ffi, lib
 
 if TYPE_CHECKING:
@@ -261,7 +261,8 @@ class Device:
                 keep.append(view)
                 slot.buffer = view
                 slot.length = len(view)
-        code = lib.vx_batch(self.handle, array, len(steps), check.failure_buffer())
+        with turn.waiting():
+            code = lib.vx_batch(self.handle, array, len(steps), check.failure_buffer())
         if code:
             check.raise_for(code, self.path)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from vhdx.errors import ClosedError
-from vhdx.plane import check
+from vhdx.plane import check, turn
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.callback import upcalls
 from vhdx.plane.device import Device, Operation, Pool
@@ -207,15 +207,15 @@ class Map(Device):
         else:
             count, each = fault.bitmap_count, fault.bitmap_bytes
             bits = np.frombuffer(_copy(fault.bitmap_bits, count * each), np.uint8)
-            handler.commit(
-                Changes(
-                    np.frombuffer(_copy(fault.pages, fault.count * 8), np.uint64),
-                    np.frombuffer(_copy(fault.entries, fault.count * 8), np.uint64),
-                    np.frombuffer(_copy(fault.bitmap_pages, count * 8), np.uint64),
-                    bits.reshape(count, -1) if count else bits.reshape(0, 1),
-                    fault.generation,
-                )
+            changes = Changes(
+                np.frombuffer(_copy(fault.pages, fault.count * 8), np.uint64),
+                np.frombuffer(_copy(fault.entries, fault.count * 8), np.uint64),
+                np.frombuffer(_copy(fault.bitmap_pages, count * 8), np.uint64),
+                bits.reshape(count, -1) if count else bits.reshape(0, 1),
+                fault.generation,
             )
+            with turn.computing():
+                handler.commit(changes)
 
     def install(self, first: int, new: npt.NDArray[np.uint64]) -> None:
         """Fills the pages from ``first`` on that ask; 0 leaves a page asking."""
