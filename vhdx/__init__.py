@@ -13,6 +13,7 @@ Sizes and offsets are bytes; buffers are anything with the buffer protocol. Ever
 :class:`VhdxError` with ``path``, ``offset`` and ``reason``.
 """
 
+from vhdx.control import compact, info, resize, serve, snapshot
 from vhdx.errors import (
     ClosedError,
     DamagedError,
@@ -37,17 +38,15 @@ from vhdx.image import (
     Finding,
     Report,
     check,
-    compact,
     convert,
     create,
     merge,
     open,
     rebase,
     repair,
-    snapshot,
     undo,
 )
-from vhdx.nbd import Limits, Server, serve
+from vhdx.nbd import Limits, Server
 
 __all__ = [
     "ClosedError",
@@ -76,10 +75,12 @@ __all__ = [
     "compact",
     "convert",
     "create",
+    "info",
     "merge",
     "open",
     "rebase",
     "repair",
+    "resize",
     "serve",
     "snapshot",
     "undo",

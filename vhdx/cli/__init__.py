@@ -37,5 +37,7 @@ for command in (
     images.merge,
     images.rebase,
     serving.serve,
+    serving.ps,
+    serving.stop,
 ):
     main.add_command(command)

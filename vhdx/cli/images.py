@@ -6,11 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.table import Table
 
-from vhdx import image
-from vhdx.cli.output import SIZE, print_json, progress_bar
+from vhdx import control, image
+from vhdx.cli.output import SIZE, json_option, print_json, print_table, progress_bar
 from vhdx.errors import InvalidArgumentError
 from vhdx.image import dump as dumping
 from vhdx.image.opening import RAW_SUFFIXES
@@ -42,7 +40,6 @@ _parents = click.option(
     type=click.Path(file_okay=False),
     help="Look for parents here, too; may be repeated.",
 )
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.command()
@@ -104,7 +101,7 @@ def create(
 @_parents
 @click.option("--no-chain", is_flag=True, help="Do not open the parents.")
 @click.option("--chain", is_flag=True, help="Show every layer, this one first.")
-@_json
+@json_option
 def info(
     path: str,
     format_: str | None,
@@ -117,9 +114,8 @@ def info(
 
     Example: vhdx info disk.vhdx --json
     """
-    with image.open(path, format=format_, parent_search=parent_dir, chain=not no_chain) as disk:
-        facts = disk.describe()
-        layers = disk.chain
+    facts = control.info(path, format=format_, parent_search=parent_dir, chain=not no_chain)
+    layers = facts.pop("chain")
     if chain:
         _show_chain(layers, as_json)
         return
@@ -135,11 +131,19 @@ def _show_chain(layers: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print_json(layers)
         return
-    table = Table("", "path", "type", "virtual size", "file size", box=None, pad_edge=False)
-    for depth, layer in enumerate(layers):
-        sizes = (format_size(layer[key]) for key in ("virtual_size", "file_size"))
-        table.add_row(str(depth), layer["path"], layer["type"], *sizes)
-    Console(soft_wrap=True, highlight=False, markup=False).print(table)
+    print_table(
+        ("", "path", "type", "virtual size", "file size"),
+        [
+            (
+                str(depth),
+                layer["path"],
+                layer["type"],
+                format_size(layer["virtual_size"]),
+                format_size(layer["file_size"]),
+            )
+            for depth, layer in enumerate(layers)
+        ],
+    )
 
 
 def _shown(name: str, value: Any) -> str:
@@ -162,7 +166,7 @@ def _shown(name: str, value: Any) -> str:
 @click.argument("path", type=click.Path())
 @click.option("--repair", is_flag=True, help="Mend what needs no guess; keeps PATH.undo.")
 @click.option("--undo", is_flag=True, help="Take the last repair back.")
-@_json
+@json_option
 @click.pass_context
 def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: bool) -> None:
     """Check an image against the rules of its format. Exit code 3: errors are left.
@@ -196,14 +200,14 @@ def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: 
 @click.command()
 @click.argument("path", type=click.Path())
 @_parents
-@_json
+@json_option
 def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
     """Give the space of zeros and of trimmed blocks back to the host.
 
     Example: vhdx compact disk.vhdx
     """
     with progress_bar("compacting") as progress:
-        done = image.compact(path, parent_search=parent_dir, progress=progress)
+        done = control.compact(path, parent_search=parent_dir, progress=progress)
     if as_json:
         print_json(done.as_dict())
     else:
@@ -225,8 +229,7 @@ def resize(path: str, size: int, shrink: bool, unsafe: bool, force: bool) -> Non
 
     Example: vhdx resize disk.vhdx 128G
     """
-    with image.open(path, "r+", force=force) as disk:
-        disk.resize(size, shrink=shrink, unsafe=unsafe)
+    control.resize(path, size, shrink=shrink, unsafe=unsafe, force=force)
 
 
 @click.command()
@@ -238,7 +241,7 @@ def snapshot(path: str, checkpoint: str | None, force: bool) -> None:
 
     Example: vhdx snapshot disk.vhdx --checkpoint before-upgrade.vhdx
     """
-    click.echo(image.snapshot(path, checkpoint, force=force))
+    click.echo(control.snapshot(path, checkpoint, force=force))
 
 
 @click.command()
@@ -274,33 +277,33 @@ def rebase(path: str, parent: str, parent_dir: tuple[str, ...], unsafe: bool) ->
 @click.argument("path", type=click.Path())
 @_format
 @_parents
-@_json
+@json_option
 def map_extents(path: str, format_: str | None, parent_dir: tuple[str, ...], as_json: bool) -> None:
     """Show which ranges of a disk are stored, zero, or holes.
 
     Example: vhdx map disk.vhdx
     """
-    with image.open(path, format=format_, parent_search=parent_dir) as disk:
-        if as_json:
-            print_json(
-                [
-                    {"offset": e.offset, "length": e.length, "state": e.state, "depth": e.depth}
-                    for e in disk.extents()
-                ]
-            )
-            return
-        click.echo(f"{'offset':>16}  {'length':>16}  {'state':<6} depth")
-        for extent in disk.extents():
-            depth = "" if extent.depth is None else extent.depth
-            click.echo(
-                f"{extent.offset:>16}  {extent.length:>16}  {extent.state.value:<6} {depth}".rstrip()
-            )
+    found = control.extents(path, format=format_, parent_search=parent_dir)
+    if as_json:
+        print_json(
+            [
+                {"offset": e.offset, "length": e.length, "state": e.state, "depth": e.depth}
+                for e in found
+            ]
+        )
+        return
+    click.echo(f"{'offset':>16}  {'length':>16}  {'state':<6} depth")
+    for extent in found:
+        depth = "" if extent.depth is None else extent.depth
+        click.echo(
+            f"{extent.offset:>16}  {extent.length:>16}  {extent.state.value:<6} {depth}".rstrip()
+        )
 
 
 @click.command()
 @click.argument("what", type=click.Choice(dumping.SECTIONS))
 @click.argument("path", type=click.Path())
-@_json
+@json_option
 def dump(what: str, path: str, as_json: bool) -> None:
     """Print on-disk structures as they stand, damaged ones too.
 

@@ -32,12 +32,24 @@ from vhdx.errors import (
 from vhdx.units import parse_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
-__all__ = ["SECONDS", "SIZE", "VhdxGroup", "exit_code", "print_json", "progress_bar"]
+__all__ = [
+    "SECONDS",
+    "SIZE",
+    "VhdxGroup",
+    "exit_code",
+    "json_option",
+    "print_json",
+    "print_table",
+    "progress_bar",
+]
 
 _LONGEST_SECONDS = 86400
 DONE, FAILED, USAGE, DAMAGED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def exit_code(error: BaseException) -> int:
@@ -120,6 +132,15 @@ class VhdxGroup(click.Group):
 def print_json(value: object) -> None:
     """Prints ``value`` for programs."""
     click.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints columns as wide as what is in them, however narrow the terminal."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
 
 
 @contextlib.contextmanager

@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vhdx import nbd
-from vhdx.cli.output import DONE, INTERRUPTED, SECONDS
-from vhdx.errors import InvalidArgumentError
+from vhdx import control, nbd
+from vhdx.cli.output import DONE, INTERRUPTED, SECONDS, json_option, print_json, print_table
+from vhdx.errors import InvalidArgumentError, NotFoundError
+from vhdx.units import format_size
 
 if TYPE_CHECKING:
     from types import FrameType
 
-__all__ = ["serve"]
+__all__ = ["ps", "serve", "stop"]
 
 
 def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
@@ -77,8 +78,13 @@ def serve(
     """
     events = _Events()
     limits = nbd.Limits(connections=max_connections, handshake_seconds=handshake_seconds)
-    server = nbd.serve(
-        _exports(paths), listen=listen, read_only=read_only, limits=limits, format=format_
+    server = control.serve(
+        _exports(paths),
+        listen=listen,
+        read_only=read_only,
+        limits=limits,
+        format=format_,
+        on_stop=events.note,
     )
     code = DONE
     try:
@@ -92,6 +98,72 @@ def serve(
     finally:
         server.close(drain_seconds)
     return code
+
+
+@click.command()
+@json_option
+def ps(as_json: bool) -> None:
+    """List your servers and the disks they serve.
+
+    Example: vhdx ps --json
+    """
+    found = control.servers()
+    if as_json:
+        print_json(
+            [
+                {
+                    "pid": server.pid,
+                    "started": server.started,
+                    "exports": server.exports,
+                    "connections": server.connections,
+                }
+                for server in found
+            ]
+        )
+        return
+    if not found:
+        click.echo("nothing is served")
+        return
+    print_table(
+        ("pid", "export", "size", "mode", "clients", "path", "uri"),
+        [
+            (
+                str(server.pid),
+                export["name"],
+                format_size(export["virtual_size"]),
+                "r" if export["read_only"] else "r+",
+                str(export["connections"]),
+                export["path"],
+                export["uri"],
+            )
+            for server in found
+            for export in server.exports
+        ],
+    )
+
+
+@click.command()
+@click.argument("paths", nargs=-1, type=click.Path(), metavar="[PATH...]")
+@click.option("--pid", "pids", type=int, multiple=True, help="The server of this process.")
+@click.option("--all", "everything", is_flag=True, help="Every server of yours.")
+def stop(paths: tuple[str, ...], pids: tuple[int, ...], everything: bool) -> None:
+    """Stop the servers of these images, and wait until the images are closed.
+
+    Example: vhdx stop disk.vhdx
+    """
+    if everything == bool(paths or pids):
+        raise click.UsageError("say which: PATH, --pid or --all")
+    found = control.servers()
+    chosen = found if everything else [server for server in found if server.pid in pids]
+    for pid in set(pids) - {server.pid for server in found}:
+        raise NotFoundError(f"process {pid} is no server of yours")
+    for path in paths:
+        owner = control.find_owner(path)
+        if owner is None:
+            raise NotFoundError("no server of yours serves it", path=path, hint="see vhdx ps")
+        chosen.append(owner.server)
+    for server in {server.socket: server for server in chosen}.values():
+        server.stop()
 
 
 class _Events:

@@ -88,6 +88,7 @@ def compact(
         done.moved = work.move_down()
         engine.map.flush()
         engine.shorten()
+    work.finish()
     done.file_size_after, done.allocated_after = engine.host.leaf.size, engine.host.allocated()
     return done
 
@@ -104,9 +105,16 @@ class _Compaction:
         self._leaf, self._map = engine.host.leaf, engine.map
         self._block = engine.structure.geometry.block_size
         self._progress, self._cancel = progress, cancel
+        self._total = 1
         self._buffer = bytearray(min(_PIECE, self._block))
 
+    def finish(self) -> None:
+        """All is done."""
+        if self._progress is not None:
+            self._progress(self._total, self._total)
+
     def _step(self, done: int, total: int) -> None:
+        self._total = total
         if self._cancel is not None and self._cancel():
             raise VhdxError(
                 "the compaction was cancelled", reason=Reason.CANCELLED, path=self._engine.host.path

@@ -83,6 +83,10 @@ class Format(Protocol):
     path: str
 
     @property
+    def key(self) -> tuple[int, int]:
+        """(device, inode) of the file."""
+
+    @property
     def minimum_size(self) -> int | None:
         """Bytes, or None where nothing says what is in use."""
 
@@ -168,6 +172,11 @@ class Disk:
     def closed(self) -> bool:
         """Whether :meth:`close` was called."""
         return self._closed
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(device, inode) of the image's file, by which programs find who has it open."""
+        return self._image.key
 
     @property
     def minimum_size(self) -> int | None:

@@ -83,6 +83,11 @@ class RawImage:
         }
 
     @property
+    def key(self) -> tuple[int, int]:
+        """Of the file."""
+        return self._host.key
+
+    @property
     def minimum_size(self) -> int | None:
         """Not told: a raw image is not resized here."""
         return None

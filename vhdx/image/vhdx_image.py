@@ -108,6 +108,11 @@ class VhdxImage:
         }
 
     @property
+    def key(self) -> tuple[int, int]:
+        """Of this layer's file."""
+        return self.engine.host.key
+
+    @property
     def minimum_size(self) -> int | None:
         """Bytes below which a shrink would cut off a partition; None where that is not known."""
         sector = self.logical_sector_size

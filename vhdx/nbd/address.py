@@ -14,7 +14,15 @@ from urllib.parse import parse_qsl, quote, urlsplit
 
 from vhdx.errors import HostIOError, InUseError, InvalidArgumentError, Reason
 
-__all__ = ["Address", "bind", "parse_address", "private_address", "runtime_directory", "uri_of"]
+__all__ = [
+    "Address",
+    "bind",
+    "is_alive",
+    "parse_address",
+    "private_address",
+    "runtime_directory",
+    "uri_of",
+]
 
 _PORT = 10809
 _LONGEST_SOCKET_PATH = 107
@@ -97,7 +105,7 @@ def runtime_directory() -> Path:
 def private_address(name: str) -> Address:
     """A socket of its own in the runtime directory; sockets of dead servers there are removed."""
     for path in runtime_directory().glob("*.sock"):
-        _is_alive(path)
+        is_alive(path)
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40]
     return Address(path=str(runtime_directory() / f"{safe}-{secrets.token_hex(4)}.sock"))
 
@@ -132,7 +140,7 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
         raise kind(f"cannot listen there: {error.strerror or error}", path=shown) from error
 
 
-def _is_alive(path: Path) -> bool:
+def is_alive(path: Path) -> bool:
     """Whether a server listens there; the socket of a dead one is removed."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
@@ -149,7 +157,7 @@ def _is_alive(path: Path) -> bool:
 
 
 def _listen_unix(path: str) -> socket.socket:
-    if Path(path).is_socket() and _is_alive(Path(path)):
+    if Path(path).is_socket() and is_alive(Path(path)):
         raise InUseError("another server listens there", path=path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:

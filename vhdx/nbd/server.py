@@ -25,7 +25,7 @@ from vhdx.nbd.address import bind, parse_address, private_address, uri_of
 from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
 __all__ = ["Limits", "Server", "serve"]
@@ -113,6 +113,7 @@ class Server:
         self._closing = False
         self._slots = 0
         self._cleanup = contextlib.ExitStack()
+        self._first, self._last = contextlib.ExitStack(), contextlib.ExitStack()
         try:
             self._pool = plane.Pool(byte_limit=self._limits.server_bytes)
             self._cleanup.callback(self._pool.close)
@@ -182,6 +183,15 @@ class Server:
     def socket_path(self) -> str | None:
         """Of the unix socket, or None with TCP."""
         return self._address.path
+
+    def exports(self) -> dict[str, Disk]:
+        """The disks, by name."""
+        return {name: export.disk for name, export in self._exports.items()}
+
+    def at_end(self, *, before: Callable[[], None], after: Callable[[], None]) -> None:
+        """Has :meth:`close` call ``before`` first of all, and ``after`` when all else is done."""
+        self._first.callback(before)
+        self._last.callback(after)
 
     @property
     def connections(self) -> int:
@@ -341,6 +351,7 @@ class Server:
                 elif client.socket is not None:
                     with contextlib.suppress(OSError):
                         client.socket.shutdown(socket.SHUT_RDWR)
+        self._first.close()
         deadline = time.monotonic() + drain_seconds
         for cut in (False, True):
             for client in clients:
@@ -359,7 +370,8 @@ class Server:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._acceptor.join()
-        self._cleanup.close()
+        with self._last:
+            self._cleanup.close()
         if failure is not None:
             raise failure
 

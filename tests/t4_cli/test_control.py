@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: MIT
+"""Images that a server holds are found, asked and changed through it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import vhdx
+from vhdx import control
+from vhdx.units import GIB, MIB
+
+VHDX = [sys.executable, "-m", "vhdx.cli"]
+
+
+@pytest.fixture(autouse=True)
+def runtime(tmp_path, monkeypatch):
+    """A runtime directory of the test's own; unix socket paths are short."""
+    base = tmp_path / "run"
+    base.mkdir()
+    if len(str(base)) > 60:
+        base = os.path.realpath(f"/tmp/v{os.getpid()}")
+        os.makedirs(base, exist_ok=True)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    yield str(base)
+    shutil.rmtree(base, ignore_errors=True)
+
+
+def run(*arguments, code=0):
+    done = subprocess.run([*VHDX, *map(str, arguments)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    return done.stdout if code == 0 else done.stderr
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.vhdx"
+    vhdx.create(path, 64 * MIB, block_size=MIB)
+    return path
+
+
+@pytest.fixture
+def served(image):
+    """The image, served by the command in a process of its own."""
+    with subprocess.Popen([*VHDX, "serve", image], stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        yield process
+        if process.poll() is None:
+            process.kill()
+
+
+def test_the_command_line_reaches_a_served_image(image, served, peer):
+    peer("nbdinfo")
+    before = json.loads(run("info", image, "--json"))
+    assert before["virtual_size"] == 64 * MIB
+    run("resize", image, "80M")
+    [server] = control.servers()
+    uri = server.exports[0]["uri"]
+    size = subprocess.run(["nbdinfo", "--size", uri], capture_output=True, text=True, check=True)
+    assert int(size.stdout) == 80 * MIB
+    assert json.loads(run("map", image, "--json")) == [
+        {"offset": 0, "length": 80 * MIB, "state": "hole", "depth": None}
+    ]
+    checkpoint = run("snapshot", image, "--checkpoint", image.with_name("before.vhdx")).strip()
+    assert os.path.exists(checkpoint)
+    assert len(json.loads(run("info", image, "--json", "--chain"))) == 2
+    assert "became" in run("compact", image)
+    assert "shrink" in run("resize", image, "64M", code=2)
+    assert "in use by" in run("check", image, code=4)
+    assert "in use by" in run("merge", image, code=4)
+    run("stop", image)
+    assert served.wait(10) == 0
+    assert control.servers() == []
+    assert vhdx.check(image).errors == 0
+
+
+def test_compaction_through_the_server_wins_space(image):
+    with vhdx.open(image, "r+") as disk:
+        disk.pwrite(os.urandom(MIB) * 32, 0)
+    with vhdx.serve({"disk": image}) as server:
+        server.exports()["disk"].trim(0, 16 * MIB)
+        server.exports()["disk"].flush()
+        seen = []
+        done = vhdx.compact(image, progress=lambda done, total: seen.append((done, total)))
+    assert done.file_size_after < done.file_size_before - 15 * MIB
+    assert seen
+    assert seen[-1][0] == seen[-1][1]
+
+
+def test_python_reaches_what_another_process_serves(image, served):
+    vhdx.resize(image, 96 * MIB)
+    found = vhdx.info(image)
+    assert found["virtual_size"] == 96 * MIB
+    assert found["path"] == str(image)
+    with pytest.raises(vhdx.InvalidArgumentError, match="cut some off") as caught:
+        vhdx.resize(image, MIB)
+    assert caught.value.reason == vhdx.Reason.INVALID_ARGUMENT
+    with pytest.raises(vhdx.ExistsError):
+        vhdx.snapshot(image, __file__)
+
+
+def test_many_extents_arrive(tmp_path):
+    path = tmp_path / "many.vhdx"
+    vhdx.create(path, 8 * GIB, block_size=MIB)
+    with vhdx.open(path, "r+") as disk:
+        for block in range(0, 4096, 2):
+            disk.pwrite(b"x", block * MIB)
+        there = list(disk.extents())
+    with vhdx.serve({"d": path}):
+        assert control.extents(path) == there
+    assert len(there) > 4000
+
+
+def test_an_image_of_no_server_is_refused_with_its_holder(image):
+    with vhdx.open(image, "r+"), pytest.raises(vhdx.InUseError, match="this process"):
+        vhdx.resize(image, 80 * MIB)
+
+
+def test_ps_lists_servers_and_dead_sockets_go(image, runtime):
+    assert run("ps").strip() == "nothing is served"
+    with subprocess.Popen([*VHDX, "serve", image], stdout=subprocess.PIPE, text=True) as process:
+        process.stdout.readline()
+        [found] = json.loads(run("ps", "--json"))
+        assert found["pid"] == process.pid
+        assert found["exports"][0]["path"] == str(image)
+        assert str(image) in run("ps")
+        process.send_signal(signal.SIGKILL)
+    assert len(os.listdir(os.path.join(runtime, "vhdx"))) == 2
+    assert run("ps").strip() == "nothing is served"
+    assert not [n for n in os.listdir(os.path.join(runtime, "vhdx")) if n.endswith(".control")]
+
+
+def test_stop_says_what_it_cannot_find(image):
+    assert "no server of yours serves it" in run("stop", image, code=1)
+    assert "say which" in run("stop", code=2)
+    assert "no server of yours" in run("stop", "--pid", "1", code=1)
+
+
+def test_a_program_that_serves_is_stopped(image):
+    server = vhdx.serve({"disk": image})
+    [found] = control.servers()
+    found.stop()
+    assert control.servers() == []
+    server.close()  # a second time: nothing
+    with vhdx.open(image, "r+"):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_other_users_are_refused(image, runtime):
+    with vhdx.serve({"disk": image}):
+        [server] = control.servers()
+        os.chmod(server.socket, 0o777)
+        for each in [*server.socket.parents]:
+            os.chmod(each, os.stat(each).st_mode | 0o005)
+        ask = (
+            "import os, socket, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
+            "s = socket.socket(socket.AF_UNIX);"
+            "s.connect(sys.argv[1]); s.sendall(b'GET /v1/server HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n');"
+            "print(s.recv(4096).decode())"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", ask, server.socket], capture_output=True, text=True, timeout=30
+        )
+    assert "403" in done.stdout.partition("\n")[0], done.stderr
+
+
+def test_a_client_that_leaves_cancels_its_compaction(image):
+    with vhdx.open(image, "r+") as disk:
+        disk.resize(4 * GIB)
+        for block in range(0, 2000):
+            disk.pwrite(b"x" * 4096, block * MIB)
+        disk.flush()
+        disk.trim(0, 1000 * MIB)
+    with vhdx.serve({"disk": image}) as server:
+        asked = threading.Event()
+
+        def cancel():
+            asked.set()
+            return True
+
+        with pytest.raises(vhdx.VhdxError) as caught:
+            vhdx.compact(image, progress=lambda *_: None, cancel=cancel)
+        assert caught.value.reason == vhdx.Reason.CANCELLED
+        assert asked.is_set()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:  # the server notices, and is free again
+            try:
+                vhdx.resize(image, 4 * GIB + MIB)
+                break
+            except vhdx.InUseError:
+                time.sleep(0.05)
+        assert server.exports()["disk"].size == 4 * GIB + MIB
+        assert server.exports()["disk"].pread(1, 1500 * MIB) == b"x"
+
+
+@pytest.mark.parametrize(
+    "body", ["[1]", "{", '{"size": "big"}', '{"size": true}', "{}", '{"size": -5}', '{"size": 1e400}']
+)
+def test_garbage_is_refused_and_changes_nothing(image, body):
+    with vhdx.serve({"disk": image}) as server:
+        [found] = control.servers()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(found.socket))
+            client.settimeout(30)
+            client.sendall(
+                b"POST /v1/exports/disk/resize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"Content-Type: application/json\r\n"
+                + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            answer = b"".join(iter(lambda: client.recv(4096), b""))
+        assert b'{"error": ' in answer
+        assert server.exports()["disk"].size == 64 * MIB

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: MIT
+"""Live control of servers: each has a socket on which it answers HTTP and JSON.
+
+An image that a server holds is changed through that server. :mod:`vhdx.control.disks` has the
+operations that work the same whether an image is idle or served; :mod:`vhdx.control.service` is the
+server's side, :mod:`vhdx.control.client` finds a server and asks it.
+"""
+
+from vhdx.control.client import Owner, find_owner, servers
+from vhdx.control.disks import compact, extents, info, resize, snapshot
+from vhdx.control.service import Control, serve
+
+__all__ = [
+    "Control",
+    "Owner",
+    "compact",
+    "extents",
+    "find_owner",
+    "info",
+    "resize",
+    "serve",
+    "servers",
+    "snapshot",
+]

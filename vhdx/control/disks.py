@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""Operations on an image that work the same whether it is idle or served.
+
+An idle image is opened; one that a server of this user holds is changed by that server, while it is
+served. One that another program holds is refused with who it is.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vhdx import image
+from vhdx.control.client import Owner, find_owner
+from vhdx.errors import InUseError
+from vhdx.image.compacting import Compacted
+from vhdx.image.disk import Extent, ExtentState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    StrPath = str | os.PathLike[str]
+
+__all__ = ["compact", "extents", "info", "resize", "snapshot"]
+
+
+_Result = TypeVar("_Result")
+
+
+def _either(
+    path: StrPath, idle: Callable[[], _Result], served: Callable[[Owner], _Result]
+) -> _Result:
+    try:
+        return idle()
+    except InUseError:
+        owner = find_owner(path)
+        if owner is None:
+            raise
+    return served(owner)
+
+
+def info(
+    path: StrPath,
+    *,
+    format: str | None = None,
+    parent_search: Sequence[StrPath] = (),
+    chain: bool = True,
+) -> dict[str, Any]:
+    """What ``vhdx info --json`` shows, and under "chain" its layers; sizes in bytes.
+
+    Args:
+        path: of the image.
+        format, parent_search, chain: as for :func:`vhdx.open`; not used where a server holds it.
+    """
+
+    def idle() -> dict[str, Any]:
+        with image.open(path, format=format, parent_search=parent_search, chain=chain) as disk:
+            return {"facts": disk.describe(), "chain": disk.chain}
+
+    found = _either(path, idle, lambda owner: owner.ask("info"))
+    return {**found["facts"], "path": os.fsdecode(path), "chain": found["chain"]}
+
+
+def extents(
+    path: StrPath, *, format: str | None = None, parent_search: Sequence[StrPath] = ()
+) -> list[Extent]:
+    """The extents of the whole disk; see :meth:`vhdx.Disk.extents`."""
+
+    def idle() -> list[Extent]:
+        with image.open(path, format=format, parent_search=parent_search) as disk:
+            return list(disk.extents())
+
+    def served(owner: Owner) -> list[Extent]:
+        found: list[Extent] = []
+
+        def take(some: list[Any]) -> None:
+            found.extend(Extent(a, b, ExtentState(state), depth) for a, b, state, depth in some)
+
+        owner.ask("map", item=take)
+        return found
+
+    return _either(path, idle, served)
+
+
+def resize(
+    path: StrPath, size: int, *, shrink: bool = False, unsafe: bool = False, force: bool = False
+) -> None:
+    """Changes the virtual size of an image; see :meth:`vhdx.Disk.resize`.
+
+    Args:
+        path: of the image.
+        size, shrink, unsafe: as there.
+        force: although a child beside it is based on it; that child is lost.
+    """
+
+    def idle() -> None:
+        with image.open(path, "r+", force=force) as disk:
+            disk.resize(size, shrink=shrink, unsafe=unsafe)
+
+    def served(owner: Owner) -> None:
+        owner.ask("resize", size=size, shrink=shrink, unsafe=unsafe)
+
+    _either(path, idle, served)
+
+
+def compact(
+    path: StrPath,
+    *,
+    parent_search: Sequence[StrPath] = (),
+    progress: Callable[[int, int], None] | None = None,
+    cancel: Callable[[], bool] | None = None,
+) -> Compacted:
+    """Gives the space of zeros and of trimmed blocks back; see :meth:`vhdx.Disk.compact`.
+
+    The content does not change, so images that are based on it stay valid.
+    """
+
+    def idle() -> Compacted:
+        return image.compact(path, parent_search=parent_search, progress=progress, cancel=cancel)
+
+    def served(owner: Owner) -> Compacted:
+        found = owner.ask("compact", progress=progress, cancel=cancel)
+        return Compacted(**{name: value for name, value in found.items() if name != "won"})
+
+    return _either(path, idle, served)
+
+
+def snapshot(path: StrPath, checkpoint: StrPath | None = None, *, force: bool = False) -> str:
+    """Keeps an image as it is now and goes on in a child; see :meth:`vhdx.Disk.snapshot`.
+
+    Args:
+        path: of the image.
+        checkpoint: the name for what there is now.
+        force: although a child beside it is based on it; that child is lost.
+
+    Returns:
+        The path of the checkpoint.
+    """
+
+    def served(owner: Owner) -> str:
+        name = None if checkpoint is None else os.path.abspath(os.fsdecode(checkpoint))
+        return str(owner.ask("snapshot", checkpoint=name))
+
+    return _either(path, lambda: image.snapshot(path, checkpoint, force=force), served)

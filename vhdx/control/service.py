@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: MIT
+"""A server's control socket: it lists what is served and changes it while it is served.
+
+Threads: one runs the event loop; each operation runs on a thread of a small executor, because it
+may take long. Only processes of the same user are answered (the kernel says who connects).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+
+from vhdx import nbd
+from vhdx.control import wire
+from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, Reason, VhdxError
+from vhdx.nbd.address import runtime_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+
+    from vhdx.image import Disk
+
+    Progress = Callable[[int, int], None]
+    Operation = Callable[["_Stream", Disk, dict[str, Any]], Any]
+
+__all__ = ["Control", "serve"]
+
+_log = logging.getLogger(__name__)
+_WORKERS = 8
+_LARGEST_REQUEST = 64 << 10
+_EXTENTS_AT_ONCE = 1000
+_PROGRESS_SECONDS = 0.1
+_LAST_ANSWER_SECONDS = 2.0
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
+
+
+class Control:
+    """The control socket of ``server``, from now until the server has closed.
+
+    Args:
+        server: what is controlled.
+        on_stop: called on a thread of its own when a client wants the server to end.
+    """
+
+    def __init__(self, server: nbd.Server, on_stop: Callable[[], None]) -> None:
+        self._server, self._on_stop = server, on_stop
+        self._started = time.time()
+        self._lock = threading.Lock()
+        self._closing = False
+        self._streams: set[_Stream] = set()
+        directory = runtime_directory()
+        self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}{wire.SUFFIX}"
+        self._loop = asyncio.new_event_loop()
+        self._runner: web.AppRunner | None = None
+        self._executor = ThreadPoolExecutor(_WORKERS, "vhdx-control")
+        ready = threading.Event()
+        self._failures: list[BaseException] = []
+        self._thread = threading.Thread(
+            target=self._run, args=(ready,), name="vhdx-control", daemon=True
+        )
+        self._thread.start()
+        ready.wait()
+        for failure in self._failures:
+            self._thread.join()
+            raise failure
+        server.at_end(before=self._refuse, after=self.close)
+
+    def _run(self, ready: threading.Event) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_until_complete(self._listen())
+        except BaseException as error:
+            self._failures.append(error)
+            ready.set()
+            self._loop.close()
+            return
+        ready.set()
+        self._loop.run_forever()
+        assert self._runner is not None
+        self._loop.run_until_complete(self._runner.cleanup())
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
+
+    async def _listen(self) -> None:
+        application = web.Application(middlewares=[_only_the_owner], client_max_size=_LARGEST_REQUEST)
+        application.add_routes(
+            [
+                web.get("/v1/server", self._describe),
+                web.post("/v1/stop", self._stop),
+                web.post("/v1/exports/{name}/{operation}", self._operate),
+            ]
+        )
+        runner = web.AppRunner(
+            application,
+            access_log=None,
+            handle_signals=False,
+            handler_cancellation=True,  # a client that leaves cancels its operation
+            shutdown_timeout=_LAST_ANSWER_SECONDS,
+        )
+        await runner.setup()
+        await web.UnixSite(runner, os.fspath(self.path)).start()
+        self.path.chmod(0o600)  # the directory let nobody else in before
+        self._runner = runner
+
+    def _refuse(self) -> None:
+        """The server is about to close: what takes long is cancelled, and nothing begins."""
+        with self._lock:
+            self._closing = True
+            for stream in self._streams:
+                stream.cancelled.set()
+
+    def close(self) -> None:
+        """Answers nobody any more, and removes the socket; operations under way were finished."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+        self._executor.shutdown(wait=False)
+
+    # ---- answers ----
+
+    async def _describe(self, request: web.Request) -> web.Response:
+        del request
+        exports = self._server.exports()
+        connections = self._server.counters()
+        uris = self._server.uris
+        return web.json_response(
+            {
+                "pid": os.getpid(),
+                "started": self._started,
+                "exports": [
+                    {
+                        "name": name,
+                        "uri": uris[name],
+                        "path": os.path.abspath(disk.path),
+                        "key": list(disk.key),
+                        "format": disk.format,
+                        "virtual_size": disk.size,
+                        "read_only": disk.read_only,
+                        "connections": sum(export == name for export, _ in connections),
+                    }
+                    for name, disk in exports.items()
+                ],
+                "connections": [
+                    {"export": export, **counters._asdict()} for export, counters in connections
+                ],
+            }
+        )
+
+    async def _stop(self, request: web.Request) -> web.Response:
+        del request
+        threading.Thread(target=self._on_stop, name="vhdx-stop", daemon=True).start()
+        return web.json_response({"result": None})
+
+    async def _operate(self, request: web.Request) -> web.StreamResponse:
+        name, operation = request.match_info["name"], request.match_info["operation"]
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        await response.prepare(request)
+        stream = _Stream(response, self._loop)
+        try:
+            with self._lock:
+                if self._closing:
+                    raise ClosedError("the server is closing")
+                self._streams.add(stream)
+            body = await request.json() if request.can_read_body else {}
+            if not isinstance(body, dict):
+                raise InvalidArgumentError("a request is a JSON object")
+            disk = self._server.exports().get(name)
+            if disk is None:
+                raise NotFoundError(f"there is no export {name!r}")
+            if operation not in _OPERATIONS:
+                raise InvalidArgumentError(f"there is no operation {operation!r}")
+            work = _OPERATIONS[operation]
+            done = self._loop.run_in_executor(self._executor, work, stream, disk, body)
+            try:
+                result = await asyncio.shield(done)
+            except asyncio.CancelledError:
+                stream.cancelled.set()  # the client has left
+                await asyncio.wait([done])
+                raise
+            await stream.send({"result": result})
+        except asyncio.CancelledError:
+            raise
+        except ConnectionError:
+            stream.cancelled.set()
+        except Exception as error:
+            if not isinstance(error, (VhdxError, ValueError)):
+                _log.exception("the operation %s failed", operation)
+            with contextlib.suppress(ConnectionError):
+                await stream.send({"error": wire.object_of(error)})
+        finally:
+            with self._lock:
+                self._streams.discard(stream)
+        with contextlib.suppress(ConnectionError):
+            await response.write_eof()
+        return response
+
+
+class _Stream:
+    """The answer to one operation; its thread sends lines through the event loop."""
+
+    def __init__(self, response: web.StreamResponse, loop: asyncio.AbstractEventLoop) -> None:
+        self._response, self._loop = response, loop
+        self._next_progress = 0.0
+        self.cancelled = threading.Event()
+
+    async def send(self, line: dict[str, Any]) -> None:
+        await self._response.write(json.dumps(line, default=str).encode() + b"\n")
+
+    def emit(self, line: dict[str, Any]) -> None:
+        """From the operation's thread; waits until the client has taken it."""
+        try:
+            asyncio.run_coroutine_threadsafe(self.send(line), self._loop).result()
+        except ConnectionError as error:
+            self.cancelled.set()
+            raise VhdxError("the client has left", reason=Reason.CANCELLED) from error
+
+    def progress(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now >= self._next_progress or done == total:
+            self._next_progress = now + _PROGRESS_SECONDS
+            self.emit({"progress": [done, total]})
+
+
+@web.middleware
+async def _only_the_owner(
+    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+) -> web.StreamResponse:
+    peer = None if request.transport is None else request.transport.get_extra_info("socket")
+    if peer is None:
+        raise web.HTTPForbidden
+    found = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    if _CREDENTIALS.unpack(found)[1] != os.geteuid():
+        raise web.HTTPForbidden(text="this server belongs to another user")
+    return await handler(request)
+
+
+# ---- operations: on a thread of the executor ----
+
+
+def _option(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
+    value = body.get(name, default)
+    if value is not default and type(value) is not kind:
+        raise InvalidArgumentError(f"{name} must be of type {kind.__name__}")
+    return value
+
+
+def _info(stream: _Stream, disk: Disk, body: dict[str, Any]) -> Any:
+    del stream, body
+    return {"facts": disk.describe(), "chain": disk.chain}
+
+
+def _map(stream: _Stream, disk: Disk, body: dict[str, Any]) -> None:
+    del body
+    some = []
+    for extent in disk.extents():
+        some.append(extent.as_tuple())
+        if len(some) == _EXTENTS_AT_ONCE:
+            stream.emit({"item": some})
+            some = []
+    stream.emit({"item": some})
+
+
+def _resize(stream: _Stream, disk: Disk, body: dict[str, Any]) -> None:
+    del stream
+    if "size" not in body:
+        raise InvalidArgumentError("size is missing")
+    disk.resize(
+        _option(body, "size", int, None),
+        shrink=_option(body, "shrink", bool, False),
+        unsafe=_option(body, "unsafe", bool, False),
+    )
+
+
+def _compact(stream: _Stream, disk: Disk, body: dict[str, Any]) -> Any:
+    del body
+    done = disk.compact(progress=stream.progress, cancel=stream.cancelled.is_set)
+    return done.as_dict()
+
+
+def _snapshot(stream: _Stream, disk: Disk, body: dict[str, Any]) -> str:
+    del stream
+    return disk.snapshot(_option(body, "checkpoint", str, None))
+
+
+_OPERATIONS: Mapping[str, Operation] = {
+    "info": _info,
+    "map": _map,
+    "resize": _resize,
+    "compact": _compact,
+    "snapshot": _snapshot,
+}
+
+
+def serve(
+    exports: Mapping[str, Disk | str | os.PathLike[str]],
+    *,
+    listen: str | None = None,
+    read_only: bool = False,
+    limits: nbd.Limits | None = None,
+    format: str | None = None,
+    on_stop: Callable[[], None] | None = None,
+) -> nbd.Server:
+    """Starts to serve disks over NBD; a context manager that stops at its end.
+
+    The server has a control socket in the runtime directory, by which ``vhdx ps``, ``vhdx resize``
+    and the like find it. Where there can be none, a warning is logged and it serves all the same.
+
+    Args:
+        exports, listen, read_only, limits, format: as for :class:`vhdx.Server`.
+        on_stop: called when ``vhdx stop`` asks; closes the server when None.
+
+    Raises:
+        InvalidArgumentError, InUseError, HostIOError: it cannot listen.
+        VhdxError: an image cannot be opened.
+    """
+    server = nbd.serve(exports, listen=listen, read_only=read_only, limits=limits, format=format)
+    try:
+        Control(server, server.close if on_stop is None else on_stop)
+    except (OSError, VhdxError) as error:
+        _log.warning("there is no control socket: %s", error)
+    except BaseException:
+        server.close(0)
+        raise
+    return server
