@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vhdx import control, image
-from vhdx.cli.output import SIZE, json_option, print_json, print_table, progress_bar
+from vhdx.cli.output import FORMATS, SIZE, json_option, print_json, print_table, progress_bar
 from vhdx.errors import InvalidArgumentError
 from vhdx.image import dump as dumping
 from vhdx.image.opening import RAW_SUFFIXES
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 _format = click.option(
-    "--format", "format_", type=click.Choice(["vhdx", "raw"]), help="Format, instead of looking."
+    "--format", "format_", type=click.Choice(FORMATS), help="Format, instead of looking."
 )
 _parents = click.option(
     "--parent-dir",
@@ -72,7 +72,7 @@ def create(
     no_sparse: bool,
     force: bool,
 ) -> None:
-    """Create an empty VHDX image.
+    """Create an empty image: a VHD where the name ends in .vhd, else a VHDX.
 
     Example: vhdx create disk.vhdx --size 64G
     """
@@ -331,19 +331,21 @@ def _print_records(records: Iterable[dict[str, Any]]) -> None:
 @click.command()
 @click.argument("source", type=click.Path())
 @click.argument("destination", type=click.Path())
-@click.option("--to", type=click.Choice(["vhdx", "raw"]), help="Format, else by the name's ending.")
+@click.option("--azure", is_flag=True, help="Make what Azure takes: a fixed VHD of whole MiB.")
+@click.option("--to", type=click.Choice(FORMATS), help="Format, else by the name's ending.")
 @_format
 @_parents
 @click.option(
     "--type", "kind", type=click.Choice(["dynamic", "fixed"]), default="dynamic", show_default=True
 )
-@click.option("--block-size", type=SIZE, help="1M to 256M, a power of two. [default: 32M]")
+@click.option("--block-size", type=SIZE, help="1M to 256M, a power of two. [default: 32M; VHD: 2M]")
 @click.option("--logical-sector", type=click.Choice(["512", "4096"]), help="[default: the source's]")
 @click.option("--no-sparse", is_flag=True, help="Leave no unallocated parts in the host file.")
 @click.option("--force", is_flag=True, help="Replace what is there.")
 def convert(
     source: str,
     destination: str,
+    azure: bool,
     to: str | None,
     format_: str | None,
     parent_dir: tuple[str, ...],
@@ -362,6 +364,7 @@ def convert(
             source,
             destination,
             to=to,
+            azure=azure,
             format=format_,
             type=kind,
             block_size=block_size,
@@ -373,5 +376,7 @@ def convert(
         )
     if padded:
         click.echo(
-            f"vhdx: {source} does not end at a sector: {padded} bytes of zeros were added", err=True
+            f"vhdx: {source} does not end at a {'MiB' if azure else 'sector'}: "
+            f"{padded} bytes of zeros were added",
+            err=True,
         )

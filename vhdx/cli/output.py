@@ -29,12 +29,14 @@ from vhdx.errors import (
     InvalidArgumentError,
     VhdxError,
 )
+from vhdx.image import opening
 from vhdx.units import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = [
+    "FORMATS",
     "SECONDS",
     "SIZE",
     "VhdxGroup",
@@ -78,6 +80,7 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
 
 
 SIZE = _Size()
+FORMATS = opening.FORMATS
 
 
 class _Seconds(click.ParamType):  # type: ignore[type-arg]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vhdx import control, nbd
-from vhdx.cli.output import DONE, INTERRUPTED, SECONDS, json_option, print_json, print_table
+from vhdx.cli.output import DONE, FORMATS, INTERRUPTED, SECONDS, json_option, print_json, print_table
 from vhdx.errors import InvalidArgumentError, NotFoundError
 from vhdx.units import format_size
 
@@ -46,9 +46,7 @@ def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
     help="nbd+unix:///?socket=PATH or nbd://HOST[:PORT]. [default: a private unix socket]",
 )
 @click.option("--read-only", "-r", is_flag=True, help="Refuse changes.")
-@click.option(
-    "--format", "format_", type=click.Choice(["vhdx", "raw"]), help="Format, instead of looking."
-)
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="Format, instead of looking.")
 @click.option(
     "--run",
     "command",

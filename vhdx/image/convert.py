@@ -10,12 +10,16 @@ from typing import TYPE_CHECKING
 
 from vhdx import plane
 from vhdx.errors import InvalidArgumentError, Reason, VhdxError
+from vhdx.format import vhd
 from vhdx.image import layout
+from vhdx.image.creation import format_of_name
 from vhdx.image.disk import Disk, ExtentState
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile
-from vhdx.image.opening import RAW_SUFFIXES, open_disk
+from vhdx.image.opening import FORMATS, open_disk
 from vhdx.image.structure import read_structure
+from vhdx.image.vhd_image import find_footer, open_vhd
+from vhdx.image.vhd_layout import check_vhd, write_vhd
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
@@ -27,7 +31,6 @@ __all__ = ["convert", "destination_format"]
 
 _PIECE = 2 * MIB
 _AHEAD = 4
-_FORMATS = ("vhdx", "raw")
 
 
 def destination_format(path: StrPath, to: str | None) -> str:
@@ -37,17 +40,17 @@ def destination_format(path: StrPath, to: str | None) -> str:
         InvalidArgumentError: neither tells.
     """
     if to is not None:
-        if to not in _FORMATS:
-            raise InvalidArgumentError(f"the format {to!r} is unknown", hint="use vhdx or raw")
+        if to not in FORMATS:
+            raise InvalidArgumentError(
+                f"the format {to!r} is unknown", hint=f"use one of {', '.join(FORMATS)}"
+            )
         return to
-    name = os.fspath(path).lower()
-    if name.endswith((".vhdx", ".avhdx")):
-        return "vhdx"
-    if name.endswith(RAW_SUFFIXES):
-        return "raw"
-    raise InvalidArgumentError(
-        "its name does not tell the format", path=path, hint="say it with --to vhdx or --to raw"
-    )
+    found = format_of_name(path)
+    if found is None:
+        raise InvalidArgumentError(
+            "its name does not tell the format", path=path, hint="say it with --to"
+        )
+    return found
 
 
 def convert(
@@ -60,6 +63,7 @@ def convert(
     block_size: int | None = None,
     logical_sector_size: int | None = None,
     physical_sector_size: int | None = None,
+    azure: bool = False,
     chain: bool = True,
     parent_search: Sequence[StrPath] = (),
     sparse: bool = True,
@@ -75,11 +79,12 @@ def convert(
     Args:
         source: an image.
         destination: where; an existing file is refused unless ``force``.
-        to: "vhdx" or "raw"; by the ending of the name when None.
+        to: "vhdx", "vhd" or "raw"; by the ending of the name when None.
         format: of the source, as in :func:`vhdx.open`.
-        type: "dynamic" or "fixed", for VHDX.
+        type: "dynamic" or "fixed", for VHDX and VHD.
         block_size, logical_sector_size, physical_sector_size: for VHDX; the source's sectors and
-            32 MiB blocks when None.
+            32 MiB blocks when None. For VHD the block size only, 2 MiB when None.
+        azure: make what Azure takes: a fixed VHD of whole MiB.
         chain, parent_search: as in :func:`vhdx.open`.
         sparse: leave holes in the host file where the disk is zero.
         force: replace what is there.
@@ -87,13 +92,17 @@ def convert(
         cancel: asked between pieces; the copy stops when it answers True.
 
     Returns:
-        Bytes of zeros that were added to fill the last sector; 0 unless the source is raw and its
-        size is no multiple of the logical sector.
+        Bytes of zeros that were added to fill the last sector (for Azure, the last MiB); 0 unless
+        the source's size is no multiple of that.
 
     Raises:
         VhdxError: as :func:`vhdx.open` and :func:`vhdx.create`; reason CANCELLED when cancelled.
     """
-    target = destination_format(destination, to)
+    target = "vhd" if azure and to is None else destination_format(destination, to)
+    if azure:
+        if target != "vhd":
+            raise InvalidArgumentError("Azure takes VHD only", path=destination, hint="name it .vhd")
+        type = "fixed"
     with (
         open_disk(source, "r", format=format, chain=chain, parent_search=parent_search) as disk,
         layout.new_file(destination, force=force, sparse=sparse) as leaf,
@@ -104,6 +113,12 @@ def convert(
                 leaf.zero(0, disk.size, no_hole=True)
             _copy(disk, leaf, progress, cancel)
             return 0
+        if target == "vhd":
+            size = round_up(disk.size, MIB if azure else vhd.SECTOR)
+            block = check_vhd(destination, size, type=type, block_size=block_size)
+            write_vhd(leaf, size, type=type, block_size=block, sparse=sparse, allocate=False)
+            _fill_vhd(disk, leaf, os.fspath(destination), sparse, progress, cancel)
+            return size - disk.size
         logical = disk.logical_sector_size if logical_sector_size is None else logical_sector_size
         size = round_up(disk.size, max(logical, 512))
         parameters = layout.check_parameters(
@@ -126,6 +141,27 @@ def convert(
         finally:
             engine.close()
         return size - disk.size
+
+
+def _fill_vhd(
+    disk: Disk,
+    leaf: plane.Device,
+    path: str,
+    sparse: bool,
+    progress: Progress | None,
+    cancel: Callable[[], bool] | None,
+) -> None:
+    """Copies the disk into the empty VHD in ``leaf``."""
+    host = HostFile(path, leaf, read_only=False, sparse=sparse, key=(0, 0), keep=True)
+    footer = find_footer(leaf)
+    assert footer is not None
+    image = open_vhd(
+        host, footer, write=True, chain=False, parent_search=(), pool=plane.default_pool()
+    )
+    try:
+        _copy(disk, image.device, progress, cancel)
+    finally:
+        image.close()
 
 
 def _pieces(disk: Disk) -> Iterator[tuple[int, int]]:

@@ -3,18 +3,35 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from vhdx.errors import InvalidArgumentError
 from vhdx.image.differencing import create_child
 from vhdx.image.layout import create_vhdx
+from vhdx.image.vhd_layout import create_vhd
 
 if TYPE_CHECKING:
     from uuid import UUID
 
     from vhdx.image.layout import Progress, StrPath
 
-__all__ = ["create_disk"]
+__all__ = ["create_disk", "format_of_name"]
+
+_BY_SUFFIX = {
+    ".vhdx": "vhdx",
+    ".avhdx": "vhdx",
+    ".vhd": "vhd",
+    ".avhd": "vhd",
+    ".raw": "raw",
+    ".img": "raw",
+}
+
+
+def format_of_name(path: StrPath) -> str | None:
+    """The format that an ending stands for: "vhdx", "vhd", "raw", or None."""
+    suffix = os.path.splitext(os.fsdecode(path))[1].lower()
+    return _BY_SUFFIX.get(suffix)
 
 
 def create_disk(
@@ -31,7 +48,7 @@ def create_disk(
     disk_id: UUID | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Creates an empty image.
+    """Creates an empty image: a VHD where the name ends in .vhd, else a VHDX.
 
     Args:
         path: where; an existing file is refused unless ``force``.
@@ -41,7 +58,7 @@ def create_disk(
             parent and dynamic without one when None.
         parent: the image that a differencing one is based on; it must not be changed afterwards.
         block_size: bytes, a power of two from 1 MiB to 256 MiB; when None 32 MiB, or 2 MiB for a
-            differencing image.
+            differencing image. A VHD has 512 KiB, 1 MiB or 2 MiB.
         logical_sector_size, physical_sector_size: 512 or 4096; 512 and 4096 when None. A
             differencing image has its parent's.
         sparse: False writes a fixed image out with zeros, so that the host file has no unwritten
@@ -74,6 +91,20 @@ def create_disk(
         )
     if size is None:
         raise InvalidArgumentError("a new image needs a size", path=path, hint="use --size (size=)")
+    if format_of_name(path) == "vhd":
+        if logical_sector_size not in {None, 512} or physical_sector_size not in {None, 512}:
+            raise InvalidArgumentError("a VHD has sectors of 512 bytes", path=path)
+        create_vhd(
+            path,
+            size,
+            type=type,
+            block_size=block_size,
+            sparse=sparse,
+            force=force,
+            disk_id=disk_id,
+            progress=progress,
+        )
+        return
     create_vhdx(
         path,
         size,

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEFAULT_BLOCK_SIZE",
     "Progress",
+    "allocate",
     "check_parameters",
     "create_vhdx",
     "new_file",
@@ -178,7 +179,7 @@ def write_image(
     # A log or table that finds no space later would stop an image that still has room for data.
     leaf.zero(0, _BAT_OFFSET + min(geometry.table_length, _PREALLOCATED_BAT), no_hole=True)
     if fixed:
-        _allocate(leaf, payload, end, sparse=sparse, progress=progress)
+        allocate(leaf, payload, end, sparse=sparse, progress=progress)
         _fill_bat(leaf, geometry, payload)
     leaf.write(metadata.pack_metadata(parameters, packed), _METADATA_OFFSET)
     table = region.pack_table(
@@ -198,9 +199,10 @@ def write_image(
     leaf.flush()
 
 
-def _allocate(
+def allocate(
     leaf: plane.Device, start: int, end: int, *, sparse: bool, progress: Progress | None
 ) -> None:
+    """Sets the space from ``start`` to ``end`` (bytes) aside: unwritten, or written with zeros."""
     zeros = bytes(4 * MIB)
     step = _ALLOCATE_AT_ONCE if sparse else len(zeros)
     for at in range(start, end, step):

@@ -4,21 +4,25 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from vhdx import plane
-from vhdx.errors import InvalidArgumentError, Reason, UnsupportedError
-from vhdx.image.disk import Disk, Format
-from vhdx.image.host import open_host
+from vhdx.errors import InvalidArgumentError, Reason, UnsupportedError, VhdxError
+from vhdx.image.disk import Disk
+from vhdx.image.host import HostFile, open_host
 from vhdx.image.raw import RawImage
+from vhdx.image.vhd_image import find_footer, open_vhd
 from vhdx.image.vhdx_image import is_vhdx, open_vhdx
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-__all__ = ["RAW_SUFFIXES", "open_disk", "snapshot"]
+_Found = TypeVar("_Found")
+
+__all__ = ["FORMATS", "RAW_SUFFIXES", "open_disk", "snapshot"]
 
 RAW_SUFFIXES = (".raw", ".img")
+FORMATS = ("vhdx", "vhd", "raw")
 _MODES = {"r": False, "r+": True}
 
 
@@ -41,7 +45,7 @@ def open_disk(
         path: of the image.
         mode: "r", or "r+" to change it. With "r" a log that must be replayed is replayed in memory
             and the file is not changed; with "r+" it is replayed into the file.
-        format: "vhdx" or "raw" instead of looking.
+        format: "vhdx", "vhd" or "raw" instead of looking.
         chain: open the parents of a differencing image; else this layer alone.
         parent_search: further directories to look for parents in.
         sparse: give the space of trimmed and zeroed blocks back to the host.
@@ -55,32 +59,41 @@ def open_disk(
     """
     if mode not in _MODES:
         raise InvalidArgumentError(f"the mode is {mode!r}", hint='use "r" or "r+"')
-    if format not in {None, "vhdx", "raw"}:
-        raise InvalidArgumentError(f"the format {format!r} is unknown", hint='use "vhdx" or "raw"')
+    if format not in {None, *FORMATS}:
+        raise InvalidArgumentError(
+            f"the format {format!r} is unknown", hint=f"use one of {', '.join(FORMATS)}"
+        )
     write = _MODES[mode]
     host = open_host(path, write=write, sparse=sparse)
     raw = format == "raw" or (format is None and host.path.lower().endswith(RAW_SUFFIXES))
-    image: Format
+    pool = plane.default_pool()
     if raw:
-        image = RawImage(host, write=write, pool=plane.default_pool())
-    elif format == "vhdx" or is_vhdx(host.leaf):
-        image = open_vhdx(
-            host,
-            write=write,
-            chain=chain,
-            parent_search=[os.fspath(each) for each in parent_search],
-            force=force,
-            pool=plane.default_pool(),
+        return Disk(RawImage(host, write=write, pool=pool))
+    search = [os.fspath(each) for each in parent_search]
+    if format == "vhdx" or (format is None and _looks(is_vhdx, host)):
+        return Disk(
+            open_vhdx(host, write=write, chain=chain, parent_search=search, force=force, pool=pool)
         )
-    else:
+    footer = _looks(find_footer, host)
+    if footer is not None:
+        return Disk(open_vhd(host, footer, write=write, chain=chain, parent_search=search, pool=pool))
+    host.close()
+    raise UnsupportedError(
+        "its format is not known" if format is None else "it is not a VHD file",
+        reason=Reason.UNKNOWN_FORMAT,
+        path=host.path,
+        hint='a raw image is opened with --format raw (format="raw")',
+    )
+
+
+def _looks(look: Callable[[plane.Device], _Found], host: HostFile) -> _Found:
+    try:
+        return look(host.leaf)
+    except BaseException as error:
         host.close()
-        raise UnsupportedError(
-            "its format is not known",
-            reason=Reason.UNKNOWN_FORMAT,
-            path=host.path,
-            hint='a raw image is opened with --format raw (format="raw")',
-        )
-    return Disk(image)
+        if isinstance(error, VhdxError):
+            error.path = host.path
+        raise
 
 
 def snapshot(

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: MIT
+"""What formats without a structure of VHDX's kind have in common: they refuse to change it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vhdx import plane
+from vhdx.errors import PoisonedError, UnsupportedError
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable
+
+    from vhdx.image.compacting import Compacted
+    from vhdx.image.host import HostFile
+    from vhdx.image.layout import Progress
+
+__all__ = ["PlainImage"]
+
+
+class PlainImage:
+    """An open image whose size and layers are what they are; the file belongs to it.
+
+    Attributes:
+        name: of the format.
+        host: the file.
+        device: what requests go to.
+    """
+
+    name = ""
+    block_size = 4096
+    logical_sector_size = 512
+    physical_sector_size = 4096
+    device: plane.Map
+
+    def __init__(self, host: HostFile, *, write: bool) -> None:
+        self.host = host
+        self.path = host.path
+        self.read_only = not write
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(device, inode) of the file."""
+        return self.host.key
+
+    @property
+    def minimum_size(self) -> int | None:
+        """Not told, because it cannot be resized."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """File size, and what of it the host has set aside."""
+        return {"file_size": self.host.leaf.size, "allocated_size": self.host.allocated()}
+
+    def resize(self, size: int, *, shrink: bool, unsafe: bool) -> None:
+        """Refused."""
+        raise UnsupportedError(
+            f"the size of a {self.name} image cannot be changed here",
+            path=self.path,
+            hint="convert it to VHDX"
+            if self.name == "vhd"
+            else "use truncate on the file, or convert it to VHDX",
+        )
+
+    def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
+        """Refused."""
+        raise UnsupportedError(
+            f"a {self.name} image has no snapshots here", path=self.path, hint="convert it to VHDX"
+        )
+
+    def compact(self, progress: Progress | None, cancel: Callable[[], bool] | None) -> Compacted:
+        """Refused."""
+        raise UnsupportedError(
+            f"a {self.name} image is not compacted in place",
+            path=self.path,
+            hint="convert it: only what is not zero is copied",
+        )
+
+    def chain(self) -> list[dict[str, Any]]:
+        """One layer."""
+        return [{"path": self.path, "virtual_size": self.device.size, **self.describe()}]
+
+    def close(self) -> None:
+        """Flushes and closes."""
+        if self.device.state == plane.FORKED:
+            self.host.close()
+            return
+        poisoned = True
+        try:
+            if not self.read_only and self.device.state == 0:
+                self.device.flush()
+            poisoned = self.device.state != 0
+        finally:
+            try:
+                self.device.close()
+                if poisoned and not self.read_only:
+                    raise PoisonedError(
+                        "an earlier flush failed, so what was written since the last good one may "
+                        "be lost",
+                        path=self.path,
+                    )
+                if not self.read_only:
+                    self.finish()
+            finally:
+                self.host.close()
+
+    def finish(self) -> None:
+        """What is left to do with the file when nobody uses the device any more."""

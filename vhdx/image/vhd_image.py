@@ -1,0 +1,580 @@
+# SPDX-License-Identifier: MIT
+"""Legacy VHD images: fixed and dynamic ones to read and write, differencing ones to read.
+
+A dynamic image has no log. Its rules against a crash: data, and the bitmaps of fresh blocks, are
+durable before the table refers to them; a flush makes the table durable. The footer at the end is
+written behind fresh blocks before the first of them takes its place, and the copy at the start of the
+file stays valid all the time.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vhdx import plane
+from vhdx.errors import (
+    DamagedError,
+    MissingParentError,
+    NoSpaceError,
+    NotFoundError,
+    Reason,
+    UnsupportedError,
+    VhdxError,
+)
+from vhdx.format import vhd
+from vhdx.image.host import HostFile, open_host
+from vhdx.image.parents import Missing, existing
+from vhdx.image.plain import PlainImage
+from vhdx.image.raw import RawImage
+from vhdx.units import GIB, MIB, round_up
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
+
+__all__ = ["VhdImage", "find_footer", "open_vhd"]
+
+_OWN, _BELOW = 0, 1
+_MIXED_TAG, _FULL_TAG = 1, 2
+_LONGEST_CHAIN = 256
+_MOST_BLOCKS = 1 << 24
+_GRANT_BYTES = 64 * MIB
+_ALIGNMENT = 4096
+_REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)), bitorder="little")
+"""Bytes with their bits the other way round: a VHD's bitmaps begin at the highest bit."""
+
+
+def find_footer(leaf: plane.Device) -> vhd.Footer | None:
+    """The footer of a VHD image: the one at the end of the file, or its copy at the start.
+
+    Raises:
+        UnsupportedError: it is of a kind that is not known.
+    """
+    size = leaf.size
+    if size < vhd.FOOTER_SIZE:
+        return None
+    last = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, size - vhd.FOOTER_SIZE))
+    if last is not None:
+        return last
+    first = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, 0))
+    return None if first is None or first.disk_type == vhd.DiskType.FIXED else first
+
+
+class _FixedVhd(RawImage):
+    """A fixed image: the disk, and a footer behind it."""
+
+    name = "vhd"
+    physical_sector_size = 512
+
+    def __init__(self, host: HostFile, footer: vhd.Footer, *, write: bool, pool: plane.Pool) -> None:
+        size = footer.virtual_size
+        if size + vhd.FOOTER_SIZE > host.leaf.size:
+            raise DamagedError(
+                f"the footer says that the disk has {size} bytes, more than the file",
+                reason=Reason.TRUNCATED,
+                path=host.path,
+                offset=host.leaf.size - vhd.FOOTER_SIZE,
+            )
+        super().__init__(host, write=write, pool=pool, size=size)
+        self._footer = footer
+
+    def describe(self) -> dict[str, Any]:
+        """Creator, id and sizes."""
+        return {**_common(self._footer, "fixed"), **super().describe(), "parent": None}
+
+
+def _common(footer: vhd.Footer, kind: str) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "creator": footer.creator.decode("latin-1").rstrip("\0 "),
+        "disk_id": str(footer.unique_id),
+    }
+
+
+class _Zeros:
+    """What lies below a dynamic image: nothing."""
+
+    def __init__(self, leaf: plane.Device, size: int, pool: plane.Pool) -> None:
+        self.device = plane.Map(self, size, size, 4 * GIB, [leaf], read_only=True, pool=pool)
+
+    def load(self, first: int, count: int) -> None:
+        self.device.install(first, np.full(count, plane.entries(plane.Kind.HOLE, 0, 0, 0), np.uint64))
+
+    def grant(self, wanted: int) -> None:
+        raise UnsupportedError("zeros take no data")
+
+    def open_gate(self) -> None:
+        raise UnsupportedError("zeros take no data")
+
+    def change_range(self, operation: plane.Operation, first: int, count: int, size: int) -> None:
+        raise UnsupportedError("zeros take no data")
+
+    def commit(self, changes: plane.Changes) -> None:
+        raise UnsupportedError("zeros take no data")
+
+
+class VhdImage(PlainImage):
+    """An open dynamic or differencing image: the fault handler of its map.
+
+    Threads: faults come from any; ``_gate_lock`` makes the first change happen once, ``_lock`` guards
+    the table and the space and is held across no barrier. Commits are serialised by the map's rounds.
+
+    Args:
+        host: the file; it belongs to the image.
+        footer, header: of the file.
+        parent: the image below, or None.
+        missing: why there is none below a differencing image.
+        write: whether it may be changed.
+        pool: for background work.
+    """
+
+    name = "vhd"
+    physical_sector_size = 512
+
+    def __init__(
+        self,
+        host: HostFile,
+        footer: vhd.Footer,
+        header: vhd.DynamicHeader,
+        parent: PlainImage | None,
+        missing: MissingParentError | None,
+        *,
+        write: bool,
+        pool: plane.Pool,
+    ) -> None:
+        super().__init__(host, write=write)
+        self._footer, self._header, self._parent = footer, header, parent
+        self._leaf = host.leaf
+        self.block_size = header.block_size
+        self.size = footer.virtual_size
+        self._blocks = -(-self.size // self.block_size)
+        self._bitmap = vhd.bitmap_length(self.block_size)
+        self._lock = threading.Lock()
+        self._gate_lock = threading.Lock()
+        self._free: list[int] = []
+        self._released: list[tuple[int, int]] = []  # generation, offset of the data
+        self._changed = False
+        self._table = self._read_table()
+        self._end = self._leaf.size
+        if write:
+            self._end = self._check_table()
+        below: plane.Device
+        if footer.disk_type == vhd.DiskType.DYNAMIC:
+            self._zeros = _Zeros(self._leaf, max(self.size, 1), pool)
+            below = self._zeros.device
+        elif parent is not None:
+            below = parent.device
+        else:
+            assert missing is not None
+            below = plane.Callback(Missing(host.path, missing), self.size, read_only=True)
+        self.device = plane.Map(
+            self,
+            self.size,
+            max(self.size, 1),
+            self.block_size,
+            [self._leaf, below],
+            parent=_BELOW,
+            sectors=plane.Sectors(vhd.SECTOR, _MIXED_TAG, _FULL_TAG),
+            read_only=not write,
+            gated=write,
+            pool=pool,
+            path=host.path,
+        )
+
+    # ---- the table ----
+
+    def _damaged(self, message: str, block: int, reason: Reason) -> DamagedError:
+        return DamagedError(
+            message, reason=reason, path=self.path, offset=self._header.table_offset + 4 * block
+        )
+
+    def _read_table(self) -> npt.NDArray[np.uint32]:
+        at, length = self._header.table_offset, 4 * self._blocks
+        if at < vhd.FOOTER_SIZE or at + length > self._leaf.size:
+            raise self._damaged("the block table lies outside the file", 0, Reason.BAT_SIZE)
+        padded = min(round_up(length, vhd.SECTOR), self._leaf.size - at)
+        data = self._leaf.read(padded, at)
+        return np.frombuffer(data.ljust(round_up(length, 512), b"\xff"), ">u4").astype(np.uint32)
+
+    def _ends(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where the stored part of each block ends: the last may be cut where the disk ends."""
+        starts = self._table[blocks].astype(np.int64) * vhd.SECTOR
+        lengths = np.minimum(self.block_size, self.size - blocks * self.block_size)
+        ends: npt.NDArray[np.int64] = starts + self._bitmap + lengths
+        return ends
+
+    def _stored(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Blocks of a range that are stored, and those that are said to be outside the file."""
+        table = self._table[first : first + count]
+        blocks = first + np.flatnonzero(table != vhd.UNUSED)
+        bad = (self._ends(blocks) > self._leaf.size) | (self._table[blocks] == 0)
+        return blocks[~bad], blocks[bad]
+
+    def _refuse(self, bad: npt.NDArray[np.int64]) -> None:
+        for block in bad[:1].tolist():
+            raise self._damaged(
+                f"block {block} is at {int(self._table[block]) * 512:#x}, outside the file",
+                block,
+                Reason.BAT_OFFSET,
+            )
+
+    def _check_table(self) -> int:
+        """What must hold before anything is written; where fresh blocks may begin."""
+        blocks, bad = self._stored(0, self._blocks)
+        self._refuse(bad)
+        starts = self._table[blocks].astype(np.int64) * vhd.SECTOR
+        order = np.argsort(starts, kind="stable")
+        blocks, starts = blocks[order], starts[order]
+        ends = starts + self._bitmap + self.block_size
+        table = self._header.table_offset, self._header.table_offset + 4 * self._header.entries
+        header = self._footer.data_offset, self._footer.data_offset + vhd.HEADER_SIZE
+        for low, high in ((0, vhd.FOOTER_SIZE), header, table):
+            for block in blocks[(starts < high) & (ends > low)][:1].tolist():
+                raise self._damaged(f"block {block} overlaps metadata", block, Reason.BAT_OVERLAP)
+        for which in np.flatnonzero(starts[1:] < ends[:-1])[:1].tolist():
+            block = int(blocks[which + 1])
+            raise self._damaged(f"block {block} overlaps another", block, Reason.BAT_OVERLAP)
+        metadata = max(vhd.FOOTER_SIZE, header[1], table[1])
+        return max(int(ends[-1]) if len(ends) else 0, round_up(metadata, vhd.SECTOR))
+
+    # ---- answers to faults ----
+
+    def load(self, first: int, count: int) -> None:
+        """Installs the entries of these blocks."""
+        start = first // plane.CHUNK_PAGES * plane.CHUNK_PAGES
+        stop = min(-(-(first + count) // plane.CHUNK_PAGES) * plane.CHUNK_PAGES, self._blocks)
+        if stop <= start:
+            return
+        with self._lock:
+            blocks, bad = self._stored(start, stop - start)
+            if self._footer.disk_type == vhd.DiskType.DYNAMIC:
+                new = np.full(stop - start, plane.entries(plane.Kind.HOLE, 0, 0, 0), np.uint64)
+            else:
+                where = np.arange(start, stop, dtype=np.uint64) * np.uint64(self.block_size)
+                new = plane.entries(plane.Kind.SHARED, _BELOW, where, 0)
+            offsets = self._table[blocks].astype(np.uint64) * np.uint64(512) + np.uint64(self._bitmap)
+            new[bad - start] = 0
+            new[blocks - start] = plane.entries(plane.Kind.DATA, _OWN, offsets, _FULL_TAG)
+            for block, offset in zip(blocks.tolist(), offsets.tolist(), strict=True):
+                bits = self._leaf.read(self._bitmap, offset - self._bitmap)
+                length = self.block_size // vhd.SECTOR // 8
+                if bits[:length].count(0xFF) == length:
+                    continue
+                self.device.set_bitmap(block, self._turned(bits[:length]))
+                new[block - start] = plane.entries(plane.Kind.MIXED, _OWN, offset, _MIXED_TAG)
+            self.device.install(start, new)
+        self._refuse(bad[(bad >= first) & (bad < first + count)])
+
+    @staticmethod
+    def _turned(bits: bytes) -> bytes:
+        return bytes(_REVERSED[np.frombuffer(bits, np.uint8)])
+
+    def open_gate(self) -> None:
+        """The copy of the footer is there, durably, before the footer moves."""
+        with self._gate_lock:
+            if not self._changed:
+                if self._leaf.read(vhd.FOOTER_SIZE, 0) != self._footer.pack():
+                    self._leaf.write(self._footer.pack(), 0)
+                    self._leaf.flush()
+                self._write_footer(max(self._end, self._leaf.size - vhd.FOOTER_SIZE))
+                self._changed = True
+        self.device.set_gate(is_open=True)
+
+    def _write_footer(self, at: int) -> None:
+        at = round_up(at, vhd.SECTOR)
+        self._leaf.resize(at + vhd.FOOTER_SIZE)
+        self._leaf.write(self._footer.pack(), at)
+
+    def grant(self, wanted: int) -> None:
+        """Hands out places that were given back, then fresh ones behind everything."""
+        with self._lock:
+            count = max(wanted, 1, _GRANT_BYTES // self.block_size)
+            offsets = [self._free.pop() for _ in range(min(count, len(self._free)))]
+            if not offsets:
+                try:
+                    offsets = self._fresh(count)
+                except NoSpaceError:
+                    offsets = self._fresh(max(wanted, 1))
+            ones = b"\xff" * self._bitmap
+            self._leaf.batch(
+                [plane.Step(plane.Operation.WRITE, at - self._bitmap, buffer=ones) for at in offsets]
+            )
+            self.device.grant(_OWN, np.array(offsets, np.uint64), _FULL_TAG)
+
+    def _fresh(self, count: int) -> list[int]:
+        offsets: list[int] = []
+        end = self._end
+        for _ in range(count):
+            # Data at multiples of 4 KiB, whatever the bitmap's length.
+            data = round_up(end + self._bitmap, _ALIGNMENT)
+            if (data - self._bitmap) // vhd.SECTOR >= vhd.UNUSED:
+                if not offsets:
+                    raise NoSpaceError("a VHD file has 2 TiB at most", path=self.path)
+                break
+            offsets.append(data)
+            end = data + self.block_size
+        start = self._end
+        # The old footer goes here; until the new one is durable there is the copy at the start.
+        self._write_footer(end)
+        footer = self._leaf.size - vhd.FOOTER_SIZE
+        self._leaf.zero(start, footer - start, no_hole=not self.host.sparse)
+        self._end = end
+        return offsets
+
+    def change_range(self, operation: plane.Operation, first: int, count: int, size: int) -> None:
+        """Whole blocks are not stored any more; zeroed and trimmed blocks are the same here."""
+        del operation, size
+        hole = plane.entries(plane.Kind.HOLE, 0, 0, 0)
+        for start in range(first, min(first + count, self._blocks), 4096):
+            pages = np.arange(start, min(start + 4096, first + count, self._blocks), dtype=np.uint64)
+            while len(pages):
+                low, high = int(pages[0]), int(pages[-1]) + 1
+                found = self.device.read_entries(low, high - low)[
+                    (pages - np.uint64(low)).astype(np.int64)
+                ]
+                if (found == 0).any():
+                    self.load(low, high - low)
+                    continue
+                stored = found != hole
+                pages, found = pages[stored], found[stored]
+                if not len(pages):
+                    break
+                mismatched = self.device.replace(pages, found, np.full(len(pages), hole, np.uint64))
+                generation = self.device.statistics()["dirty_generation"]
+                offsets = plane.fields(found[~mismatched])[1].tolist()
+                with self._lock:
+                    self._released += [(generation, offset) for offset in offsets]
+                pages = pages[mismatched]
+
+    def commit(self, changes: plane.Changes) -> None:
+        """Writes table entries and sector bitmaps; their data are durable."""
+        blocks, last = np.unique(changes.pages[::-1], return_index=True)
+        kinds, offsets, _ = plane.fields(changes.entries[::-1][last])
+        with self._lock:
+            values = ((offsets - np.uint64(self._bitmap)) // np.uint64(vhd.SECTOR)).astype(np.uint32)
+            values[kinds == plane.Kind.HOLE] = vhd.UNUSED
+            before = self._table[blocks]
+            ones = b"\xff" * self._bitmap
+            # Those that stay where they are were mixed, and hold all their sectors by now.
+            full = offsets[(kinds == plane.Kind.DATA) & (before == values)]
+            steps = [_write(at - self._bitmap, ones) for at in full.tolist()]
+            done = set(blocks.tolist())
+            for block, bits in zip(changes.bitmap_pages.tolist(), changes.bitmaps, strict=True):
+                if block not in done and self._table[block] != vhd.UNUSED:
+                    content = self._turned(bits.tobytes()).ljust(self._bitmap, b"\0")
+                    steps.append(_write(int(self._table[block]) * vhd.SECTOR, content))
+            self._table[blocks] = values
+            changed = np.unique(blocks[before != values] // np.uint64(128))
+            for sector in changed.tolist():
+                part = self._table[sector * 128 : (sector + 1) * 128].astype(">u4").tobytes()
+                steps.append(_write(self._header.table_offset + sector * 512, part))
+        self._leaf.batch([*steps, plane.Step(plane.Operation.FLUSH)])
+        self._free_committed(changes.generation)
+
+    def _free_committed(self, generation: int) -> None:
+        with self._lock:
+            ready = [at for when, at in self._released if when <= generation]
+            self._released = [each for each in self._released if each[0] > generation]
+        # Zeroed before it is granted again: nobody sees what another block held.
+        self._leaf.batch(
+            [plane.Step(plane.Operation.ZERO, offset, self.block_size) for offset in ready]
+        )
+        with self._lock:
+            self._free += ready
+
+    # ---- facts and the end ----
+
+    @property
+    def kind(self) -> str:
+        """Its type: "dynamic" or "differencing"."""
+        return self._footer.disk_type.name.lower()
+
+    def describe(self) -> dict[str, Any]:
+        """Creator, id, sizes, parent, and how many blocks are stored."""
+        if not self.read_only:
+            self.device.flush()
+        with self._lock:
+            stored = int((self._table[: self._blocks] != vhd.UNUSED).sum())
+        name = self._header.parent_name or None
+        parent = {
+            "path": name,
+            "linkage": [str(self._header.parent_id)],
+            "found": None if self._parent is None else self._parent.path,
+        }
+        return {
+            **_common(self._footer, self.kind),
+            **super().describe(),
+            "parent": None if self._footer.disk_type == vhd.DiskType.DYNAMIC else parent,
+            "blocks": {"not_present": self._blocks - stored, "fully_present": stored},
+        }
+
+    def chain(self) -> list[dict[str, Any]]:
+        """This layer and those below it."""
+        return super().chain() + ([] if self._parent is None else self._parent.chain())
+
+    def close(self) -> None:
+        """Flushes and closes, this layer and those below."""
+        try:
+            super().close()
+        finally:
+            if self._parent is not None:
+                self._parent.close()
+
+    def finish(self) -> None:
+        """The footer goes behind the last block that is stored, and the file ends with it."""
+        if self.read_only or not self._changed:
+            return
+        blocks = np.flatnonzero(self._table[: self._blocks] != vhd.UNUSED)
+        starts = self._table[blocks].astype(np.int64) * vhd.SECTOR
+        metadata = max(
+            self._header.table_offset + 4 * self._header.entries,
+            self._footer.data_offset + vhd.HEADER_SIZE,
+        )
+        ends = starts + self._bitmap + self.block_size
+        end = round_up(max(int(ends.max()) if len(ends) else 0, metadata), vhd.SECTOR)
+        if end + vhd.FOOTER_SIZE >= self._leaf.size:
+            return
+        # A crash may leave it out: then there is the copy at the start.
+        self._leaf.write(self._footer.pack(), end)
+        self._leaf.resize(end + vhd.FOOTER_SIZE)
+
+
+def _write(offset: int, data: bytes) -> plane.Step:
+    return plane.Step(plane.Operation.WRITE, offset, buffer=data)
+
+
+# ---- opening ----
+
+
+def open_vhd(
+    host: HostFile,
+    footer: vhd.Footer,
+    *,
+    write: bool,
+    chain: bool,
+    parent_search: Sequence[str],
+    pool: plane.Pool,
+) -> PlainImage:
+    """Opens the VHD in ``host``, which belongs to the image from here on, also on failure.
+
+    Args:
+        host: opened for writing when ``write``.
+        footer: of the file.
+        write: allow changes; refused for differencing images.
+        chain, parent_search: as for :func:`vhdx.open`.
+        pool: for background work.
+    """
+    return _open(host, footer, write, chain, tuple(parent_search), pool, frozenset({host.key}))
+
+
+def _open(
+    host: HostFile,
+    footer: vhd.Footer,
+    write: bool,
+    chain: bool,
+    search: tuple[str, ...],
+    pool: plane.Pool,
+    seen: frozenset[tuple[int, int]],
+) -> PlainImage:
+    parent: PlainImage | None = None
+    try:
+        _check_size(footer)
+        if footer.disk_type == vhd.DiskType.FIXED:
+            return _FixedVhd(host, footer, write=write, pool=pool)
+        at = footer.data_offset
+        if at > host.leaf.size - vhd.HEADER_SIZE:
+            raise DamagedError(
+                "the dynamic disk header lies outside the file", reason=Reason.TRUNCATED, offset=at
+            )
+        header = vhd.parse_header(host.leaf.read(vhd.HEADER_SIZE, at), at, footer)
+        if -(-footer.virtual_size // header.block_size) > _MOST_BLOCKS:
+            raise UnsupportedError(f"it has more than {_MOST_BLOCKS} blocks")
+        missing: MissingParentError | None = None
+        if footer.disk_type == vhd.DiskType.DIFFERENCING:
+            if write:
+                raise UnsupportedError(
+                    "differencing VHD images are only read", hint="convert it to VHDX to write it"
+                )
+            if chain:
+                parent = _open_parent(host, header, search, pool, seen)
+            else:
+                missing = MissingParentError("its parents were not opened (chain=False)")
+        return VhdImage(host, footer, header, parent, missing, write=write, pool=pool)
+    except BaseException as error:
+        host.close()
+        if parent is not None:
+            parent.close()
+        if isinstance(error, VhdxError) and error.path is None:
+            error.path = host.path
+        raise
+
+
+def _check_size(footer: vhd.Footer) -> None:
+    size = footer.virtual_size
+    if not 0 < size <= 2 * vhd.LARGEST_DISK or size % vhd.SECTOR:
+        raise DamagedError(f"the footer says that the disk has {size} bytes", reason=Reason.HEADERS)
+
+
+def _candidates(host: HostFile, header: vhd.DynamicHeader, search: tuple[str, ...]) -> Iterator[Path]:
+    here = Path(os.path.realpath(host.path)).parent
+    names = []
+    for code, offset, length in header.locators:
+        if offset + length > host.leaf.size:
+            continue
+        path = vhd.parse_locator(code, host.leaf.read(length, offset))
+        if path is None:
+            continue
+        if code == b"W2ru" and not path.anchor:
+            yield here.joinpath(*path.parts)
+        names.append(path.name)
+    names.append(header.parent_name.replace("/", "\\").rpartition("\\")[2])
+    for name in filter(None, names):
+        for directory in (here, *map(Path, search)):
+            yield directory / name
+
+
+def _open_parent(
+    host: HostFile,
+    header: vhd.DynamicHeader,
+    search: tuple[str, ...],
+    pool: plane.Pool,
+    seen: frozenset[tuple[int, int]],
+) -> PlainImage:
+    if len(seen) >= _LONGEST_CHAIN:
+        raise MissingParentError(
+            f"the chain of parents is longer than {_LONGEST_CHAIN}", reason=Reason.PARENT_DEPTH
+        )
+    refusal: VhdxError | None = None
+    for candidate in dict.fromkeys(_candidates(host, header, search)):
+        path = existing(candidate)
+        if path is None:
+            continue
+        try:
+            below = open_host(path, write=False)
+        except NotFoundError:
+            continue
+        if below.key in seen:
+            below.close()
+            refusal = MissingParentError(
+                f"the chain of parents comes back to {path}", reason=Reason.PARENT_CYCLE
+            )
+            continue
+        footer = find_footer(below.leaf)
+        if footer is None or footer.unique_id != header.parent_id:
+            below.close()
+            refusal = MissingParentError(
+                f"{path} is another disk than the one this image was made from",
+                reason=Reason.PARENT_CHANGED,
+            )
+            continue
+        return _open(below, footer, False, True, search, pool, seen | {below.key})
+    raise refusal or MissingParentError(
+        f"its parent was not found (it names {header.parent_name or 'no path at all'})",
+        hint="put the parent beside it, or say where it is with --parent-dir (parent_search=)",
+    )
