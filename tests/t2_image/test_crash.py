@@ -357,9 +357,9 @@ def sites(run: Run) -> set[str]:
     return {event.site for event in run.recorder.events if event.kind == "flush"}
 
 
-def needed(bases, name: str, site: str, *, seeds: int, steps: int, subsets: int) -> bool:
+def needed(bases, name: str, site: str, *, seeds: range, steps: int, subsets: int) -> bool:
     """Whether some state fails when the barriers of ``site`` do nothing."""
-    for seed in range(seeds):
+    for seed in seeds:
         run = record(bases, name, seed=seed, steps=steps)
         if site in sites(run) and check(run, subsets, without=site, limit=1).found:
             return True
@@ -372,6 +372,8 @@ def test_each_barrier_is_needed(bases):
     missing = []
     for site in sorted(set().union(*found.values())):
         names = [name for name in WORKLOADS if site in found[name]]
-        if not any(needed(bases, n, site, seeds=4, steps=16, subsets=8) for n in names):
+        small = {"seeds": range(4), "steps": 16, "subsets": 8}
+        large = {"seeds": range(100, 120), "steps": 24, "subsets": 12}
+        if not any(needed(bases, n, site, **size) for size in (small, large) for n in names):
             missing.append(site)
     assert missing == []
