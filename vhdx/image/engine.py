@@ -34,6 +34,7 @@ from vhdx.format.bat import BlockState
 from vhdx.image import journal
 from vhdx.image.allocation import check_entries, survey
 from vhdx.image.bitmaps import SectorBitmaps
+from vhdx.image.entries import OWN, PARENT, entries_of, hole_of, is_placed
 from vhdx.image.space import Space
 from vhdx.units import GIB, MIB, TIB
 
@@ -55,20 +56,7 @@ _SURVEY_ENTRIES = 1 << 17  # a table of up to 1 MiB is validated whole, also for
 _RESIDENT_CHUNKS = 4096
 _RANGE_PAGES = 4096
 _COMMIT_PAGES = 1024
-_OWN, _PARENT = 0, 1
 _FIRST_GRANT, _LARGEST_GRANT = 64 * MIB, 4 * GIB
-
-_HOLE_TAGS = {
-    BlockState.NOT_PRESENT: 0,
-    BlockState.UNDEFINED: 1,
-    BlockState.ZERO: 2 | plane.TAG_ZERO,
-    BlockState.UNMAPPED: 3,
-}
-
-
-def _placed(kinds: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-    placed: npt.NDArray[np.bool_] = (kinds == plane.Kind.DATA) | (kinds == plane.Kind.MIXED)
-    return placed
 
 
 class Engine:
@@ -126,7 +114,7 @@ class Engine:
             LARGEST_DISK,
             self._geometry.block_size,
             lowers,
-            parent=None if parent is None else _PARENT,
+            parent=None if parent is None else PARENT,
             sectors=plane.Sectors(
                 self._geometry.logical_sector_size,
                 BlockState.PARTIALLY_PRESENT,
@@ -167,7 +155,7 @@ class Engine:
             table = np.frombuffer(data, "<u8").astype(np.uint64)
             values = table[(indices - np.uint64(base)).astype(np.int64)]
             bad, error = check_entries(self.structure, indices, values, self.structure.overlay.size)
-            entries = self._entries_of(blocks, values)
+            entries = entries_of(self._geometry, blocks, values)
             if error is not None:
                 error.path = self.host.path
                 entries[bad] = 0
@@ -179,30 +167,6 @@ class Engine:
         for block, failure in failures.items():
             if first <= block < first + count:
                 raise failure
-
-    def _entries_of(
-        self, blocks: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]
-    ) -> npt.NDArray[np.uint64]:
-        states, offsets = bat.state_of(values), bat.offset_of(values)
-        kinds = np.full(len(values), plane.Kind.HOLE, np.uint64)
-        tags = np.zeros(len(values), np.uint64)
-        lowers = np.zeros(len(values), np.uint64)
-        where = np.zeros(len(values), np.uint64)
-        for state, tag in _HOLE_TAGS.items():
-            tags[states == state] = tag
-        stored = states >= BlockState.FULLY_PRESENT
-        where[stored] = offsets[stored]
-        tags[stored] = BlockState.FULLY_PRESENT
-        kinds[stored] = plane.Kind.DATA
-        if self._geometry.has_parent:
-            absent = states == BlockState.NOT_PRESENT
-            kinds[absent] = plane.Kind.SHARED
-            lowers[absent] = _PARENT
-            where[absent] = blocks[absent] * np.uint64(self._geometry.block_size)
-            partial = states == BlockState.PARTIALLY_PRESENT
-            kinds[partial] = plane.Kind.MIXED
-            tags[partial] = BlockState.PARTIALLY_PRESENT
-        return plane.entries(kinds, lowers, where, tags)
 
     def _set_bitmaps(
         self, blocks: npt.NDArray[np.uint64], entries: npt.NDArray[np.uint64]
@@ -272,7 +236,7 @@ class Engine:
             self._grant_bytes = min(2 * self._grant_bytes, _LARGEST_GRANT)
             if not self.host.sparse:
                 self._grant_bytes = _FIRST_GRANT
-            self.map.grant(_OWN, offsets, BlockState.FULLY_PRESENT)
+            self.map.grant(OWN, offsets, BlockState.FULLY_PRESENT)
 
     def change_range(self, operation: plane.Operation, first: int, count: int, size: int) -> None:
         """Whole blocks become ZERO or UNMAPPED and give their space back."""
@@ -289,7 +253,7 @@ class Engine:
 
     def _change_range(self, operation: plane.Operation, first: int, count: int) -> None:
         state = BlockState.ZERO if operation == plane.Operation.ZERO else BlockState.UNMAPPED
-        new_hole = plane.entries(plane.Kind.HOLE, 0, 0, _HOLE_TAGS[state])
+        new_hole = hole_of(state)
         for start in range(first, first + count, _RANGE_PAGES):
             pages = np.arange(start, min(start + _RANGE_PAGES, first + count), dtype=np.uint64)
             while len(pages):
@@ -313,7 +277,7 @@ class Engine:
             return pages
         kinds, offsets = kinds[wanted], offsets[wanted]
         mismatched = self.map.replace(pages, found, np.full(len(pages), new_hole, np.uint64))
-        done = ~mismatched & _placed(kinds)
+        done = ~mismatched & is_placed(kinds)
         if done.any():
             assert self._space is not None
             generation = self.map.statistics()["dirty_generation"]
@@ -332,7 +296,7 @@ class Engine:
         # The last publication of a block counts.
         blocks, last = np.unique(changes.pages[::-1], return_index=True)
         kinds, offsets, tags = plane.fields(changes.entries[::-1][last])
-        stored = _placed(kinds)
+        stored = is_placed(kinds)
         offsets[~stored] = 0
         if stored.any():
             # Granted before it was published, so the barrier made the file this long.
