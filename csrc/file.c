@@ -133,7 +133,11 @@ static int file_barrier(file_device *file, vx_request *request)
         return vx_succeed(request);
     atomic_fetch_add(&file->barriers, 1);
     bool whole = atomic_exchange(&file->size_changed, false);
-    if ((whole ? fsync(file->fd) : fdatasync(file->fd)) == 0)
+    int n;
+    do
+        n = whole ? fsync(file->fd) : fdatasync(file->fd);
+    while (n != 0 && errno == EINTR); /* nothing was lost, it only did not end */
+    if (n == 0)
         return vx_succeed(request);
     fail_here(file, request, 0);
     vx_device_set_state(&file->device, VX_E_POISONED);
