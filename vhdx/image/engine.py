@@ -69,6 +69,7 @@ class Engine:
         write: whether the image may be changed.
         pool: for background work.
         data_write_guid: what the first change makes the DataWriteGuid; a new one when None.
+        data: where blocks are read, if not in the file.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Engine:
         write: bool,
         pool: plane.Pool,
         data_write_guid: UUID | None = None,
+        data: plane.Device | None = None,
     ) -> None:
         self.host = host
         self.structure = structure
@@ -107,7 +109,8 @@ class Engine:
                 self._furthest = taken.furthest
                 self._anchors = taken.anchors
                 self._space = Space(self._leaf, taken, self._geometry.block_size, sparse=host.sparse)
-        lowers = [self._leaf] if parent is None else [self._leaf, parent]
+        own = self._leaf if data is None else data
+        lowers = [own] if parent is None else [own, parent]
         self.map = plane.Map(
             self,
             self._geometry.virtual_size,

@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from vhdx import plane
+from vhdx.errors import ReadOnlyError
+from vhdx.format.log import SECTOR
+
 if TYPE_CHECKING:
-    from vhdx import plane
+    from collections.abc import Iterable
+
     from vhdx.format.log import Patch
 
-__all__ = ["Overlay"]
+__all__ = ["Overlay", "ReplayedFile"]
 
 
 class Overlay:
@@ -38,6 +43,17 @@ class Overlay:
         """Whether there is nothing to replay."""
         return not self._patches
 
+    def touches(self, start: int, end: int) -> bool:
+        """Whether a patch changes a byte of this range."""
+        return bool(((self._starts < end) & (self._ends > start)).any())
+
+    def covers_only(self, spans: Iterable[tuple[int, int]]) -> bool:
+        """Whether the file is as long as replay leaves it, and each patch inside one span."""
+        inside = np.zeros(len(self._patches), np.bool_)
+        for start, end in spans:
+            inside |= (self._starts >= start) & (self._ends <= end)
+        return self.size == self._leaf.size and bool(inside.all())
+
     def read(self, offset: int, length: int) -> bytes:
         """``length`` bytes of metadata from ``offset`` on."""
         present = max(0, min(length, self._leaf.size - offset))
@@ -56,3 +72,49 @@ class Overlay:
             )
             data[start - offset : end - offset] = piece
         return bytes(data)
+
+
+class ReplayedFile:
+    """The whole file as a device, its log replayed and nothing written; for reading only.
+
+    Pages that the log changes, or that replay would add, are read through the overlay by Python; all
+    others by C from where they are.
+    """
+
+    def __init__(self, leaf: plane.Device, overlay: Overlay, pool: plane.Pool, path: str) -> None:
+        self._leaf, self._overlay = leaf, overlay
+        size = overlay.size
+        self._changed = plane.Callback(self, size, read_only=True)
+        self.device = plane.Map(
+            self, size, size, SECTOR, [leaf, self._changed], read_only=True, pool=pool, path=path
+        )
+
+    def load(self, first: int, count: int) -> None:
+        """Chooses for each page where it is read."""
+        start = first // plane.CHUNK_PAGES * plane.CHUNK_PAGES
+        stop = min(-(-(first + count) // plane.CHUNK_PAGES) * plane.CHUNK_PAGES, self._pages)
+        pages = np.arange(start, stop, dtype=np.uint64)
+        whole = self._leaf.size // SECTOR
+        lowers = (pages >= np.uint64(whole)).astype(np.uint64)
+        if self._overlay.touches(start * SECTOR, stop * SECTOR):
+            for page in range(start, stop):
+                if self._overlay.touches(page * SECTOR, (page + 1) * SECTOR):
+                    lowers[page - start] = 1
+        offsets = pages * np.uint64(SECTOR)
+        self.device.install(start, plane.entries(plane.Kind.DATA, lowers, offsets, 0))
+
+    @property
+    def _pages(self) -> int:
+        return -(-self._overlay.size // SECTOR)
+
+    def pread_into(self, buffer: memoryview, offset: int) -> None:
+        buffer[:] = self._overlay.read(offset, len(buffer))
+
+    def extents(self, offset: int, length: int) -> Iterable[plane.device.RawExtent]:
+        return [plane.device.RawExtent(offset, length, plane.DATA, 0)]
+
+    def _refuse(self, *_: object, **__: object) -> None:
+        raise ReadOnlyError("a log that was not replayed into the file allows no changes")
+
+    pwrite = zero = trim = resize = grant = change_range = commit = _refuse
+    flush = open_gate = _refuse

@@ -26,6 +26,7 @@ from vhdx.image.allocation import block_counts, survey
 from vhdx.image.differencing import guard_parent
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile, open_host
+from vhdx.image.overlay import ReplayedFile
 from vhdx.image.parents import Missing, candidates, existing, mismatch
 from vhdx.image.parents import parent_info as describe_parent
 from vhdx.image.partitions import read_partitions
@@ -292,7 +293,13 @@ def _open(
         if write:
             structure = prepare_for_writing(host, structure)
         engine = Engine(
-            host, structure, lower, write=write, pool=pool, data_write_guid=data_write_guid
+            host,
+            structure,
+            lower,
+            write=write,
+            pool=pool,
+            data_write_guid=data_write_guid,
+            data=_replayed(host, structure, pool),
         )
     except BaseException as error:
         host.close()
@@ -302,6 +309,17 @@ def _open(
             error.path = host.path
         raise
     return VhdxImage(engine, parent, info, log_was_dirty=dirty and not write, pool=pool)
+
+
+def _replayed(host: HostFile, structure: Structure, pool: plane.Pool) -> plane.Device | None:
+    """The file with its log replayed in memory, where that is more than metadata."""
+    if structure.sequence is None:
+        return None
+    regions = [(r.offset, r.end) for r in (structure.bat, structure.metadata_region)]
+    if structure.overlay.covers_only(regions):
+        return None
+    replayed = ReplayedFile(host.leaf, structure.overlay, pool, host.path)
+    return replayed.device
 
 
 def open_layer(host: HostFile, *, search: Sequence[str], data_write_guid: UUID) -> VhdxImage:
