@@ -263,10 +263,14 @@ def _log(rng, image, owner, places, pieces):
         put((tail - len(stale)) % length, stale)
     if rng.random() < 0.5:  # another open's
         put((tail + length // 2) % length, _entry(rng, guid(rng), number + 50, 0, {}, {}, 0))
+    if rng.random() < 0.5:  # a sequence of its own, older, whole, and of the same open
+        where = (tail + rng.choice([length // 2, length // 4]) + 8 * SECTOR) % length
+        older = {places["metadata"]: rng.randbytes(SECTOR)}
+        put(where, _entry(rng, owner, max(1, number - 1000), where, older, {}, 0))
     used = 0
     for pages, blanks in steps:
         entry = _entry(rng, owner, number, tail, pages, blanks, file_size)
-        assert used + len(entry) <= length // 2
+        assert used + len(entry) <= length // 4
         put(at, entry)
         at, used, number = (at + len(entry)) % length, used + len(entry), number + 1
     if rng.random() < 0.5:  # torn when the power failed

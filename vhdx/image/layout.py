@@ -265,7 +265,7 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
         except FileExistsError as error:
             raise _exists(path) from error
         except OSError as error:
-            raise _host_error(error, path) from error
+            raise error if isinstance(error, VhdxError) else _host_error(error, path) from error
     finally:
         leaf.close()
         if guard is not None:
@@ -325,9 +325,16 @@ def _host_error(error: OSError, path: StrPath) -> HostIOError | NoSpaceError:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes names in a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Makes names in a directory durable.
+
+    Raises:
+        HostIOError: which of them are is not known.
+    """
     try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _host_error(error, path) from error

@@ -374,7 +374,12 @@ class VhdImage(PlainImage):
             for sector in changed.tolist():
                 part = self._table[sector * 128 : (sector + 1) * 128].astype(">u4").tobytes()
                 steps.append(_write(self._header.table_offset + sector * 512, part))
-        self._leaf.batch([*steps, plane.Step(plane.Operation.FLUSH)])
+        try:
+            self._leaf.batch([*steps, plane.Step(plane.Operation.FLUSH)])
+        except BaseException:
+            with self._lock:
+                self._table[blocks] = before  # it will be tried again, from the start
+            raise
         self._free_committed(changes.generation)
 
     def _free_committed(self, generation: int) -> None:
