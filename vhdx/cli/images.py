@@ -8,14 +8,24 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vhdx import control, image
-from vhdx.cli.output import FORMATS, SIZE, json_option, print_json, print_table, progress_bar
+from vhdx.cli.output import (
+    FORMATS,
+    SEQUENCE,
+    SIZE,
+    json_option,
+    print_json,
+    print_table,
+    progress_bar,
+)
 from vhdx.errors import InvalidArgumentError
 from vhdx.image import dump as dumping
 from vhdx.image.opening import RAW_SUFFIXES
 from vhdx.units import format_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+
+    _Command = Callable[..., Any]
 
 __all__ = [
     "check",
@@ -34,6 +44,24 @@ __all__ = [
 _format = click.option(
     "--format", "format_", type=click.Choice(FORMATS), help="Format, instead of looking."
 )
+_OPTIONS_OF_VIEW = (
+    click.option("--header", type=click.IntRange(1, 2), help="Believe this header, current or not."),
+    click.option("--region-table", type=click.IntRange(1, 2), help="Believe this region table."),
+    click.option(
+        "--log",
+        type=SEQUENCE,
+        help="Replay what ends with this entry (see dump log), or none. [default: active]",
+    ),
+)
+
+
+def _view(command: _Command) -> _Command:
+    """For forensics: which of its copies an image is looked at through."""
+    for option in reversed(_OPTIONS_OF_VIEW):
+        command = option(command)
+    return command
+
+
 _parents = click.option(
     "--parent-dir",
     multiple=True,
@@ -101,6 +129,7 @@ def create(
 @_parents
 @click.option("--no-chain", is_flag=True, help="Do not open the parents.")
 @click.option("--chain", is_flag=True, help="Show every layer, this one first.")
+@_view
 @json_option
 def info(
     path: str,
@@ -108,13 +137,19 @@ def info(
     parent_dir: tuple[str, ...],
     no_chain: bool,
     chain: bool,
+    header: int | None,
+    region_table: int | None,
+    log: int | None,
     as_json: bool,
 ) -> None:
     """Show what an image is.
 
     Example: vhdx info disk.vhdx --json
     """
-    facts = control.info(path, format=format_, parent_search=parent_dir, chain=not no_chain)
+    view = image.View(header, region_table, log)
+    facts = control.info(
+        path, format=format_, parent_search=parent_dir, chain=not no_chain, view=view
+    )
     layers = facts.pop("chain")
     if chain:
         _show_chain(layers, as_json)
@@ -303,13 +338,21 @@ def map_extents(path: str, format_: str | None, parent_dir: tuple[str, ...], as_
 @click.command()
 @click.argument("what", type=click.Choice(dumping.SECTIONS))
 @click.argument("path", type=click.Path())
+@_view
 @json_option
-def dump(what: str, path: str, as_json: bool) -> None:
+def dump(
+    what: str,
+    path: str,
+    header: int | None,
+    region_table: int | None,
+    log: int | None,
+    as_json: bool,
+) -> None:
     """Print on-disk structures as they stand, damaged ones too.
 
     Example: vhdx dump headers disk.vhdx
     """
-    found = dumping.dump(path, what)
+    found = dumping.dump(path, what, image.View(header, region_table, log))
     if as_json:
         print_json(list(found))
         return
@@ -341,6 +384,7 @@ def _print_records(records: Iterable[dict[str, Any]]) -> None:
 @click.option("--block-size", type=SIZE, help="1M to 256M, a power of two. [default: 32M; VHD: 2M]")
 @click.option("--logical-sector", type=click.Choice(["512", "4096"]), help="[default: the source's]")
 @click.option("--no-sparse", is_flag=True, help="Leave no unallocated parts in the host file.")
+@_view
 @click.option("--force", is_flag=True, help="Replace what is there.")
 def convert(
     source: str,
@@ -353,6 +397,9 @@ def convert(
     block_size: int | None,
     logical_sector: str | None,
     no_sparse: bool,
+    header: int | None,
+    region_table: int | None,
+    log: int | None,
     force: bool,
 ) -> None:
     """Copy a disk into a new image; only what is stored is read.
@@ -370,6 +417,7 @@ def convert(
             block_size=block_size,
             logical_sector_size=None if logical_sector is None else int(logical_sector),
             parent_search=parent_dir,
+            view=image.View(header, region_table, log),
             sparse=not no_sparse,
             force=force,
             progress=progress,

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FORMATS",
     "SECONDS",
+    "SEQUENCE",
     "SIZE",
     "VhdxGroup",
     "exit_code",
@@ -81,6 +82,21 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
 
 SIZE = _Size()
 FORMATS = opening.FORMATS
+
+
+class _Sequence(click.ParamType):  # type: ignore[type-arg]
+    name = "none|NUMBER"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "none":
+            return 0
+        try:
+            return int(value, 0)
+        except (TypeError, ValueError):
+            self.fail(f"{value!r} is neither none nor a sequence number", param, ctx)
+
+
+SEQUENCE = _Sequence()
 
 
 class _Seconds(click.ParamType):  # type: ignore[type-arg]

@@ -45,19 +45,25 @@ def info(
     format: str | None = None,
     parent_search: Sequence[StrPath] = (),
     chain: bool = True,
+    view: image.View | None = None,
 ) -> dict[str, Any]:
     """What ``vhdx info --json`` shows, and under "chain" its layers; sizes in bytes.
 
     Args:
         path: of the image.
-        format, parent_search, chain: as for :func:`vhdx.open`; not used where a server holds it.
+        format, parent_search, chain, view: as for :func:`vhdx.open`; not used where a server holds
+            it.
     """
 
     def idle() -> dict[str, Any]:
-        with image.open(path, format=format, parent_search=parent_search, chain=chain) as disk:
+        search = parent_search
+        with image.open(path, format=format, parent_search=search, chain=chain, view=view) as disk:
             return {"facts": disk.describe(), "chain": disk.chain}
 
-    found = _either(path, idle, lambda owner: owner.ask("info"))
+    if view not in {None, image.View()}:
+        found = idle()  # its server does not look at it that way
+    else:
+        found = _either(path, idle, lambda owner: owner.ask("info"))
     return {**found["facts"], "path": os.fsdecode(path), "chain": found["chain"]}
 
 

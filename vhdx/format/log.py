@@ -28,6 +28,7 @@ __all__ = [
     "Sequence",
     "entry_length",
     "find_active_sequence",
+    "find_sequence",
     "guid_at",
     "pack_entry",
     "parse_entry",
@@ -286,6 +287,21 @@ def find_active_sequence(log: bytes, guid: UUID, log_offset: int) -> Sequence | 
             break  # it wrapped: every later start was seen
         start = following
     return best
+
+
+def find_sequence(log: bytes, guid: UUID, log_offset: int, number: int) -> Sequence | None:
+    """The valid sequence whose last entry has this sequence number, active or not."""
+    budget = [8 * len(log) + 16 * MIB]
+    for start in range(0, len(log), SECTOR):
+        run = _run_from(log, start, guid, log_offset, budget)
+        numbers = [entry.sequence_number for entry in run]
+        if number not in numbers:
+            continue
+        run = run[: numbers.index(number) + 1]
+        offsets = [entry.offset for entry in run]
+        if run[-1].tail in offsets:
+            return Sequence(tuple(run[offsets.index(run[-1].tail) :]))
+    return None
 
 
 def patches_of(sequence: Sequence) -> list[Patch]:

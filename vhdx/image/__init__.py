@@ -12,6 +12,7 @@ from vhdx.image.merging import compact, merge, rebase
 from vhdx.image.opening import open_disk as open
 from vhdx.image.opening import snapshot
 from vhdx.image.repairing import repair, undo
+from vhdx.image.view import View
 
 __all__ = [
     "Disk",
@@ -19,6 +20,7 @@ __all__ = [
     "ExtentState",
     "Finding",
     "Report",
+    "View",
     "check",
     "compact",
     "convert",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from vhdx.image.layout import Progress, StrPath
+    from vhdx.image.view import View
 
 __all__ = ["convert", "destination_format"]
 
@@ -66,6 +67,7 @@ def convert(
     azure: bool = False,
     chain: bool = True,
     parent_search: Sequence[StrPath] = (),
+    view: View | None = None,
     sparse: bool = True,
     force: bool = False,
     progress: Progress | None = None,
@@ -85,7 +87,7 @@ def convert(
         block_size, logical_sector_size, physical_sector_size: for VHDX; the source's sectors and
             32 MiB blocks when None. For VHD the block size only, 2 MiB when None.
         azure: make what Azure takes: a fixed VHD of whole MiB.
-        chain, parent_search: as in :func:`vhdx.open`.
+        chain, parent_search, view: as in :func:`vhdx.open`.
         sparse: leave holes in the host file where the disk is zero.
         force: replace what is there.
         progress: called with the bytes done and the bytes that the source stores.
@@ -104,7 +106,9 @@ def convert(
             raise InvalidArgumentError("Azure takes VHD only", path=destination, hint="name it .vhd")
         type = "fixed"
     with (
-        open_disk(source, "r", format=format, chain=chain, parent_search=parent_search) as disk,
+        open_disk(
+            source, "r", format=format, chain=chain, parent_search=parent_search, view=view
+        ) as disk,
         layout.new_file(destination, force=force, sparse=sparse) as leaf,
     ):
         if target == "raw":

@@ -13,6 +13,7 @@ from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.structure import Structure, read_structure
+from vhdx.image.view import AS_SPECIFIED, View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,8 +25,15 @@ HEXADECIMAL = frozenset({"offset", "log_offset", "tail", "file_offset", "end"})
 _ENTRIES_AT_ONCE = 1 << 14
 
 
-def dump(path: str | os.PathLike[str], section: str) -> Iterator[dict[str, Any]]:
+def dump(
+    path: str | os.PathLike[str], section: str, view: View = AS_SPECIFIED
+) -> Iterator[dict[str, Any]]:
     """Records of one section ("headers", "regions", "metadata", "bat", "log") of a VHDX file.
+
+    Args:
+        path: of the file.
+        section: which.
+        view: what leads to it where there are copies.
 
     Raises:
         NotFoundError, HostIOError, UnsupportedError: it cannot be read, or is no VHDX file.
@@ -39,7 +47,7 @@ def dump(path: str | os.PathLike[str], section: str) -> Iterator[dict[str, Any]]
     try:
         if host.leaf.size < 8 or host.leaf.read(8, 0) != headers.SIGNATURE:
             raise UnsupportedError("it is not a VHDX file", path=path)
-        yield from _READERS[section](host)
+        yield from _READERS[section](host, view)
     finally:
         host.close()
 
@@ -48,7 +56,8 @@ def _piece(host: HostFile, offset: int, length: int) -> bytes:
     return host.leaf.read(max(0, min(length, host.leaf.size - offset)), min(offset, host.leaf.size))
 
 
-def _headers(host: HostFile) -> Iterator[dict[str, Any]]:
+def _headers(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
+    del view  # both are shown
     identifier = _piece(host, 0, headers.IDENTIFIER_SIZE)
     yield {"structure": "identifier", "offset": 0, "creator": headers.parse_creator(identifier)}
     for slot, offset in enumerate(headers.HEADER_OFFSETS):
@@ -70,7 +79,8 @@ def _headers(host: HostFile) -> Iterator[dict[str, Any]]:
         }
 
 
-def _regions(host: HostFile) -> Iterator[dict[str, Any]]:
+def _regions(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
+    del view  # both are shown
     for number, offset in enumerate(region.TABLE_OFFSETS, 1):
         found = region.parse_table(_piece(host, offset, region.TABLE_SIZE))
         if found is None:
@@ -89,8 +99,8 @@ def _regions(host: HostFile) -> Iterator[dict[str, Any]]:
             }
 
 
-def _metadata(host: HostFile) -> Iterator[dict[str, Any]]:
-    structure = read_structure(host)
+def _metadata(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
+    structure = read_structure(host, view)
     known = {
         value: name.lower()
         for name, value in vars(metadata).items()
@@ -118,8 +128,8 @@ def _entry_names(structure: Structure) -> tuple[dict[int, str], int]:
     return {state.value: state.name for state in bat.BlockState}, structure.geometry.chunk_ratio
 
 
-def _bat(host: HostFile) -> Iterator[dict[str, Any]]:
-    structure = read_structure(host)
+def _bat(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
+    structure = read_structure(host, view)
     names, ratio = _entry_names(structure)
     total = structure.geometry.entries
     for first in range(0, total, _ENTRIES_AT_ONCE):
@@ -143,16 +153,16 @@ def _bat(host: HostFile) -> Iterator[dict[str, Any]]:
             }
 
 
-def _log(host: HostFile) -> Iterator[dict[str, Any]]:
+def _log(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
     copies = [
         headers.parse_header(_piece(host, offset, headers.HEADER_SIZE), slot)
         for slot, offset in enumerate(headers.HEADER_OFFSETS)
     ]
-    header = headers.choose_header(copies[0], copies[1])
+    header = view.choose_header(copies)
     data = _piece(host, header.log_offset, header.log_length)
     active: set[int] = set()
     if header.log_guid != headers.NIL:
-        sequence = log.find_active_sequence(data, header.log_guid, header.log_offset)
+        sequence = view.choose_sequence(data, header)
         if sequence is not None:
             active = {entry.offset for entry in sequence.entries}
     for at in range(0, len(data) - log.SECTOR + 1, log.SECTOR):

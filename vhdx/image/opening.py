@@ -13,6 +13,7 @@ from vhdx.image.host import HostFile, open_host
 from vhdx.image.raw import RawImage
 from vhdx.image.vhd_image import find_footer, open_vhd
 from vhdx.image.vhdx_image import is_vhdx, open_vhdx
+from vhdx.image.view import AS_SPECIFIED, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ def open_disk(
     parent_search: Sequence[str | os.PathLike[str]] = (),
     sparse: bool = True,
     force: bool = False,
+    view: View | None = None,
 ) -> Disk:
     """Opens a disk image.
 
@@ -50,6 +52,8 @@ def open_disk(
         parent_search: further directories to look for parents in.
         sparse: give the space of trimmed and zeroed blocks back to the host.
         force: change an image although a child beside it is based on it; that child is lost.
+        view: for forensics, with "r" only: which header, region table and log sequence of a VHDX
+            are believed.
 
     Raises:
         NotFoundError, HostIOError, ReadOnlyError: the file cannot be opened.
@@ -64,6 +68,8 @@ def open_disk(
             f"the format {format!r} is unknown", hint=f"use one of {', '.join(FORMATS)}"
         )
     write = _MODES[mode]
+    if view is not None and write:
+        raise InvalidArgumentError("through a view it is only read", path=path, hint='use "r"')
     host = open_host(path, write=write, sparse=sparse)
     raw = format == "raw" or (format is None and host.path.lower().endswith(RAW_SUFFIXES))
     pool = plane.default_pool()
@@ -72,7 +78,15 @@ def open_disk(
     search = [os.fspath(each) for each in parent_search]
     if format == "vhdx" or (format is None and _looks(is_vhdx, host)):
         return Disk(
-            open_vhdx(host, write=write, chain=chain, parent_search=search, force=force, pool=pool)
+            open_vhdx(
+                host,
+                write=write,
+                chain=chain,
+                parent_search=search,
+                force=force,
+                pool=pool,
+                view=AS_SPECIFIED if view is None else view,
+            )
         )
     footer = _looks(find_footer, host)
     if footer is not None:

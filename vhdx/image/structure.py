@@ -11,6 +11,7 @@ from vhdx.format import header as headers
 from vhdx.format import locator, log, metadata, region
 from vhdx.format.bat import Geometry
 from vhdx.image.overlay import Overlay
+from vhdx.image.view import AS_SPECIFIED, View
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -54,22 +55,26 @@ class Structure:
     sequence: log.Sequence | None
 
 
-def read_structure(host: HostFile) -> Structure:
+def read_structure(host: HostFile, view: View = AS_SPECIFIED) -> Structure:
     """Reads the structure without changing the file; the log is replayed in memory.
+
+    Args:
+        host: the file.
+        view: what is looked at where there are copies.
 
     Raises:
         UnsupportedError: it is no VHDX file.
         DamagedError: the specification says that it must be refused.
     """
     try:
-        return _read(host)
+        return _read(host, view)
     except VhdxError as error:
         if error.path is None:
             error.path = host.path
         raise
 
 
-def _read(host: HostFile) -> Structure:
+def _read(host: HostFile, view: View) -> Structure:
     leaf = host.leaf
     if leaf.size < 8 or leaf.read(8, 0) != headers.SIGNATURE:
         raise UnsupportedError("it is not a VHDX file", reason=Reason.UNKNOWN_FORMAT)
@@ -86,13 +91,13 @@ def _read(host: HostFile) -> Structure:
         headers.parse_header(leaf.read(headers.HEADER_SIZE, offset), slot)
         for slot, offset in enumerate(headers.HEADER_OFFSETS)
     ]
-    header = headers.choose_header(copies[0], copies[1])
-    sequence = active_sequence(host, header)
+    header = view.choose_header(copies)
+    sequence = active_sequence(host, header, view)
     if sequence is None:
         overlay = Overlay(leaf, [], leaf.size)
     else:
         overlay = Overlay(leaf, log.patches_of(sequence), sequence.head.last_file_offset)
-    table_at, regions, damaged = _regions(overlay)
+    table_at, regions, damaged = _regions(overlay, view)
     bat, where = region.check_regions(regions, table_at, header.log_offset, header.log_length)
     for each in (bat, where):
         if each.end > overlay.size:
@@ -139,21 +144,21 @@ def _read(host: HostFile) -> Structure:
     )
 
 
-def active_sequence(host: HostFile, header: headers.Header) -> log.Sequence | None:
+def active_sequence(
+    host: HostFile, header: headers.Header, view: View = AS_SPECIFIED
+) -> log.Sequence | None:
     """What the log holds to replay; None where its GUID says that it holds nothing.
 
     Raises:
         DamagedError: it must hold something and does not, or what it says cannot be.
     """
-    if header.log_guid == headers.NIL:
+    if header.log_guid == headers.NIL or view.log == 0:
         return None
     if header.log_offset + header.log_length > host.leaf.size:
         raise DamagedError(
             "the log lies outside the file", reason=Reason.TRUNCATED, offset=header.log_offset
         )
-    sequence = log.find_active_sequence(
-        host.leaf.read(header.log_length, header.log_offset), header.log_guid, header.log_offset
-    )
+    sequence = view.choose_sequence(host.leaf.read(header.log_length, header.log_offset), header)
     if sequence is None:
         raise DamagedError(
             "the log must be replayed and holds no valid sequence",
@@ -180,13 +185,14 @@ def active_sequence(host: HostFile, header: headers.Header) -> log.Sequence | No
     return sequence
 
 
-def _regions(overlay: Overlay) -> tuple[int, list[region.Region], bool]:
-    for offset in region.TABLE_OFFSETS:
+def _regions(overlay: Overlay, view: View) -> tuple[int, list[region.Region], bool]:
+    chosen = view.region_table
+    for offset in region.TABLE_OFFSETS if chosen is None else [region.TABLE_OFFSETS[chosen - 1]]:
         found = region.parse_table(overlay.read(offset, region.TABLE_SIZE))
         if found is not None:
             return offset, found, offset != region.TABLE_OFFSETS[0]
     raise DamagedError(
-        "neither region table is valid",
+        "neither region table is valid" if chosen is None else f"region table {chosen} is not valid",
         reason=Reason.REGION_TABLE,
         offset=region.TABLE_OFFSETS[0],
     )

@@ -31,6 +31,7 @@ from vhdx.image.parents import Missing, candidates, existing, mismatch
 from vhdx.image.parents import parent_info as describe_parent
 from vhdx.image.partitions import read_partitions
 from vhdx.image.structure import Structure, read_structure
+from vhdx.image.view import AS_SPECIFIED, View
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -247,6 +248,7 @@ def open_vhdx(
     parent_search: Sequence[str],
     pool: plane.Pool,
     force: bool = False,
+    view: View = AS_SPECIFIED,
 ) -> VhdxImage:
     """Opens the VHDX in ``host``, which belongs to the image from here on, also on failure.
 
@@ -257,8 +259,10 @@ def open_vhdx(
         parent_search: directories in which parents are looked for, too.
         pool: for background work.
         force: change it although a child beside it is based on it.
+        view: what is looked at where there are copies, in this layer.
     """
-    return _open(host, write, chain, tuple(parent_search), pool, {host.key}, force=force)
+    search = tuple(parent_search)
+    return _open(host, write, chain, search, pool, {host.key}, force=force, view=view)
 
 
 def _open(
@@ -271,10 +275,11 @@ def _open(
     *,
     force: bool = False,
     data_write_guid: UUID | None = None,
+    view: View = AS_SPECIFIED,
 ) -> VhdxImage:
     parent: VhdxImage | None = None
     try:
-        structure = read_structure(host)
+        structure = read_structure(host, view)
         if write and not force:
             guard_parent(host.path, structure)
         info: dict[str, Any] | None = None
@@ -289,7 +294,7 @@ def _open(
                     Missing(host.path, why), structure.geometry.virtual_size, read_only=True
                 )
                 info = describe_parent(structure, None)
-        dirty = structure.sequence is not None
+        dirty = structure.header.log_guid != headers.NIL
         if write:
             structure = prepare_for_writing(host, structure)
         engine = Engine(
