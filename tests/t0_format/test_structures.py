@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhdx.errors import DamagedError, InvalidArgumentError, Reason
-from vhdx.format import bat, header, locator, log, metadata, region
+from vhdx.format import bat, header, locator, log, metadata, region, vhd
 from vhdx.format.checksum import crc32c, seal
 from vhdx.units import GIB, MIB, TIB, format_size, parse_size
 
 GUID = UUID("00112233-4455-6677-8899-aabbccddeeff")
 HEADER = header.Header(0, 7, GUID, GUID, header.NIL, 0, 1, 1 * MIB, 1 * MIB)
+FOOTER = vhd.new_footer(10 * MIB, vhd.DiskType.DYNAMIC, GUID)
 PARAMETERS = metadata.DiskParameters(10 * GIB, 32 * MIB, 512, 4096, GUID, False, False)
 
 
@@ -51,6 +52,8 @@ def test_packed_structures_never_change():
         "metadata": digest(metadata.pack_metadata(PARAMETERS)),
         "locator": digest(locator.pack_locator(locator.ParentLocator({"parent_linkage": "{x}"}))),
         "log entry": digest(entry),
+        "vhd footer": digest(replace(FOOTER, timestamp=1).pack()),
+        "vhd header": digest(vhd.DynamicHeader(1536, 5, 2 * MIB).pack()),
     }
     assert found == GOLDEN
 
@@ -62,6 +65,8 @@ GOLDEN = {
     "metadata": "0e3040c541fc03dc",
     "locator": "fc58920ce1ba4680",
     "log entry": "341ded4e4b3973e1",
+    "vhd footer": "2c97b75e114a18ab",
+    "vhd header": "26684ab478cea7d1",
 }
 
 
