@@ -137,8 +137,8 @@ def _never_used(kept: Path, now: UUID) -> bool:
             head = file.read(_HEADER.size)
     except OSError:
         return False
-    if len(head) < _HEADER.size:
-        return True
+    if len(head) < _HEADER.size or not any(head):
+        return True  # it was never durable, so nothing was changed
     fields = _HEADER.unpack(head)
     return bool(fields[0] == _SIGNATURE and fields[4] == now.bytes_le)
 
