@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import api, chain, nbd, stall
+from bench import api, chain, convert, nbd, stall
 from bench.conditions import machine
 
 HERE = Path(__file__).parent
@@ -34,13 +34,15 @@ def markdown(name: str, report: dict[str, Any], about: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=["nbd", "api", "stall", "chain"])
+    parser.add_argument("what", choices=["nbd", "api", "stall", "chain", "convert"])
     parser.add_argument("--quick", action="store_true", help="a short form, for a look")
     parser.add_argument("--fast", type=Path, default=Path("/dev/shm"), help="directory on tmpfs")
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="directory on a disk")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
-    module = {"nbd": nbd, "api": api, "stall": stall, "chain": chain}[arguments.what]
+    module = {"nbd": nbd, "api": api, "stall": stall, "chain": chain, "convert": convert}[
+        arguments.what
+    ]
     run: Callable[..., dict[str, Any]] = module.run
     report = run(quick=arguments.quick, fast=arguments.fast, disk=arguments.disk)
     about = machine() | {"quick": arguments.quick}

@@ -20,7 +20,7 @@ import vhdx
 from tests.recording import Handle, History, Recorder, crash_states, digest
 from vhdx import plane
 from vhdx.format import vhd
-from vhdx.image import vhd_image
+from vhdx.image import vhd_image, vhd_opening
 from vhdx.image.disk import Disk
 from vhdx.image.host import HostFile
 from vhdx.units import KIB, MIB
@@ -309,11 +309,11 @@ def open_recorded(recorder, *, write=True):
     leaf = plane.Callback(handle, len(recorder.data), read_only=not write)
     host = HostFile("recorded.vhd", leaf, read_only=not write, sparse=True, key=(0, 0), keep=True)
     host.allocated = lambda: len(recorder.data)
-    footer = vhd_image.find_footer(leaf)
+    footer = vhd_opening.find_footer(leaf)
     assert footer is not None
     pool = plane.default_pool()
     return Disk(
-        vhd_image.open_vhd(host, footer, write=write, chain=True, parent_search=(), pool=pool)
+        vhd_opening.open_vhd(host, footer, write=write, chain=True, parent_search=(), pool=pool)
     )
 
 
@@ -466,3 +466,122 @@ def test_geometry_of_the_specification():
     assert vhd.geometry_of(2**30) == (2080, 16, 63)
     assert vhd.geometry_of(127 * 2**30) == (65278, 16, 255)
     assert np.prod(vhd.geometry_of(2**40)) == 65535 * 16 * 255
+
+
+# ---- found by fresh eyes ----
+
+
+class Failing:
+    """A recorder whose batch of writes to the table fails once, in the middle."""
+
+    def __init__(self, recorder, at):
+        self._recorder, self.at = recorder, at
+
+    def __getattr__(self, name):
+        return getattr(self._recorder, name)
+
+    def pwrite(self, data, offset):
+        if offset == self.at:
+            self.at = None
+            raise vhdx.NoSpaceError("full", path="recorded.vhd")
+        self._recorder.pwrite(data, offset)
+
+
+def test_a_commit_that_failed_in_the_middle_leaves_nothing_behind(tmp_path):
+    """The sectors of the table that it wrote are written again, whatever became of their blocks."""
+    path = tmp_path / "disk.vhd"
+    size = 400 * BLOCK
+    vhdx.create(path, size, block_size=BLOCK)
+    recorder = Recorder(path.read_bytes(), recording=False)
+    table = 1536
+    backend = Failing(recorder, table + 3 * 512)
+    disk = open_recorded(backend)
+    disk.pwrite(b"0" * 512, 0)
+    disk.pwrite(b"3" * 512, 3 * 128 * BLOCK)
+    with pytest.raises(vhdx.NoSpaceError):
+        disk.flush()
+    disk.trim(0, BLOCK)
+    disk.flush()
+    for block in range(10, 90):
+        disk.pwrite(bytes([block]) * 512, block * BLOCK)
+    disk.close()
+    with open_recorded(Recorder(bytes(recorder.data), recording=False)) as again:
+        assert again.pread(512, 0) == bytes(512)
+        assert again.pread(512, 3 * 128 * BLOCK) == b"3" * 512
+        for block in range(10, 90):
+            assert again.pread(512, block * BLOCK) == bytes([block]) * 512
+
+
+def test_misplaced_metadata_are_not_written_over(tmp_path):
+    path = tmp_path / "disk.vhd"
+    vhdx.create(path, SIZE, block_size=BLOCK)
+    data = path.read_bytes()
+    footer = vhd.parse_footer(data[:512])
+    for header_at, table_at in ((0, 1536), (512, 1000), (512, 1792), (512, 0)):
+        image = bytearray(data)
+        packed = replace(footer, data_offset=header_at, original=b"").pack()
+        header = vhd.DynamicHeader(table_at, -(-SIZE // BLOCK), BLOCK).pack()
+        image[header_at : header_at + 1024] = header
+        image[-512:] = packed
+        path.write_bytes(image)
+        with pytest.raises(vhdx.DamagedError):
+            vhdx.open(path, "r+")
+        assert path.read_bytes() == image
+
+
+def test_a_parent_is_guarded(tmp_path):
+    parent, child, expected = make_chain(tmp_path, 8)
+    with pytest.raises(vhdx.InUseError, match=r"child\.vhd is based on it"):
+        vhdx.open(parent, "r+")
+    vhdx.open(parent, "r+", force=True).close()
+    with vhdx.open(child) as disk:
+        assert disk.pread(disk.size, 0) == expected
+
+
+def test_gaps_are_used_again(tmp_path):
+    path = tmp_path / "disk.vhd"
+    vhdx.create(path, SIZE, block_size=BLOCK)
+    with vhdx.open(path, "r+") as disk:
+        disk.pwrite(b"a" * BLOCK, 0)
+        disk.pwrite(b"b" * BLOCK, BLOCK)
+    most = path.stat().st_size
+    for turn in range(6):
+        with vhdx.open(path, "r+") as disk:
+            disk.trim((turn % 2) * BLOCK, BLOCK)
+        with vhdx.open(path, "r+") as disk:
+            disk.pwrite(b"c" * 512, (turn % 2) * BLOCK)
+            assert disk.pread(BLOCK - 512, (turn % 2) * BLOCK + 512) == bytes(BLOCK - 512)
+    assert path.stat().st_size == most
+    raw = tmp_path / "raw"
+    with vhdx.open(path) as disk:
+        raw.write_bytes(disk.pread(disk.size, 0))
+    qemu("compare", "-f", "vpc", "-F", "raw", path, raw)
+
+
+def test_a_guest_cannot_change_the_format(tmp_path):
+    """A fixed VHD begins with what the guest writes, a VHDX may end with it."""
+    fixed, other, evil = (tmp_path / n for n in ("fixed.vhd", "fixed.image", "evil.vhdx"))
+    vhdx.create(evil, 8 * MIB)
+    vhdx.create(fixed, 16 * MIB, type="fixed")
+    with vhdx.open(fixed, "r+") as disk:
+        disk.pwrite(evil.read_bytes(), 0)
+    with vhdx.open(fixed) as disk:
+        assert (disk.format, disk.size) == ("vhd", 16 * MIB)
+    other.write_bytes(fixed.read_bytes())
+    with pytest.raises(vhdx.UnsupportedError, match="either"):
+        vhdx.open(other)
+    with vhdx.open(other, format="vhd") as disk:
+        assert disk.size == 16 * MIB
+    with vhdx.open(other, format="vhdx") as disk:
+        assert disk.size == 8 * MIB
+
+
+def test_azure_images_are_named_for_what_they_are(tmp_path):
+    source = tmp_path / "a.raw"
+    source.write_bytes(bytes(MIB))
+    with pytest.raises(vhdx.InvalidArgumentError, match="VHD only"):
+        vhdx.convert(source, tmp_path / "a.vhdx", azure=True)
+    vhdx.create(tmp_path / "4k.vhdx", MIB, logical_sector_size=4096)
+    with pytest.raises(vhdx.InvalidArgumentError, match="512 bytes"):
+        vhdx.convert(tmp_path / "4k.vhdx", tmp_path / "4k.vhd")
+    vhdx.convert(tmp_path / "4k.vhdx", tmp_path / "4k.vhd", logical_sector_size=512)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -204,7 +205,21 @@ def test_a_client_that_leaves_cancels_its_compaction(image):
 
 
 @pytest.mark.parametrize(
-    "body", ["[1]", "{", '{"size": "big"}', '{"size": true}', "{}", '{"size": -5}', '{"size": 1e400}']
+    "body",
+    [
+        "[1]",
+        "{",
+        "[" * 60000,
+        '"' + "x" * 70000 + '"',
+        *(
+            '{"export": "disk", "arguments": ' + each + "}"
+            for each in (
+                *("[]", '{"size": "big"}', '{"size": true}', "{}", '{"size": null}'),
+                *('{"size": -5}', '{"size": 1e400}', '{"size": 1%s}' % ("0" * 5000)),
+            )
+        ),
+        '{"export": "other", "arguments": {"size": 104857600}}',
+    ],
 )
 def test_garbage_is_refused_and_changes_nothing(image, body):
     with vhdx.serve({"disk": image}) as server:
@@ -213,10 +228,110 @@ def test_garbage_is_refused_and_changes_nothing(image, body):
             client.connect(str(found.socket))
             client.settimeout(30)
             client.sendall(
-                b"POST /v1/exports/disk/resize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"POST /v1/operations/resize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
                 b"Content-Type: application/json\r\n"
                 + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
             )
             answer = b"".join(iter(lambda: client.recv(4096), b""))
         assert b'{"error": ' in answer
         assert server.exports()["disk"].size == 64 * MIB
+
+
+def post(found, operation, body):
+    """A client that has asked, and reads nothing."""
+    client = socket.socket(socket.AF_UNIX)
+    client.connect(str(found.socket))
+    data = json.dumps(body).encode()
+    client.sendall(
+        f"POST /v1/operations/{operation} HTTP/1.1\r\nHost: x\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
+        + data
+    )
+    return client
+
+
+@pytest.mark.parametrize("operation", ["map", "compact"])
+def test_clients_that_do_not_listen_do_not_hold_a_server(tmp_path, operation, monkeypatch):
+    monkeypatch.setattr(control.service, "_PROGRESS_SECONDS", 0)
+    path = tmp_path / "many.vhdx"
+    vhdx.create(path, 64 * GIB, block_size=MIB)
+    with vhdx.open(path, "r+") as disk:
+        for block in range(0, 40000, 2):
+            disk.zero(block * MIB, MIB)
+    server = vhdx.serve({"disk": path})
+    [found] = control.servers()
+    clients = [post(found, operation, {"export": "disk"}) for _ in range(10)]
+    time.sleep(0.5)
+    closer = threading.Thread(target=server.close, daemon=True)
+    closer.start()
+    closer.join(20)
+    assert not closer.is_alive()
+    for client in clients:
+        client.close()
+    with vhdx.open(path, "r+"):
+        pass
+
+
+def test_a_second_close_waits_for_the_first(image):
+    order = []
+    server = vhdx.serve({"disk": image})
+    server.at_end(before=lambda: time.sleep(0.5), after=lambda: order.append("closed"))
+    first = threading.Thread(target=server.close)
+    first.start()
+    time.sleep(0.1)
+    server.close()
+    order.append("second")
+    first.join()
+    assert order == ["closed", "second"]
+
+
+def test_it_works_in_a_running_event_loop(image):
+    async def ask():
+        return vhdx.info(image)["virtual_size"]
+
+    with subprocess.Popen([*VHDX, "serve", image], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert asyncio.run(ask()) == 64 * MIB
+        process.kill()
+
+
+def test_what_has_no_runtime_directory_is_refused_with_its_holder(image, monkeypatch):
+    with vhdx.open(image, "r+"):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/nowhere")
+        with pytest.raises(vhdx.InUseError, match="this process"):
+            vhdx.resize(image, 80 * MIB)
+
+
+@pytest.mark.parametrize("name", [".", "..", "{x}", "a b", "\u00fc/#?%2F"])
+def test_exports_of_any_name_are_reached(image, name):
+    with vhdx.serve({name: image}):
+        assert vhdx.info(image)["virtual_size"] == 64 * MIB
+
+
+def test_stop_reaches_every_server_of_an_image_and_its_command(image):
+    command = [*VHDX, "serve", "--read-only", image]
+    servers = [subprocess.Popen(command, stdout=subprocess.PIPE) for _ in range(2)]
+    for each in servers:
+        each.stdout.readline()
+    run("stop", image)
+    assert [each.wait(20) for each in servers] == [0, 0]
+    for each in servers:
+        each.stdout.close()
+    waiting = subprocess.Popen(
+        [*VHDX, "serve", image, "--run", "echo on; exec sleep 600"], stdout=subprocess.PIPE
+    )
+    waiting.stdout.readline()
+    run("stop", image)
+    assert waiting.wait(20) == 128 + signal.SIGTERM
+    waiting.stdout.close()
+
+
+def test_a_server_that_is_stuck_is_named(image, monkeypatch):
+    monkeypatch.setattr(control.client, "_ANSWER_SECONDS", 0.5)
+    with subprocess.Popen([*VHDX, "serve", image], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        [found] = control.servers()
+        assert (found.pid, found.answers) == (process.pid, False)
+        process.send_signal(signal.SIGCONT)
+        process.kill()

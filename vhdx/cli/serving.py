@@ -82,7 +82,7 @@ def serve(
         read_only=read_only,
         limits=limits,
         format=format_,
-        on_stop=events.note,
+        on_stop=lambda: os.kill(os.getpid(), signal.SIGTERM),  # as if somebody had
     )
     code = DONE
     try:
@@ -114,6 +114,7 @@ def ps(as_json: bool) -> None:
                     "started": server.started,
                     "exports": server.exports,
                     "connections": server.connections,
+                    "answers": server.answers,
                 }
                 for server in found
             ]
@@ -138,6 +139,9 @@ def ps(as_json: bool) -> None:
             for export in server.exports
         ],
     )
+    for server in found:
+        if not server.answers:
+            click.echo(f"{server.pid} does not answer: it is stopped, or stuck")
 
 
 @click.command()
@@ -156,10 +160,10 @@ def stop(paths: tuple[str, ...], pids: tuple[int, ...], everything: bool) -> Non
     for pid in set(pids) - {server.pid for server in found}:
         raise NotFoundError(f"process {pid} is no server of yours")
     for path in paths:
-        owner = control.find_owner(path)
-        if owner is None:
+        holders = control.owners(path, by_name=True)
+        if not holders:
             raise NotFoundError("no server of yours serves it", path=path, hint="see vhdx ps")
-        chosen.append(owner.server)
+        chosen += [owner.server for owner in holders]
     for server in {server.socket: server for server in chosen}.values():
         server.stop()
 

@@ -6,7 +6,7 @@ operations that work the same whether an image is idle or served; :mod:`vhdx.con
 server's side, :mod:`vhdx.control.client` finds a server and asks it.
 """
 
-from vhdx.control.client import Owner, find_owner, servers
+from vhdx.control.client import Owner, find_owner, owners, servers
 from vhdx.control.disks import compact, extents, info, resize, snapshot
 from vhdx.control.service import Control, serve
 
@@ -17,6 +17,7 @@ __all__ = [
     "extents",
     "find_owner",
     "info",
+    "owners",
     "resize",
     "serve",
     "servers",

@@ -3,27 +3,27 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import http.client
 import json
 import os
+import socket
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 from vhdx.control import wire
 from vhdx.errors import InUseError, ProtocolError, Reason, VhdxError
 from vhdx.nbd.address import is_alive, runtime_directory
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine
-    from pathlib import Path
+    from collections.abc import Callable
 
-    import aiohttp
+__all__ = ["Owner", "ServerInfo", "find_owner", "owners", "servers"]
 
-__all__ = ["Owner", "ServerInfo", "find_owner", "servers"]
-
-_ANSWER_SECONDS = 10.0
+_ANSWER_SECONDS = 5.0
 _LONGEST_LINE = 16 << 20
 
 
@@ -37,13 +37,15 @@ class ServerInfo:
         started: seconds since 1970.
         exports: name, uri, path, key, format, virtual_size (bytes), read_only, connections.
         connections: export and counters.
+        answers: False where its process is stopped or stuck, so that nothing else is known.
     """
 
     socket: Path
     pid: int
-    started: float
-    exports: list[dict[str, Any]]
-    connections: list[dict[str, Any]]
+    started: float = 0.0
+    exports: list[dict[str, Any]] = field(default_factory=list)
+    connections: list[dict[str, Any]] = field(default_factory=list)
+    answers: bool = True
 
     def stop(self, seconds: float = 60.0) -> None:
         """Asks it to end, and waits until it has closed its images.
@@ -51,7 +53,8 @@ class ServerInfo:
         Raises:
             InUseError: it has not ended after ``seconds``.
         """
-        _run(_json(self.socket, "POST", "/v1/stop"))
+        with _answer(self.socket, "POST", "/v1/stop", {}, _ANSWER_SECONDS):
+            pass
         deadline = time.monotonic() + seconds
         while self.socket.exists() and is_alive(self.socket):
             if time.monotonic() > deadline:
@@ -63,7 +66,7 @@ class ServerInfo:
 
 @dataclass(frozen=True)
 class Owner:
-    """The server that holds an image, and the export that it is."""
+    """A server that holds an image, and the export that it is."""
 
     server: ServerInfo
     export: str
@@ -82,14 +85,13 @@ class Owner:
         Args:
             operation: info, map, resize, compact or snapshot.
             progress: called with what is done and what is to do.
-            cancel: asked now and then; when it answers True, the owner stops.
+            cancel: asked whenever there is progress; when it answers True, the owner stops.
             item: called with parts of a long result.
             arguments: of the operation.
         """
-        path = f"/v1/exports/{quote(self.export, safe='')}/{operation}"
-
-        async def talk() -> Any:
-            async for line in _lines(self.server.socket, path, arguments, cancel):
+        body = {"export": self.export, "arguments": arguments}
+        with _answer(self.server.socket, "POST", f"/v1/operations/{operation}", body, None) as lines:
+            for line in lines:
                 if "error" in line:
                     raise wire.error_of(line["error"])
                 if "result" in line:
@@ -98,84 +100,93 @@ class Owner:
                     progress(*line["progress"])
                 elif "item" in line and item is not None:
                     item(line["item"])
-            raise ProtocolError("the server ended before its answer", path=self.server.socket)
-
-        return _run(talk())
+                if cancel is not None and cancel():
+                    raise VhdxError("it was cancelled", reason=Reason.CANCELLED)
+        raise ProtocolError("the server ended before its answer", path=self.server.socket)
 
 
 def servers() -> list[ServerInfo]:
-    """The servers of this user that answer, oldest first; sockets of dead ones are removed."""
+    """The servers of this user, oldest first; sockets of dead ones are removed."""
     found = []
     for path in sorted(runtime_directory().glob(f"*{wire.SUFFIX}")):
         if not is_alive(path):
             continue
+        pid = int(path.name.partition("-")[0])
         try:
-            facts = _run(_json(path, "GET", "/v1/server"))
-            found.append(ServerInfo(path, **facts))
-        except (VhdxError, TypeError):
-            continue  # it ends just now, or is of another kind
+            with _answer(path, "GET", "/v1/server", None, _ANSWER_SECONDS) as lines:
+                facts = next(lines)
+            wanted = {"pid", "started", "exports", "connections"}
+            found.append(ServerInfo(path, **{k: v for k, v in facts.items() if k in wanted}))
+        except (VhdxError, StopIteration):
+            if is_alive(path):  # else it ended just now
+                found.append(ServerInfo(path, pid, answers=False))
     return sorted(found, key=lambda server: (server.started, server.pid))
+
+
+def owners(path: str | os.PathLike[str], *, by_name: bool = False) -> list[Owner]:
+    """The servers of this user that serve the image at ``path``.
+
+    Args:
+        path: of the image.
+        by_name: also those that serve what had this name when they opened it.
+    """
+    key: list[int] | None = None
+    with contextlib.suppress(OSError, ValueError):
+        status = os.stat(path)
+        key = [status.st_dev, status.st_ino]
+    name = os.path.abspath(os.fsdecode(path))
+    return [
+        Owner(server, export["name"])
+        for server in servers()
+        for export in server.exports
+        if export["key"] == key or (by_name and export["path"] == name)
+    ]
 
 
 def find_owner(path: str | os.PathLike[str]) -> Owner | None:
     """The server of this user that serves the image at ``path``, or None."""
     try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    key = [status.st_dev, status.st_ino]
-    for server in servers():
-        for export in server.exports:
-            if export["key"] == key:
-                return Owner(server, export["name"])
-    return None
+        found = owners(path)
+    except VhdxError:
+        return None  # no place where servers could be found
+    return found[0] if found else None
 
 
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    import aiohttp
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
 
+    def __init__(self, path: Path, seconds: float | None) -> None:
+        super().__init__("vhdx", timeout=seconds)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(os.fspath(self._path))
+
+
+@contextlib.contextmanager
+def _answer(
+    path: Path, method: str, target: str, body: dict[str, Any] | None, seconds: float | None
+) -> Iterator[Iterator[dict[str, Any]]]:
+    """The lines of the answer to one request."""
+    connection = _Connection(path, seconds)
     try:
-        return asyncio.run(work)
-    except (aiohttp.ClientError, OSError, ValueError, TimeoutError) as error:
+        data = None if body is None else json.dumps(body)
+        connection.request(method, target, data, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        if answer.status != 200:
+            text = answer.read(200).decode(errors="replace")
+            raise ProtocolError(f"the server answered {answer.status}: {text}", path=path)
+        yield _lines(answer)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, VhdxError):
             raise
-        raise ProtocolError(f"the server's control socket failed: {error!r}") from error
+        raise ProtocolError(f"the server does not answer: {error!r}", path=path) from error
+    finally:
+        connection.close()
 
 
-def _session(socket: Path, seconds: float | None) -> aiohttp.ClientSession:
-    import aiohttp  # only those who ask a server pay for it
-
-    return aiohttp.ClientSession(
-        connector=aiohttp.UnixConnector(os.fspath(socket)),
-        timeout=aiohttp.ClientTimeout(total=seconds),
-        read_bufsize=_LONGEST_LINE,
-    )
-
-
-async def _json(socket: Path, method: str, path: str) -> Any:
-    async with (
-        _session(socket, _ANSWER_SECONDS) as session,
-        session.request(method, f"http://vhdx{path}") as answer,
-    ):
-        await _check(answer, socket)
-        return await answer.json()
-
-
-async def _check(answer: aiohttp.ClientResponse, socket: Path) -> None:
-    if answer.status != 200:
-        text = (await answer.text())[:200]
-        raise ProtocolError(f"the server answered {answer.status}: {text}", path=socket)
-
-
-async def _lines(
-    socket: Path, path: str, arguments: dict[str, Any], cancel: Callable[[], bool] | None
-) -> AsyncIterator[dict[str, Any]]:
-    async with (
-        _session(socket, None) as session,
-        session.post(f"http://vhdx{path}", json=arguments) as answer,
-    ):
-        await _check(answer, socket)
-        async for line in answer.content:
-            yield json.loads(line)
-            if cancel is not None and cancel():
-                raise VhdxError("it was cancelled", reason=Reason.CANCELLED)
+def _lines(answer: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    while line := answer.readline(_LONGEST_LINE):
+        yield json.loads(line)

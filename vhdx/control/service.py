@@ -17,7 +17,7 @@ import socket
 import struct
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
@@ -25,7 +25,7 @@ from aiohttp import web
 from vhdx import nbd
 from vhdx.control import wire
 from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, Reason, VhdxError
-from vhdx.nbd.address import runtime_directory
+from vhdx.nbd.address import listen_unix, runtime_directory
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -43,6 +43,7 @@ _LARGEST_REQUEST = 64 << 10
 _EXTENTS_AT_ONCE = 1000
 _PROGRESS_SECONDS = 0.1
 _LAST_ANSWER_SECONDS = 2.0
+_PATIENCE_SECONDS, _POLL_SECONDS = 60.0, 0.2
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -99,7 +100,7 @@ class Control:
             [
                 web.get("/v1/server", self._describe),
                 web.post("/v1/stop", self._stop),
-                web.post("/v1/exports/{name}/{operation}", self._operate),
+                web.post("/v1/operations/{operation}", self._operate),
             ]
         )
         runner = web.AppRunner(
@@ -110,16 +111,18 @@ class Control:
             shutdown_timeout=_LAST_ANSWER_SECONDS,
         )
         await runner.setup()
-        await web.UnixSite(runner, os.fspath(self.path)).start()
+        listener = listen_unix(os.fspath(self.path))
         self.path.chmod(0o600)  # the directory let nobody else in before
+        await web.SockSite(runner, listener).start()
         self._runner = runner
 
     def _refuse(self) -> None:
         """The server is about to close: what takes long is cancelled, and nothing begins."""
         with self._lock:
             self._closing = True
-            for stream in self._streams:
-                stream.cancelled.set()
+            streams = list(self._streams)
+        for stream in streams:
+            stream.abort()
 
     def close(self) -> None:
         """Answers nobody any more, and removes the socket; operations under way were finished."""
@@ -162,29 +165,31 @@ class Control:
 
     async def _stop(self, request: web.Request) -> web.Response:
         del request
-        threading.Thread(target=self._on_stop, name="vhdx-stop", daemon=True).start()
+        threading.Thread(target=self._end, name="vhdx-stop", daemon=True).start()
         return web.json_response({"result": None})
 
+    def _end(self) -> None:
+        try:
+            self._on_stop()
+        except VhdxError as error:
+            _log.error("the server did not end well: %s", error)  # its own close() raises it, too
+
     async def _operate(self, request: web.Request) -> web.StreamResponse:
-        name, operation = request.match_info["name"], request.match_info["operation"]
+        try:
+            work, disk, arguments = self._asked(request, await _body(request))
+        except VhdxError as error:
+            return web.json_response({"error": wire.object_of(error)})
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
-        stream = _Stream(response, self._loop)
-        try:
-            with self._lock:
-                if self._closing:
-                    raise ClosedError("the server is closing")
+        stream = _Stream(request, response, self._loop)
+        with self._lock:
+            refused = self._closing
+            if not refused:
                 self._streams.add(stream)
-            body = await request.json() if request.can_read_body else {}
-            if not isinstance(body, dict):
-                raise InvalidArgumentError("a request is a JSON object")
-            disk = self._server.exports().get(name)
-            if disk is None:
-                raise NotFoundError(f"there is no export {name!r}")
-            if operation not in _OPERATIONS:
-                raise InvalidArgumentError(f"there is no operation {operation!r}")
-            work = _OPERATIONS[operation]
-            done = self._loop.run_in_executor(self._executor, work, stream, disk, body)
+        try:
+            if refused:
+                raise ClosedError("the server is closing")
+            done = self._loop.run_in_executor(self._executor, work, stream, disk, arguments)
             try:
                 result = await asyncio.shield(done)
             except asyncio.CancelledError:
@@ -197,8 +202,8 @@ class Control:
         except ConnectionError:
             stream.cancelled.set()
         except Exception as error:
-            if not isinstance(error, (VhdxError, ValueError)):
-                _log.exception("the operation %s failed", operation)
+            if not isinstance(error, VhdxError):
+                _log.exception("an operation on %s failed", disk.path)
             with contextlib.suppress(ConnectionError):
                 await stream.send({"error": wire.object_of(error)})
         finally:
@@ -208,31 +213,73 @@ class Control:
             await response.write_eof()
         return response
 
+    def _asked(self, request: web.Request, body: Any) -> tuple[Operation, Disk, dict[str, Any]]:
+        """What is to be done, on which disk, and how."""
+        operation = request.match_info["operation"]
+        if not isinstance(body, dict) or not isinstance(body.get("arguments", {}), dict):
+            raise InvalidArgumentError("a request is a JSON object")
+        if operation not in _OPERATIONS:
+            raise InvalidArgumentError(f"there is no operation {operation!r}")
+        disk = self._server.exports().get(str(body.get("export")))
+        if disk is None:
+            raise NotFoundError(f"there is no export {body.get('export')!r}")
+        return _OPERATIONS[operation], disk, body.get("arguments", {})
+
+
+async def _body(request: web.Request) -> Any:
+    try:
+        return await request.json()
+    except (ValueError, RecursionError, web.HTTPRequestEntityTooLarge) as error:
+        raise InvalidArgumentError(f"the request is no JSON that can be read: {error!r}") from error
+
 
 class _Stream:
     """The answer to one operation; its thread sends lines through the event loop."""
 
-    def __init__(self, response: web.StreamResponse, loop: asyncio.AbstractEventLoop) -> None:
-        self._response, self._loop = response, loop
+    def __init__(
+        self, request: web.Request, response: web.StreamResponse, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._request, self._response, self._loop = request, response, loop
         self._next_progress = 0.0
+        self._underway: Future[None] | None = None
         self.cancelled = threading.Event()
+
+    def abort(self) -> None:
+        """Ends the operation, and cuts its client off."""
+        self.cancelled.set()
+        transport = self._request.transport
+        if transport is not None:
+            self._loop.call_soon_threadsafe(transport.abort)
 
     async def send(self, line: dict[str, Any]) -> None:
         await self._response.write(json.dumps(line, default=str).encode() + b"\n")
 
     def emit(self, line: dict[str, Any]) -> None:
-        """From the operation's thread; waits until the client has taken it."""
-        try:
-            asyncio.run_coroutine_threadsafe(self.send(line), self._loop).result()
-        except ConnectionError as error:
-            self.cancelled.set()
-            raise VhdxError("the client has left", reason=Reason.CANCELLED) from error
+        """From the operation's thread; waits until the client takes it, but not for ever."""
+        sent = asyncio.run_coroutine_threadsafe(self.send(line), self._loop)
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                sent.result(_POLL_SECONDS)
+            except TimeoutError:
+                if not self.cancelled.is_set() and time.monotonic() < deadline:
+                    continue
+            except ConnectionError:
+                pass
+            else:
+                return
+            self.abort()
+            raise VhdxError("the client has left, or does not listen", reason=Reason.CANCELLED)
 
     def progress(self, done: int, total: int) -> None:
+        """Sends a line of progress now and then, and none while the last one is on its way."""
         now = time.monotonic()
+        if self._underway is not None and not self._underway.done():
+            return
         if now >= self._next_progress or done == total:
             self._next_progress = now + _PROGRESS_SECONDS
-            self.emit({"progress": [done, total]})
+            line = self.send({"progress": [done, total]})
+            self._underway = asyncio.run_coroutine_threadsafe(line, self._loop)
 
 
 @web.middleware
@@ -253,7 +300,7 @@ async def _only_the_owner(
 
 def _option(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
     value = body.get(name, default)
-    if value is not default and type(value) is not kind:
+    if value != default and type(value) is not kind:
         raise InvalidArgumentError(f"{name} must be of type {kind.__name__}")
     return value
 
@@ -276,7 +323,7 @@ def _map(stream: _Stream, disk: Disk, body: dict[str, Any]) -> None:
 
 def _resize(stream: _Stream, disk: Disk, body: dict[str, Any]) -> None:
     del stream
-    if "size" not in body:
+    if body.get("size") is None:
         raise InvalidArgumentError("size is missing")
     disk.resize(
         _option(body, "size", int, None),
@@ -293,7 +340,13 @@ def _compact(stream: _Stream, disk: Disk, body: dict[str, Any]) -> Any:
 
 def _snapshot(stream: _Stream, disk: Disk, body: dict[str, Any]) -> str:
     del stream
-    return disk.snapshot(_option(body, "checkpoint", str, None))
+    checkpoint = _option(body, "checkpoint", str, None)
+    if checkpoint is not None and not os.path.isabs(checkpoint):
+        raise InvalidArgumentError("the checkpoint's path must be absolute")
+    try:
+        return disk.snapshot(checkpoint)
+    except UnicodeError as error:
+        raise InvalidArgumentError("no file can have this name") from error
 
 
 _OPERATIONS: Mapping[str, Operation] = {

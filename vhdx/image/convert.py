@@ -8,6 +8,8 @@ import queue
 import threading
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from vhdx import plane
 from vhdx.errors import InvalidArgumentError, Reason, VhdxError
 from vhdx.format import vhd
@@ -18,8 +20,8 @@ from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile
 from vhdx.image.opening import FORMATS, open_disk
 from vhdx.image.structure import read_structure
-from vhdx.image.vhd_image import find_footer, open_vhd
 from vhdx.image.vhd_layout import check_vhd, write_vhd
+from vhdx.image.vhd_opening import find_footer, open_vhd
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
@@ -100,7 +102,8 @@ def convert(
     Raises:
         VhdxError: as :func:`vhdx.open` and :func:`vhdx.create`; reason CANCELLED when cancelled.
     """
-    target = "vhd" if azure and to is None else destination_format(destination, to)
+    named = format_of_name(destination)
+    target = "vhd" if azure and to is None and named is None else destination_format(destination, to)
     if azure:
         if target != "vhd":
             raise InvalidArgumentError("Azure takes VHD only", path=destination, hint="name it .vhd")
@@ -118,6 +121,12 @@ def convert(
             _copy(disk, leaf, progress, cancel)
             return 0
         if target == "vhd":
+            if vhd.SECTOR not in {logical_sector_size, disk.logical_sector_size}:
+                raise InvalidArgumentError(
+                    "a VHD has sectors of 512 bytes, the source has 4096",
+                    path=destination,
+                    hint="no guest would find its partitions; --logical-sector 512 does it anyway",
+                )
             size = round_up(disk.size, MIB if azure else vhd.SECTOR)
             block = check_vhd(destination, size, type=type, block_size=block_size)
             write_vhd(leaf, size, type=type, block_size=block, sparse=sparse, allocate=False)
@@ -235,18 +244,24 @@ def _copy(
 
 _CANCELLED = Reason.CANCELLED
 _GRAIN = 64 << 10
-_ZEROS = bytes(_GRAIN)
 
 
 def _write_data(target: plane.Device, data: memoryview, offset: int) -> None:
     """Writes ``data`` but for its grains of 64 KiB that are all zero."""
-    start: int | None = None
-    for at in range(0, len(data), _GRAIN):
-        end = min(at + _GRAIN, len(data))
-        if data[at:end] != _ZEROS[: end - at]:
-            start = at if start is None else start
-        elif start is not None:
-            target.write(data[start:at], offset + start)
-            start = None
-    if start is not None:
-        target.write(data[start:], offset + start)
+    for start, end in _not_zero(data):
+        target.write(data[start:end], offset + start)
+
+
+def _not_zero(data: memoryview) -> Iterator[tuple[int, int]]:
+    """Runs of grains that are not all zero."""
+    grains = -(-len(data) // _GRAIN)
+    wanted = np.ones(grains, np.bool_)
+    whole = len(data) // _GRAIN
+    if whole:
+        words = np.frombuffer(data[: whole * _GRAIN], np.uint64)
+        wanted[:whole] = words.reshape(whole, -1).any(axis=1)
+    if whole < grains:
+        wanted[whole] = np.frombuffer(data[whole * _GRAIN :], np.uint8).any()
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], wanted, [False])).astype(np.int8)))
+    for start, end in edges.reshape(-1, 2).tolist():
+        yield start * _GRAIN, min(end * _GRAIN, len(data))

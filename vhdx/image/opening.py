@@ -11,7 +11,7 @@ from vhdx.errors import InvalidArgumentError, Reason, UnsupportedError, VhdxErro
 from vhdx.image.disk import Disk
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.raw import RawImage
-from vhdx.image.vhd_image import find_footer, open_vhd
+from vhdx.image.vhd_opening import find_footer, has_footer, open_vhd
 from vhdx.image.vhdx_image import is_vhdx, open_vhdx
 from vhdx.image.view import AS_SPECIFIED, View
 
@@ -76,6 +76,18 @@ def open_disk(
     if raw:
         return Disk(RawImage(host, write=write, pool=pool))
     search = [os.fspath(each) for each in parent_search]
+    if format is None and host.path.lower().endswith((".vhd", ".avhd")):
+        format = "vhd" if _looks(find_footer, host) is not None else None
+    elif format is None and _looks(is_vhdx, host) and _looks(has_footer, host):
+        if not host.path.lower().endswith((".vhdx", ".avhdx")):
+            host.close()
+            raise UnsupportedError(
+                "it begins like a VHDX and ends like a VHD; a guest may have written either",
+                reason=Reason.UNKNOWN_FORMAT,
+                path=host.path,
+                hint="say which it is with --format (format=)",
+            )
+        format = "vhdx"
     if format == "vhdx" or (format is None and _looks(is_vhdx, host)):
         return Disk(
             open_vhdx(
@@ -90,7 +102,17 @@ def open_disk(
         )
     footer = _looks(find_footer, host)
     if footer is not None:
-        return Disk(open_vhd(host, footer, write=write, chain=chain, parent_search=search, pool=pool))
+        return Disk(
+            open_vhd(
+                host,
+                footer,
+                write=write,
+                chain=chain,
+                parent_search=search,
+                pool=pool,
+                force=force,
+            )
+        )
     host.close()
     raise UnsupportedError(
         "its format is not known" if format is None else "it is not a VHD file",

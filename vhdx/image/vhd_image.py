@@ -9,9 +9,8 @@ file stays valid all the time.
 
 from __future__ import annotations
 
-import os
+import itertools
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,52 +20,31 @@ from vhdx.errors import (
     DamagedError,
     MissingParentError,
     NoSpaceError,
-    NotFoundError,
     Reason,
     UnsupportedError,
-    VhdxError,
 )
 from vhdx.format import vhd
-from vhdx.image.host import HostFile, open_host
-from vhdx.image.parents import Missing, existing
+from vhdx.image.host import HostFile
+from vhdx.image.parents import Missing
 from vhdx.image.plain import PlainImage
 from vhdx.image.raw import RawImage
 from vhdx.units import GIB, MIB, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
     import numpy.typing as npt
 
-__all__ = ["VhdImage", "find_footer", "open_vhd"]
+__all__ = ["FixedVhd", "VhdImage"]
 
 _OWN, _BELOW = 0, 1
 _MIXED_TAG, _FULL_TAG = 1, 2
-_LONGEST_CHAIN = 256
-_MOST_BLOCKS = 1 << 24
 _GRANT_BYTES = 64 * MIB
 _ALIGNMENT = 4096
+_ENTRIES = vhd.SECTOR // 4  # of the table in a sector
 _REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)), bitorder="little")
 """Bytes with their bits the other way round: a VHD's bitmaps begin at the highest bit."""
 
 
-def find_footer(leaf: plane.Device) -> vhd.Footer | None:
-    """The footer of a VHD image: the one at the end of the file, or its copy at the start.
-
-    Raises:
-        UnsupportedError: it is of a kind that is not known.
-    """
-    size = leaf.size
-    if size < vhd.FOOTER_SIZE:
-        return None
-    last = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, size - vhd.FOOTER_SIZE))
-    if last is not None:
-        return last
-    first = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, 0))
-    return None if first is None or first.disk_type == vhd.DiskType.FIXED else first
-
-
-class _FixedVhd(RawImage):
+class FixedVhd(RawImage):
     """A fixed image: the disk, and a footer behind it."""
 
     name = "vhd"
@@ -159,6 +137,7 @@ class VhdImage(PlainImage):
         self._gate_lock = threading.Lock()
         self._free: list[int] = []
         self._released: list[tuple[int, int]] = []  # generation, offset of the data
+        self._unsure: set[int] = set()  # sectors of the table that a failed commit may have written
         self._changed = False
         self._table = self._read_table()
         self._end = self._leaf.size
@@ -232,16 +211,25 @@ class VhdImage(PlainImage):
         order = np.argsort(starts, kind="stable")
         blocks, starts = blocks[order], starts[order]
         ends = starts + self._bitmap + self.block_size
-        table = self._header.table_offset, self._header.table_offset + 4 * self._header.entries
+        at = self._header.table_offset
+        table = at, at + round_up(4 * self._header.entries, vhd.SECTOR)
         header = self._footer.data_offset, self._footer.data_offset + vhd.HEADER_SIZE
-        for low, high in ((0, vhd.FOOTER_SIZE), header, table):
+        metadata = sorted([(0, vhd.FOOTER_SIZE), header, table])
+        if at % vhd.SECTOR or any(a[1] > b[0] for a, b in itertools.pairwise(metadata)):
+            raise self._damaged("the block table is misplaced", 0, Reason.BAT_OFFSET)
+        for low, high in metadata:
             for block in blocks[(starts < high) & (ends > low)][:1].tolist():
                 raise self._damaged(f"block {block} overlaps metadata", block, Reason.BAT_OVERLAP)
         for which in np.flatnonzero(starts[1:] < ends[:-1])[:1].tolist():
             block = int(blocks[which + 1])
             raise self._damaged(f"block {block} overlaps another", block, Reason.BAT_OVERLAP)
-        metadata = max(vhd.FOOTER_SIZE, header[1], table[1])
-        return max(int(ends[-1]) if len(ends) else 0, round_up(metadata, vhd.SECTOR))
+        taken = sorted([*metadata, *zip(starts.tolist(), ends.tolist(), strict=True)])
+        for (_, low), (high, _) in itertools.pairwise(taken):
+            data = round_up(low + self._bitmap, _ALIGNMENT)
+            while data + self.block_size <= high:
+                self._free.append(data)
+                data = round_up(data + self.block_size + self._bitmap, _ALIGNMENT)
+        return round_up(taken[-1][1], vhd.SECTOR)
 
     # ---- answers to faults ----
 
@@ -295,19 +283,25 @@ class VhdImage(PlainImage):
         """Hands out places that were given back, then fresh ones behind everything."""
         with self._lock:
             count = max(wanted, 1, _GRANT_BYTES // self.block_size)
-            offsets = [self._free.pop() for _ in range(min(count, len(self._free)))]
+            offsets, end = self._free[:count], self._end
             if not offsets:
                 try:
-                    offsets = self._fresh(count)
+                    offsets, end = self._fresh(count)
                 except NoSpaceError:
-                    offsets = self._fresh(max(wanted, 1))
-            ones = b"\xff" * self._bitmap
-            self._leaf.batch(
-                [plane.Step(plane.Operation.WRITE, at - self._bitmap, buffer=ones) for at in offsets]
-            )
+                    offsets, end = self._fresh(max(wanted, 1))
+            ones, steps = b"\xff" * self._bitmap, []
+            for at in offsets:
+                if end == self._end:  # another block was there
+                    steps.append(plane.Step(plane.Operation.ZERO, at, self.block_size))
+                steps.append(_write(at - self._bitmap, ones))
+            self._leaf.batch(steps)
             self.device.grant(_OWN, np.array(offsets, np.uint64), _FULL_TAG)
+            if end == self._end:
+                del self._free[: len(offsets)]
+            self._end = end
 
-    def _fresh(self, count: int) -> list[int]:
+    def _fresh(self, count: int) -> tuple[list[int], int]:
+        """Places behind everything, and where the last of them ends."""
         offsets: list[int] = []
         end = self._end
         for _ in range(count):
@@ -324,8 +318,7 @@ class VhdImage(PlainImage):
         self._write_footer(end)
         footer = self._leaf.size - vhd.FOOTER_SIZE
         self._leaf.zero(start, footer - start, no_hole=not self.host.sparse)
-        self._end = end
-        return offsets
+        return offsets, end
 
     def change_range(self, operation: plane.Operation, first: int, count: int, size: int) -> None:
         """Whole blocks are not stored any more; zeroed and trimmed blocks are the same here."""
@@ -370,28 +363,33 @@ class VhdImage(PlainImage):
                     content = self._turned(bits.tobytes()).ljust(self._bitmap, b"\0")
                     steps.append(_write(int(self._table[block]) * vhd.SECTOR, content))
             self._table[blocks] = values
-            changed = np.unique(blocks[before != values] // np.uint64(128))
-            for sector in changed.tolist():
-                part = self._table[sector * 128 : (sector + 1) * 128].astype(">u4").tobytes()
+            changed = np.unique(blocks[before != values] // np.uint64(_ENTRIES))
+            unsure = self._unsure.union(changed.tolist())
+            for sector in sorted(unsure):
+                part = (
+                    self._table[sector * _ENTRIES : (sector + 1) * _ENTRIES].astype(">u4").tobytes()
+                )
                 steps.append(_write(self._header.table_offset + sector * 512, part))
         try:
             self._leaf.batch([*steps, plane.Step(plane.Operation.FLUSH)])
         except BaseException:
             with self._lock:
-                self._table[blocks] = before  # it will be tried again, from the start
+                # It will be tried again; which of these sectors the file has is not known.
+                self._table[blocks] = before
+                self._unsure = unsure
             raise
+        self._unsure = set()
         self._free_committed(changes.generation)
 
     def _free_committed(self, generation: int) -> None:
         with self._lock:
             ready = [at for when, at in self._released if when <= generation]
             self._released = [each for each in self._released if each[0] > generation]
-        # Zeroed before it is granted again: nobody sees what another block held.
-        self._leaf.batch(
-            [plane.Step(plane.Operation.ZERO, offset, self.block_size) for offset in ready]
-        )
-        with self._lock:
             self._free += ready
+        # The host gets it back; it is zeroed when it is granted again.
+        self._leaf.batch(
+            [plane.Step(plane.Operation.TRIM, offset, self.block_size) for offset in ready]
+        )
 
     # ---- facts and the end ----
 
@@ -452,134 +450,3 @@ class VhdImage(PlainImage):
 
 def _write(offset: int, data: bytes) -> plane.Step:
     return plane.Step(plane.Operation.WRITE, offset, buffer=data)
-
-
-# ---- opening ----
-
-
-def open_vhd(
-    host: HostFile,
-    footer: vhd.Footer,
-    *,
-    write: bool,
-    chain: bool,
-    parent_search: Sequence[str],
-    pool: plane.Pool,
-) -> PlainImage:
-    """Opens the VHD in ``host``, which belongs to the image from here on, also on failure.
-
-    Args:
-        host: opened for writing when ``write``.
-        footer: of the file.
-        write: allow changes; refused for differencing images.
-        chain, parent_search: as for :func:`vhdx.open`.
-        pool: for background work.
-    """
-    return _open(host, footer, write, chain, tuple(parent_search), pool, frozenset({host.key}))
-
-
-def _open(
-    host: HostFile,
-    footer: vhd.Footer,
-    write: bool,
-    chain: bool,
-    search: tuple[str, ...],
-    pool: plane.Pool,
-    seen: frozenset[tuple[int, int]],
-) -> PlainImage:
-    parent: PlainImage | None = None
-    try:
-        _check_size(footer)
-        if footer.disk_type == vhd.DiskType.FIXED:
-            return _FixedVhd(host, footer, write=write, pool=pool)
-        at = footer.data_offset
-        if at > host.leaf.size - vhd.HEADER_SIZE:
-            raise DamagedError(
-                "the dynamic disk header lies outside the file", reason=Reason.TRUNCATED, offset=at
-            )
-        header = vhd.parse_header(host.leaf.read(vhd.HEADER_SIZE, at), at, footer)
-        if -(-footer.virtual_size // header.block_size) > _MOST_BLOCKS:
-            raise UnsupportedError(f"it has more than {_MOST_BLOCKS} blocks")
-        missing: MissingParentError | None = None
-        if footer.disk_type == vhd.DiskType.DIFFERENCING:
-            if write:
-                raise UnsupportedError(
-                    "differencing VHD images are only read", hint="convert it to VHDX to write it"
-                )
-            if chain:
-                parent = _open_parent(host, header, search, pool, seen)
-            else:
-                missing = MissingParentError("its parents were not opened (chain=False)")
-        return VhdImage(host, footer, header, parent, missing, write=write, pool=pool)
-    except BaseException as error:
-        host.close()
-        if parent is not None:
-            parent.close()
-        if isinstance(error, VhdxError) and error.path is None:
-            error.path = host.path
-        raise
-
-
-def _check_size(footer: vhd.Footer) -> None:
-    size = footer.virtual_size
-    if not 0 < size <= 2 * vhd.LARGEST_DISK or size % vhd.SECTOR:
-        raise DamagedError(f"the footer says that the disk has {size} bytes", reason=Reason.HEADERS)
-
-
-def _candidates(host: HostFile, header: vhd.DynamicHeader, search: tuple[str, ...]) -> Iterator[Path]:
-    here = Path(os.path.realpath(host.path)).parent
-    names = []
-    for code, offset, length in header.locators:
-        if offset + length > host.leaf.size:
-            continue
-        path = vhd.parse_locator(code, host.leaf.read(length, offset))
-        if path is None:
-            continue
-        if code == b"W2ru" and not path.anchor:
-            yield here.joinpath(*path.parts)
-        names.append(path.name)
-    names.append(header.parent_name.replace("/", "\\").rpartition("\\")[2])
-    for name in filter(None, names):
-        for directory in (here, *map(Path, search)):
-            yield directory / name
-
-
-def _open_parent(
-    host: HostFile,
-    header: vhd.DynamicHeader,
-    search: tuple[str, ...],
-    pool: plane.Pool,
-    seen: frozenset[tuple[int, int]],
-) -> PlainImage:
-    if len(seen) >= _LONGEST_CHAIN:
-        raise MissingParentError(
-            f"the chain of parents is longer than {_LONGEST_CHAIN}", reason=Reason.PARENT_DEPTH
-        )
-    refusal: VhdxError | None = None
-    for candidate in dict.fromkeys(_candidates(host, header, search)):
-        path = existing(candidate)
-        if path is None:
-            continue
-        try:
-            below = open_host(path, write=False)
-        except NotFoundError:
-            continue
-        if below.key in seen:
-            below.close()
-            refusal = MissingParentError(
-                f"the chain of parents comes back to {path}", reason=Reason.PARENT_CYCLE
-            )
-            continue
-        footer = find_footer(below.leaf)
-        if footer is None or footer.unique_id != header.parent_id:
-            below.close()
-            refusal = MissingParentError(
-                f"{path} is another disk than the one this image was made from",
-                reason=Reason.PARENT_CHANGED,
-            )
-            continue
-        return _open(below, footer, False, True, search, pool, seen | {below.key})
-    raise refusal or MissingParentError(
-        f"its parent was not found (it names {header.parent_name or 'no path at all'})",
-        hint="put the parent beside it, or say where it is with --parent-dir (parent_search=)",
-    )

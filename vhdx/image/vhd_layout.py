@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 from vhdx.errors import InvalidArgumentError
 from vhdx.format import vhd
 from vhdx.image import layout
-from vhdx.units import KIB, MIB, format_size, round_up
+from vhdx.units import GIB, KIB, MIB, round_up
 
 if TYPE_CHECKING:
     from vhdx import plane
@@ -39,7 +39,7 @@ def check_vhd(path: StrPath, size: int, *, type: str, block_size: int | None) ->
     if size <= 0 or size > vhd.LARGEST_DISK:
         raise refuse(
             f"the size is {size} bytes",
-            f"a VHD has 1 sector to {format_size(vhd.LARGEST_DISK)}; VHDX has up to 64 TiB",
+            f"a VHD has 1 sector to {vhd.LARGEST_DISK // GIB} GiB; VHDX has up to 64 TiB",
         )
     if size % vhd.SECTOR:
         raise refuse(

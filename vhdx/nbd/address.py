@@ -18,6 +18,7 @@ __all__ = [
     "Address",
     "bind",
     "is_alive",
+    "listen_unix",
     "parse_address",
     "private_address",
     "runtime_directory",
@@ -119,7 +120,7 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
     """
     try:
         if address.path is not None:
-            return _listen_unix(address.path), address
+            return listen_unix(address.path), address
         family, _, _, _, where = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
@@ -156,13 +157,23 @@ def is_alive(path: Path) -> bool:
     return True
 
 
-def _listen_unix(path: str) -> socket.socket:
+def listen_unix(path: str) -> socket.socket:
+    """A socket that listens at ``path``.
+
+    Raises:
+        InUseError: another one does.
+    """
     if Path(path).is_socket() and is_alive(Path(path)):
         raise InUseError("another server listens there", path=path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    # Under its own name it listens from the start: one that does not would be taken for dead.
+    first = f"{path}~{secrets.token_hex(2)}"
+    renamed = len(os.fsencode(first)) <= _LONGEST_SOCKET_PATH and not os.path.lexists(path)
     try:
-        listener.bind(path)
+        listener.bind(first if renamed else path)
         listener.listen(_BACKLOG)
+        if renamed:
+            os.rename(first, path)
     except BaseException:
         listener.close()
         raise

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from vhdx import plane
-from vhdx.errors import InvalidArgumentError, ProtocolError, VhdxError
+from vhdx.errors import InvalidArgumentError, ProtocolError
 from vhdx.image.disk import Disk
 from vhdx.image.opening import open_disk
 from vhdx.nbd.address import bind, parse_address, private_address, uri_of
@@ -110,7 +110,8 @@ class Server:
         self._lock = threading.Lock()
         self._clients: set[_Client] = set()
         self._exports: dict[str, _Export] = {}
-        self._closing = False
+        self._closing, self._closed = False, threading.Event()
+        self._failures: list[BaseException] = []
         self._slots = 0
         self._cleanup = contextlib.ExitStack()
         self._first, self._last = contextlib.ExitStack(), contextlib.ExitStack()
@@ -227,22 +228,21 @@ class Server:
                 time.sleep(0.1)  # out of descriptors: they come back when clients leave
                 continue
             client = _Client(peer)
-            with self._lock:
-                refuse = self._closing or len(self._clients) >= self._limits.connections
-                if not refuse:
-                    self._clients.add(client)
-            if refuse:
-                peer.close()
-                continue
             thread = threading.Thread(
                 target=self._serve, args=(client,), name="nbd-connection", daemon=True
             )
-            client.thread = thread
-            try:
-                thread.start()
-            except RuntimeError as error:
-                _log.warning("cannot start a thread for a connection: %s", error)
-                self._forget(client)
+            with self._lock:  # so that a close joins only threads that run
+                refuse = self._closing or len(self._clients) >= self._limits.connections
+                try:
+                    if not refuse:
+                        thread.start()
+                        client.thread = thread
+                        self._clients.add(client)
+                except RuntimeError as error:
+                    _log.warning("cannot start a thread for a connection: %s", error)
+                    refuse = True
+            if refuse:
+                peer.close()
 
     def _forget(self, client: _Client) -> None:
         with self._lock:
@@ -337,13 +337,26 @@ class Server:
         Args:
             drain_seconds: after this, clients that do not read their replies are cut off.
 
+        A second call waits for the first, and raises what it raised.
+
         Raises:
             VhdxError: an image could not be made durable.
         """
         with self._lock:
-            if self._closing:
-                return
-            self._closing = True
+            first, self._closing = not self._closing, True
+        if first:
+            try:
+                self._close(drain_seconds)
+            except BaseException as error:
+                self._failures.append(error)
+            self._closed.set()
+        self._closed.wait()
+        for failure in self._failures:
+            raise failure
+
+    def _close(self, drain_seconds: float) -> None:
+        self._first.close()
+        with self._lock:
             clients = list(self._clients)
             for client in clients:
                 if client.connection is not None:
@@ -351,7 +364,6 @@ class Server:
                 elif client.socket is not None:
                     with contextlib.suppress(OSError):
                         client.socket.shutdown(socket.SHUT_RDWR)
-        self._first.close()
         deadline = time.monotonic() + drain_seconds
         for cut in (False, True):
             for client in clients:
@@ -360,20 +372,17 @@ class Server:
                     connection.abort()
                 if client.thread is not None:
                     client.thread.join(None if cut else max(0.0, deadline - time.monotonic()))
-        failure: VhdxError | None = None
-        for export in self._exports.values():
-            try:
+        with self._last, contextlib.ExitStack() as stack:
+            stack.callback(self._cleanup.close)
+            stack.callback(self._acceptor.join)
+            stack.callback(self._stop_accepting)
+            for export in self._exports.values():
                 if not export.disk.read_only:
-                    export.device.flush()
-            except VhdxError as error:
-                failure = error
+                    stack.callback(export.device.flush)
+
+    def _stop_accepting(self) -> None:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
-        self._acceptor.join()
-        with self._last:
-            self._cleanup.close()
-        if failure is not None:
-            raise failure
 
     def __enter__(self) -> Self:
         return self

@@ -72,5 +72,6 @@ def waiting() -> Iterator[None]:
     try:
         yield
     finally:
-        if _servers:
-            sys.setswitchinterval(_LONG)
+        with _lock:
+            if _servers:
+                sys.setswitchinterval(_LONG)

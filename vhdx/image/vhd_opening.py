@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: MIT
+"""Opens legacy VHD images, with their chain of parents."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vhdx import plane
+from vhdx.errors import (
+    DamagedError,
+    InUseError,
+    MissingParentError,
+    NotFoundError,
+    Reason,
+    UnsupportedError,
+    VhdxError,
+)
+from vhdx.format import vhd
+from vhdx.image.host import HostFile, open_host
+from vhdx.image.parents import existing
+from vhdx.image.plain import PlainImage
+from vhdx.image.vhd_image import FixedVhd, VhdImage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+__all__ = ["find_footer", "has_footer", "open_vhd"]
+
+_LONGEST_CHAIN = 256
+_MOST_BLOCKS = 1 << 24
+
+
+def find_footer(leaf: plane.Device) -> vhd.Footer | None:
+    """The footer of a VHD image: the one at the end of the file, or its copy at the start.
+
+    Raises:
+        UnsupportedError: it is of a kind that is not known.
+    """
+    size = leaf.size
+    if size < vhd.FOOTER_SIZE:
+        return None
+    last = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, size - vhd.FOOTER_SIZE))
+    if last is not None:
+        return last
+    first = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, 0))
+    return None if first is None or first.disk_type == vhd.DiskType.FIXED else first
+
+
+def has_footer(leaf: plane.Device) -> bool:
+    """Whether the file ends as a VHD does."""
+    at = leaf.size - vhd.FOOTER_SIZE
+    return at >= 0 and vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, at)) is not None
+
+
+def open_vhd(
+    host: HostFile,
+    footer: vhd.Footer,
+    *,
+    write: bool,
+    chain: bool,
+    parent_search: Sequence[str],
+    pool: plane.Pool,
+    force: bool = False,
+) -> PlainImage:
+    """Opens the VHD in ``host``, which belongs to the image from here on, also on failure.
+
+    Args:
+        host: opened for writing when ``write``.
+        footer: of the file.
+        write: allow changes; refused for differencing images.
+        chain, parent_search: as for :func:`vhdx.open`.
+        pool: for background work.
+        force: change it although an image beside it is based on it.
+    """
+    if write and not force and host.key != (0, 0):
+        try:
+            _guard_parent(host, footer)
+        except BaseException:
+            host.close()
+            raise
+    return _open(host, footer, write, chain, tuple(parent_search), pool, frozenset({host.key}))
+
+
+def _open(
+    host: HostFile,
+    footer: vhd.Footer,
+    write: bool,
+    chain: bool,
+    search: tuple[str, ...],
+    pool: plane.Pool,
+    seen: frozenset[tuple[int, int]],
+) -> PlainImage:
+    parent: PlainImage | None = None
+    try:
+        _check_size(footer)
+        if footer.disk_type == vhd.DiskType.FIXED:
+            return FixedVhd(host, footer, write=write, pool=pool)
+        at = footer.data_offset
+        if at > host.leaf.size - vhd.HEADER_SIZE:
+            raise DamagedError(
+                "the dynamic disk header lies outside the file", reason=Reason.TRUNCATED, offset=at
+            )
+        header = vhd.parse_header(host.leaf.read(vhd.HEADER_SIZE, at), at, footer)
+        if -(-footer.virtual_size // header.block_size) > _MOST_BLOCKS:
+            raise UnsupportedError(f"it has more than {_MOST_BLOCKS} blocks")
+        missing: MissingParentError | None = None
+        if footer.disk_type == vhd.DiskType.DIFFERENCING:
+            if write:
+                raise UnsupportedError(
+                    "differencing VHD images are only read", hint="convert it to VHDX to write it"
+                )
+            if chain:
+                parent = _open_parent(host, header, search, pool, seen)
+            else:
+                missing = MissingParentError("its parents were not opened (chain=False)")
+        return VhdImage(host, footer, header, parent, missing, write=write, pool=pool)
+    except BaseException as error:
+        host.close()
+        if parent is not None:
+            parent.close()
+        if isinstance(error, VhdxError) and error.path is None:
+            error.path = host.path
+        raise
+
+
+def _check_size(footer: vhd.Footer) -> None:
+    size = footer.virtual_size
+    if not 0 < size <= 2 * vhd.LARGEST_DISK or size % vhd.SECTOR:
+        raise DamagedError(f"the footer says that the disk has {size} bytes", reason=Reason.HEADERS)
+
+
+def _candidates(host: HostFile, header: vhd.DynamicHeader, search: tuple[str, ...]) -> Iterator[Path]:
+    here = Path(os.path.realpath(host.path)).parent
+    names = []
+    for code, offset, length in header.locators:
+        if offset + length > host.leaf.size:
+            continue
+        path = vhd.parse_locator(code, host.leaf.read(length, offset))
+        if path is None:
+            continue
+        if code == b"W2ru" and not path.anchor:
+            yield here.joinpath(*path.parts)
+        names.append(path.name)
+    names.append(header.parent_name.replace("/", "\\").rpartition("\\")[2])
+    for name in filter(None, names):
+        for directory in (here, *map(Path, search)):
+            yield directory / name
+
+
+def _footer_of(host: HostFile) -> vhd.Footer | None:
+    try:
+        return find_footer(host.leaf)
+    except VhdxError:
+        return None  # not one that is known
+
+
+def _guard_parent(host: HostFile, footer: vhd.Footer) -> None:
+    """Refuses to change an image that a differencing one beside it is based on.
+
+    Raises:
+        InUseError: naming it.
+    """
+    here = Path(os.path.realpath(host.path)).parent
+    for path in sorted(here.iterdir()):
+        if path.suffix.lower() not in {".vhd", ".avhd"} or not path.is_file():
+            continue
+        try:
+            other = open_host(path, write=False, locked=False)
+        except VhdxError:
+            continue
+        try:
+            found = _footer_of(other)
+            if found is None or found.disk_type != vhd.DiskType.DIFFERENCING:
+                continue
+            at = found.data_offset
+            if at > other.leaf.size - vhd.HEADER_SIZE:
+                continue
+            header = vhd.parse_header(other.leaf.read(vhd.HEADER_SIZE, at), at, found)
+            if header.parent_id == footer.unique_id:
+                raise InUseError(
+                    f"{path} is based on it, and would be lost if it changed",
+                    path=host.path,
+                    hint="use --force (force=True) if that is what you want",
+                )
+        except DamagedError:
+            continue
+        finally:
+            other.close()
+
+
+def _open_parent(
+    host: HostFile,
+    header: vhd.DynamicHeader,
+    search: tuple[str, ...],
+    pool: plane.Pool,
+    seen: frozenset[tuple[int, int]],
+) -> PlainImage:
+    if len(seen) >= _LONGEST_CHAIN:
+        raise MissingParentError(
+            f"the chain of parents is longer than {_LONGEST_CHAIN}", reason=Reason.PARENT_DEPTH
+        )
+    refusal: VhdxError | None = None
+    for candidate in dict.fromkeys(_candidates(host, header, search)):
+        path = existing(candidate)
+        if path is None:
+            continue
+        try:
+            below = open_host(path, write=False)
+        except NotFoundError:
+            continue
+        if below.key in seen:
+            below.close()
+            refusal = MissingParentError(
+                f"the chain of parents comes back to {path}", reason=Reason.PARENT_CYCLE
+            )
+            continue
+        footer = _footer_of(below)
+        if footer is None or footer.unique_id != header.parent_id:
+            below.close()
+            refusal = MissingParentError(
+                f"{path} is another disk than the one this image was made from",
+                reason=Reason.PARENT_CHANGED,
+            )
+            continue
+        return _open(below, footer, False, True, search, pool, seen | {below.key})
+    raise refusal or MissingParentError(
+        f"its parent was not found (it names {header.parent_name or 'no path at all'})",
+        hint="put the parent beside it, or say where it is with --parent-dir (parent_search=)",
+    )
