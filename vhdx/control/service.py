@@ -165,14 +165,8 @@ class Control:
 
     async def _stop(self, request: web.Request) -> web.Response:
         del request
-        threading.Thread(target=self._end, name="vhdx-stop", daemon=True).start()
+        threading.Thread(target=self._on_stop, name="vhdx-stop", daemon=True).start()
         return web.json_response({"result": None})
-
-    def _end(self) -> None:
-        try:
-            self._on_stop()
-        except VhdxError as error:
-            _log.error("the server did not end well: %s", error)  # its own close() raises it, too
 
     async def _operate(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -382,7 +376,7 @@ def serve(
     """
     server = nbd.serve(exports, listen=listen, read_only=read_only, limits=limits, format=format)
     try:
-        Control(server, server.close if on_stop is None else on_stop)
+        Control(server, server.stop if on_stop is None else on_stop)
     except (OSError, VhdxError) as error:
         _log.warning("there is no control socket: %s", error)
     except BaseException:

@@ -337,11 +337,19 @@ class Server:
         Args:
             drain_seconds: after this, clients that do not read their replies are cut off.
 
-        A second call waits for the first, and raises what it raised.
+        A second call waits for the first; what failed is raised by one of them.
 
         Raises:
             VhdxError: an image could not be made durable.
         """
+        self.stop(drain_seconds)
+        with self._lock:
+            failure = self._failures.pop() if self._failures else None
+        if failure is not None:
+            raise failure
+
+    def stop(self, drain_seconds: float = 10.0) -> None:
+        """As :meth:`close`, on behalf of others: what fails is left for the owner's close()."""
         with self._lock:
             first, self._closing = not self._closing, True
         if first:
@@ -351,8 +359,6 @@ class Server:
                 self._failures.append(error)
             self._closed.set()
         self._closed.wait()
-        for failure in self._failures:
-            raise failure
 
     def _close(self, drain_seconds: float) -> None:
         self._first.close()
