@@ -6,10 +6,15 @@ from __future__ import annotations
 import hashlib
 import struct
 import subprocess
+import sys
+from pathlib import PureWindowsPath
+from uuid import UUID
 
 import pytest
 
 import vhdx
+from tests.images import edit_headers
+from vhdx.format import header
 from vhdx.units import MIB
 
 WHOLE = {
@@ -101,6 +106,64 @@ def test_hyper_v_checkpoint_alone(sample):
     assert digest.hexdigest() == "2185d7f6039a06064e39d5ab5469c6ba34a5ce7c55a4a304fcd2fae8e13a9a06"
     assert info["type"] == "differencing"
     assert info["parent"]["found"] is None
+
+
+def test_hyper_v_checkpoint_is_written_on_a_parent(sample, tmp_path):
+    """The parent is synthesised: a disk of the same size under the linkage that the child names."""
+    path = sample("differencing.avhdx")
+    with vhdx.open(path, chain=False) as disk:
+        size, info = disk.size, disk.describe()["parent"]
+        own = [e for e in disk.extents() if e.depth == 0]
+    parent = tmp_path / PureWindowsPath(info["path"]).name
+    vhdx.create(parent, size)
+    with vhdx.open(parent, "r+") as disk:
+        for extent in own:
+            disk.pwrite(b"P" * 4096, extent.offset // 4096 * 4096)
+            disk.pwrite(b"P" * 4096, (extent.offset + extent.length) // 4096 * 4096)
+    linkage = UUID(info["linkage"][0])
+    edit_headers(parent, lambda h: header.Header(**{**vars(h), "data_write_guid": linkage}))
+
+    def sectors(skip=()):
+        digest = hashlib.sha256()
+        with vhdx.open(path) as disk:
+            for extent in own:
+                for at in range(extent.offset, extent.offset + extent.length, 512):
+                    data = bytes(512) if at in skip else disk.pread(512, at)
+                    digest.update(struct.pack("<Q", at // 512) + data)
+        return digest.hexdigest()
+
+    assert sectors() == "2185d7f6039a06064e39d5ab5469c6ba34a5ce7c55a4a304fcd2fae8e13a9a06"
+    before = sectors({own[0].offset})
+    behind = own[-1].offset + own[-1].length
+    with vhdx.open(path, "r+") as disk:
+        expected = bytearray(disk.pread(1 << 20, behind))
+        assert b"P" in expected
+        disk.pwrite(b"new!" * 128, own[0].offset)
+        disk.pwrite(b"more" * 256, behind + 1000)  # starts and ends inside a sector
+        disk.pwrite(b"far!" * 1024, size - 4096)
+    expected[1000:2024] = b"more" * 256
+    assert sectors({own[0].offset}) == before
+    with vhdx.open(path) as disk:
+        assert disk.pread(512, own[0].offset) == b"new!" * 128
+        assert disk.pread(1 << 20, behind) == expected
+        assert disk.pread(4096, size - 4096) == b"far!" * 1024
+    assert vhdx.check(path).errors == 0
+    reference = subprocess.run(
+        [sys.executable, "-c", READ_CHAIN, parent, path, str(own[0].offset), str(behind + 1024)],
+        capture_output=True,
+        check=True,
+        timeout=60,
+    ).stdout
+    assert reference == b"new!" * 128 + bytes(expected[1024:1536])
+
+
+READ_CHAIN = """
+import pyvhdi, sys
+parent, child = pyvhdi.file(), pyvhdi.file()
+parent.open(sys.argv[1]); child.open(sys.argv[2]); child.set_parent(parent)
+for at in sys.argv[3:]:
+    sys.stdout.buffer.write(child.read_buffer_at_offset(512, int(at)))
+"""
 
 
 def test_converting_a_layer_alone_fails_rather_than_leaving_zeros(sample, tmp_path):
