@@ -23,7 +23,11 @@ def say(began: float, text: str) -> None:
 
 def run(*command: str | Path, timeout: float = 120) -> str:
     result = subprocess.run(
-        [str(each) for each in command], capture_output=True, text=True, timeout=timeout
+        [str(each) for each in command],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
     )
     if result.returncode != 0:
         sys.exit(f"demo: {command[0]} failed: {result.stderr or result.stdout}")

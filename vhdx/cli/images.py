@@ -83,7 +83,7 @@ _parents = click.option(
 @click.option(
     "--block-size",
     type=SIZE,
-    help="1M to 256M, a power of two. [default: 32M, differencing 2M]",
+    help="1M to 256M, a power of two. [default: 32M; differencing and VHD 2M]",
 )
 @click.option("--logical-sector", type=click.Choice(["512", "4096"]), help="[default: 512]")
 @click.option("--physical-sector", type=click.Choice(["512", "4096"]), help="[default: 4096]")

@@ -68,7 +68,7 @@ def acquire(fd: int, path: str, *, write: bool) -> None:
             f"it is in use by {_holders(fd) or 'another program'}, so it cannot be opened for "
             + ("writing" if write else "reading"),
             path=path,
-            hint="close it there first",
+            hint="close it there first (vhdx stop, if a server of yours has it)",
         )
 
 

@@ -77,7 +77,11 @@ def read_structure(host: HostFile, view: View = AS_SPECIFIED) -> Structure:
 def _read(host: HostFile, view: View) -> Structure:
     leaf = host.leaf
     if leaf.size < 8 or leaf.read(8, 0) != headers.SIGNATURE:
-        raise UnsupportedError("it is not a VHDX file", reason=Reason.UNKNOWN_FORMAT)
+        raise UnsupportedError(
+            "it is not a VHDX file",
+            reason=Reason.UNKNOWN_FORMAT,
+            hint="vhdx info says what it is; VHD and raw images are converted first",
+        )
     if leaf.size < headers.HEADER_SECTION:
         raise DamagedError(
             f"the file has {leaf.size} bytes and ends inside its header section",
