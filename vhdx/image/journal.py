@@ -285,11 +285,12 @@ class Pages:
 
     def keep(self, offsets: npt.NDArray[np.uint64], pages: npt.NDArray[np.uint8]) -> None:
         """The file holds these pages there."""
-        if len(self._slots) + len(offsets) > len(self._contents):
+        wanted = offsets.tolist()
+        if len(self._slots) + sum(at not in self._slots for at in wanted) > len(self._contents):
             self.forget()
-            if len(offsets) > len(self._contents):
+            if len(wanted) > len(self._contents):
                 return
-        slots = [self._slots.setdefault(at, len(self._slots)) for at in offsets.tolist()]
+        slots = [self._slots.setdefault(at, len(self._slots)) for at in wanted]
         self._contents[slots] = pages
 
     def forget(self) -> None:
