@@ -19,6 +19,7 @@ import numpy as np
 from vhdx import plane
 from vhdx.errors import ReadOnlyError, Reason, VhdxError
 from vhdx.format.bat import BlockState
+from vhdx.image.entries import is_placed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ __all__ = ["Compacted", "compact"]
 _PIECE = 4 << 20
 _MOVES_PER_COMMIT = 64
 _SCAN = 512
-_ZEROS = bytes(_PIECE)
+_PROBE = 4096
 
 
 @dataclass
@@ -131,7 +132,7 @@ class _Compaction:
             self._engine.entry_of(first)  # loads all around it
             entries = self._map.read_entries(first, count)
             kinds, _, _ = plane.fields(entries)
-            placed = np.isin(kinds, (plane.Kind.DATA, plane.Kind.MIXED))
+            placed = is_placed(kinds)
             pages = np.arange(first, first + count, dtype=np.uint64)
             yield pages[placed], entries[placed]
 
@@ -154,12 +155,14 @@ class _Compaction:
         for extent in self._leaf.extents(offset, min(self._block, self._leaf.size - offset)):
             if extent.state != plane.DATA:
                 continue
-            for at in range(extent.offset, extent.offset + extent.length, len(self._buffer)):
-                part = min(len(self._buffer), extent.offset + extent.length - at)
+            at, end, piece = extent.offset, extent.offset + extent.length, _PROBE
+            while at < end:  # most blocks tell at their beginning
+                part = min(piece, end - at)
                 view = memoryview(self._buffer)[:part]
                 self._leaf.read_into(view, at)
-                if view != memoryview(_ZEROS)[:part]:
+                if np.frombuffer(view, np.uint64 if part % 8 == 0 else np.uint8).any():
                     return False
+                at, piece = at + part, len(self._buffer)
         return True
 
     def _give_up(self, page: int, entry: np.uint64, offset: int) -> bool:

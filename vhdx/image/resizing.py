@@ -106,7 +106,7 @@ def _move_table(engine: Engine, leaf: plane.Device, new: Geometry) -> region.Reg
         stop = min(extent.offset + extent.length, old.offset + length)
         for at in range(extent.offset, stop, _COPY):
             data = leaf.read(min(_COPY, stop - at), at)
-            if any(data):
+            if data.count(0) < len(data):
                 leaf.write(data, offset + at - old.offset)
     return replace(old, offset=offset, length=new.table_length)
 
