@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.recording import Event, Window, apply, digest, resized
+from tests.recording import Event, Window, apply, digest
 from vhdx import plane
 
 
@@ -42,7 +42,6 @@ class Directory:
     def __post_init__(self) -> None:
         self.names = {p.name: p.stat().st_ino for p in self.path.iterdir()}
         self.files = {p.stat().st_ino: p.read_bytes() for p in self.path.iterdir()}
-        self._number = dict(enumerate(self.files))
         self._known = set(self.files)
 
     def note(self, kind: str, *names, inode: int = 0, event: Event | None = None) -> Event | None:
@@ -238,6 +237,3 @@ def written(path: Path, files: dict[str, bytes]) -> None:
         each.unlink()
     for name, data in files.items():
         (path / name).write_bytes(data)
-
-
-__all__ = ["Directory", "resized", "written"]

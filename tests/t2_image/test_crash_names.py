@@ -35,7 +35,7 @@ class Story:
         path: of the directory.
         rng: chooses.
         old, new: what the disk may hold, and what it holds when all is done.
-        done: changes that had been recorded when everything was durable.
+        kept: what else a check needs.
     """
 
     path: Path
@@ -192,7 +192,7 @@ STORIES: dict[str, tuple[Callable, Callable, Callable]] = {
 
 def enumerate_states(tmp: Path, name: str, seed: int, subsets: int, every: int = 1) -> int:
     prepare, work, after = STORIES[name]
-    path, crashed = tmp / "disks", tmp / "crashed"
+    path = tmp / "disks"
     path.mkdir(parents=True)
     story = Story(path, random.Random(seed))
     prepare(story)
@@ -201,9 +201,6 @@ def enumerate_states(tmp: Path, name: str, seed: int, subsets: int, every: int =
         work(story)
     written(path, {p.name: p.read_bytes() for p in path.iterdir()})  # the last state as it is
     after(story, path)
-    crashed.rename(tmp / "gone") if crashed.exists() else None
-    for each in path.iterdir():
-        each.unlink()
     count = 0
     for number, files in directory.states(random.Random(seed), subsets):
         count += 1
