@@ -77,6 +77,7 @@ class Reason(StrEnum):
     BAT_RESERVED = "bat_reserved"
     BAT_OFFSET = "bat_offset"
     BAT_OVERLAP = "bat_overlap"
+    BAT_SHIFTED = "bat_shifted"
     SECTOR_BITMAP = "sector_bitmap"
     PARENT_LOCATOR = "parent_locator"
     PARENT_MISSING = "parent_missing"

@@ -21,6 +21,7 @@ from vhdx.format.bat import BitmapState, BlockState, Geometry
 from vhdx.image.allocation import Taken, bat_runs, check_entries, is_payload, survey
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.overlay import Overlay
+from vhdx.image.shifted import find_shifted_pages
 from vhdx.image.structure import Structure, active_sequence, read_structure
 from vhdx.image.vhdx_image import open_vhdx
 from vhdx.units import MIB
@@ -318,6 +319,7 @@ def _metadata(
 def _entries(report: Report, host: HostFile, structure: Structure) -> None:
     size = structure.overlay.size
     taken, geometry = Taken(structure, size), structure.geometry
+    shifted = _shifted(report, host, structure)
     fixed = structure.parameters.leave_blocks_allocated and not geometry.has_parent
     present = 0
     for first, values in bat_runs(structure, host.leaf):
@@ -332,7 +334,8 @@ def _entries(report: Report, host: HostFile, structure: Structure) -> None:
         good = np.zeros(len(values), np.bool_)
         good[payload] = ~bad
         present += _claim_blocks(report, structure, taken, indices, values, good)
-        _claim_bitmaps(report, structure, taken, indices, values, payload)
+        if not shifted:
+            _claim_bitmaps(report, structure, taken, indices, values, payload)
     if fixed and present < geometry.blocks:
         # QEMU's fixed images (bug 806): they grow when they are written, and Windows is surprised.
         report.add(
@@ -345,6 +348,21 @@ def _entries(report: Report, host: HostFile, structure: Structure) -> None:
     report.leaked = taken.free_bytes(size)
     if report.leaked:
         report.add("leaked", NOTE, None, f"{report.leaked} bytes of the file belong to nothing")
+
+
+def _shifted(report: Report, host: HostFile, structure: Structure) -> bool:
+    """Whether QEMU's bug 727 moved entries."""
+    pages = find_shifted_pages(structure, host.leaf)
+    for page in pages:
+        hint = f"; it is left, because {page.reason}" if page.reason else ""
+        report.add(
+            "bat_shifted",
+            ERROR,
+            structure.bat.offset + page.index * bat.ENTRY_SIZE,
+            f"the entries of this page moved to the next block each (QEMU's bug 727){hint}",
+            repair=not page.reason,
+        )
+    return bool(pages)
 
 
 def _claim_blocks(
@@ -430,7 +448,6 @@ def _claim_bitmaps(
     for i in np.flatnonzero(bitmaps).tolist():
         at = structure.bat.offset + int(indices[i]) * bat.ENTRY_SIZE
         if not structure.geometry.has_parent:
-            # The mark of QEMU's bug 727, too, which moves entries by one slot.
             report.add(
                 "bitmap_without_parent", WARNING, at, "a sector bitmap in an image without a parent"
             )

@@ -38,7 +38,8 @@ from vhdx.format.bat import BlockState
 from vhdx.image import journal, layout
 from vhdx.image.checking import Report, examine
 from vhdx.image.host import HostFile, open_host
-from vhdx.image.structure import active_sequence
+from vhdx.image.shifted import find_shifted_pages
+from vhdx.image.structure import active_sequence, read_structure
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -220,14 +221,17 @@ def _mend_rest(
         return False  # an unreadable log: nothing else may be touched
     else:
         probe = header
-    steps = [*_region_steps(leaf, probe), *_table_steps(host)]
+    pages = [] if clear_log else _page_steps(host)
+    # Other entries are looked at when they are back in their places.
+    steps = [*_region_steps(leaf, probe), *(pages or _table_steps(host))]
     if not steps and not always:
         return False
     for step in steps:
         undo_file.save(step.offset, len(memoryview(step.buffer or b"")))
     undo_file.sync()
     # The FileWriteGuid first ([MS-VHDX] 2.2.2); then both headers are current and alike.
-    first = header.successor(file_write_guid=undo_file.guid)
+    shown = uuid4() if pages else header.data_write_guid  # only they change what the disk holds
+    first = header.successor(file_write_guid=undo_file.guid, data_write_guid=shown)
     leaf.batch([_header_step(first), _BARRIER, *steps, _BARRIER])
     for _ in range(2):
         first = first.successor(log_guid=headers.NIL)
@@ -279,6 +283,23 @@ def _table_steps(host: HostFile) -> list[plane.Step]:
             data = (flags & ~_LEAVE_ALLOCATED).to_bytes(4, "little")
             steps.append(plane.Step(plane.Operation.WRITE, where + 4, buffer=data))
     return steps
+
+
+def _page_steps(host: HostFile) -> list[plane.Step]:
+    """Pages of the BAT whose entries moved (QEMU's bug 727), as they were."""
+    try:
+        structure = read_structure(host)
+    except DamagedError:
+        return []
+    return [
+        plane.Step(
+            plane.Operation.WRITE,
+            structure.bat.offset + page.index * bat.ENTRY_SIZE,
+            buffer=page.entries.astype("<u8").tobytes(),
+        )
+        for page in find_shifted_pages(structure, host.leaf)
+        if page.entries is not None
+    ]
 
 
 def _entry_step(at: int, value: int) -> plane.Step:

@@ -30,6 +30,7 @@ from vhdx.image.overlay import ReplayedFile
 from vhdx.image.parents import Missing, candidates, existing, mismatch
 from vhdx.image.parents import parent_info as describe_parent
 from vhdx.image.partitions import read_partitions
+from vhdx.image.shifted import refuse_shifted_pages
 from vhdx.image.structure import Structure, read_structure
 from vhdx.image.view import AS_SPECIFIED, View
 
@@ -282,6 +283,7 @@ def _open(
         structure = read_structure(host, view)
         if write and not force:
             guard_parent(host.path, structure)
+            refuse_shifted_pages(structure, host.leaf)
         info: dict[str, Any] | None = None
         lower: plane.Device | None = None
         if structure.parent is not None:
