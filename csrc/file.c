@@ -92,6 +92,15 @@ static int put(file_device *file, vx_request *request, const uint8_t *data, uint
     return VX_OK;
 }
 
+static int allocate(file_device *file, int mode, vx_request *request)
+{
+    int n;
+    do
+        n = fallocate(file->fd, mode, (off_t)request->offset, (off_t)request->length);
+    while (n != 0 && errno == EINTR);
+    return n;
+}
+
 static int file_write(file_device *file, vx_request *request)
 {
     bool fua = request->flags & VX_FUA, nowait = request->flags & VX_NOWAIT;
@@ -106,6 +115,8 @@ static int file_write(file_device *file, vx_request *request)
         }
         began = vx_now_ns();
     }
+    if (file->flags & VX_FILE_ALLOCATE && request->length >= VX_LARGE_WRITE)
+        (void)allocate(file, FALLOC_FL_KEEP_SIZE, request); /* the write says what is wrong */
     /* FUA writes twice: the first finds the space, so that what the second fails at is durability. */
     if (put(file, request, request->buffer, request->length, request->offset, 0) != VX_OK ||
         (fua && put(file, request, request->buffer, request->length, request->offset,
@@ -116,15 +127,6 @@ static int file_write(file_device *file, vx_request *request)
     if (nowait && vx_now_ns() - began > VX_SLOW_WRITE_NS)
         atomic_store_explicit(&file->slow_writes, 64, memory_order_relaxed);
     return vx_succeed(request);
-}
-
-static int allocate(file_device *file, int mode, vx_request *request)
-{
-    int n;
-    do
-        n = fallocate(file->fd, mode, (off_t)request->offset, (off_t)request->length);
-    while (n != 0 && errno == EINTR);
-    return n;
 }
 
 static int file_barrier(file_device *file, vx_request *request)

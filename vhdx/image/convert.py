@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import threading
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["convert", "destination_format"]
 
 _PIECE = 2 * MIB
-_AHEAD = 4
+_WORKERS = 2
 
 
 def destination_format(path: StrPath, to: str | None) -> str:
@@ -118,7 +117,7 @@ def convert(
             leaf.resize(disk.size)
             if not sparse:
                 leaf.zero(0, disk.size, no_hole=True)
-            _copy(disk, leaf, progress, cancel)
+            _Copy(disk, leaf, progress, cancel).run()
             return 0
         if target == "vhd":
             if vhd.SECTOR not in {logical_sector_size, disk.logical_sector_size}:
@@ -150,7 +149,7 @@ def convert(
         )
         engine = Engine(host, read_structure(host), None, write=True, pool=plane.default_pool())
         try:
-            _copy(disk, engine.map, progress, cancel)
+            _Copy(disk, engine.map, progress, cancel).run()
         finally:
             engine.close()
         return size - disk.size
@@ -172,7 +171,7 @@ def _fill_vhd(
         host, footer, write=True, chain=False, parent_search=(), pool=plane.default_pool()
     )
     try:
-        _copy(disk, image.device, progress, cancel)
+        _Copy(disk, image.device, progress, cancel).run()
     finally:
         image.close()
 
@@ -190,59 +189,80 @@ def _pieces(disk: Disk) -> Iterator[tuple[int, int]]:
             at = stop
 
 
-def _copy(
-    disk: Disk,
-    target: plane.Device,
-    progress: Progress | None,
-    cancel: Callable[[], bool] | None,
-) -> None:
-    """Reads on one thread while another writes; zeros are not written (the target is new)."""
-    total = sum(e.length for e in disk.extents() if e.state is ExtentState.DATA)
-    free: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
-    for _ in range(_AHEAD):
-        free.put(bytearray(_PIECE))
-    filled: queue.SimpleQueue[tuple[int, int, bytearray] | BaseException | None]
-    filled = queue.SimpleQueue()
-    stop = threading.Event()
+class _Copy:
+    """Pieces of a disk on their way into a new image; zeros are not written.
 
-    def read() -> None:
+    Workers take pieces in order, and each reads and writes its own, so that one reads while another
+    writes; the host lets only one at a time write a file, so more than two do not help.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        target: plane.Device,
+        progress: Progress | None,
+        cancel: Callable[[], bool] | None,
+    ) -> None:
+        self._disk, self._target = disk, target
+        self._progress, self._cancel = progress, cancel
+        self._total = sum(e.length for e in disk.extents() if e.state is ExtentState.DATA)
+        self._pieces = _pieces(disk)
+        self._lock = threading.Lock()  # guards pieces, done and failure
+        self._done = 0
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Copies all of it and makes it durable.
+
+        Raises:
+            VhdxError: the first failure of any worker; reason CANCELLED when cancelled.
+        """
+        others = [
+            threading.Thread(target=self._work, name=f"convert-{n}") for n in range(1, _WORKERS)
+        ]
+        for thread in others:
+            thread.start()
         try:
-            for offset, length in _pieces(disk):
-                buffer = free.get()
-                if stop.is_set():
-                    return
-                disk.preadinto(memoryview(buffer)[:length], offset)
-                filled.put((offset, length, buffer))
-            filled.put(None)
+            self._work(first=True)
+        finally:
+            with self._lock:
+                self._pieces = iter(())
+            for thread in others:
+                thread.join()
+        if self._failure is not None:
+            raise self._failure
+        self._target.flush()
+
+    def _take(self) -> tuple[int, int] | None:
+        with self._lock:
+            return None if self._failure is not None else next(self._pieces, None)
+
+    def _work(self, *, first: bool = False) -> None:
+        """Copies pieces until there are none; the first worker is the caller's thread."""
+        buffer = memoryview(bytearray(_PIECE))
+        try:
+            while (piece := self._take()) is not None:
+                offset, length = piece
+                data = buffer[:length]
+                self._disk.preadinto(data, offset)
+                _write_data(self._target, data, offset)
+                self._note(length, tell=first)
         except BaseException as error:
-            filled.put(error)
+            with self._lock:
+                self._failure = self._failure or error
 
-    reader = threading.Thread(target=read, name="convert-read", daemon=True)
-    reader.start()
-    done = 0
-    try:
-        while (item := filled.get()) is not None:
-            if isinstance(item, BaseException):
-                try:
-                    raise item
-                finally:
-                    del item
-            offset, length, buffer = item
-            if cancel is not None and cancel():
-                raise VhdxError("the conversion was cancelled", reason=_CANCELLED, path=disk.path)
-            _write_data(target, memoryview(buffer)[:length], offset)
-            free.put(buffer)
-            done += length
-            if progress is not None:
-                progress(done, total)
-        target.flush()
-    finally:
-        stop.set()
-        free.put(bytearray())
-        reader.join()
+    def _note(self, length: int, *, tell: bool) -> None:
+        with self._lock:
+            self._done += length
+            done = self._done
+        if tell and self._cancel is not None and self._cancel():
+            raise VhdxError(
+                "the conversion was cancelled", reason=Reason.CANCELLED, path=self._disk.path
+            )
+        if tell and self._progress is not None:
+            self._progress(done, self._total)
 
 
-_CANCELLED = Reason.CANCELLED
 _GRAIN = 64 << 10
 
 

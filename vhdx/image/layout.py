@@ -252,7 +252,7 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
         if isinstance(error, VhdxError):
             raise
         raise _host_error(error, path) from error
-    leaf = plane.File(fd, 0, read_only=False, sparse=sparse, path=os.fspath(path))
+    leaf = plane.File(fd, 0, read_only=False, sparse=sparse, bulk=True, path=os.fspath(path))
     try:
         yield leaf
         leaf.flush()

@@ -292,14 +292,23 @@ class File(Device):
         size: bytes that can be reached; grows with :meth:`Device.resize` only.
         read_only: refuse changes.
         sparse: give trimmed and zeroed space back to the host.
+        bulk: it is a new file that large writes fill.
         path: the name in errors.
     """
 
     def __init__(
-        self, fd: int, size: int, *, read_only: bool, sparse: bool = True, path: str | None = None
+        self,
+        fd: int,
+        size: int,
+        *,
+        read_only: bool,
+        sparse: bool = True,
+        bulk: bool = False,
+        path: str | None = None,
     ) -> None:
         memory = _is_memory_file_system(fd)
         flags = (1 if read_only else 0) | (2 if sparse else 0) | (4 if memory else 0)
+        flags |= 8 if bulk and not memory else 0
         super().__init__(lib.vx_file_create(fd, size, flags, check.new_identity()), path)
 
     @property
