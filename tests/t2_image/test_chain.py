@@ -86,6 +86,22 @@ class ChainMachine(RuleBasedStateMachine):
         self.disk.resize(len(self.oracle) + more * 4096)
         self.oracle.extend(bytes(more * 4096))
 
+    @rule(less=st.integers(1, 900))
+    def shrink(self, less):
+        """Below its parent's size a child is refused: the parent would show when it grows again."""
+        size = max(4096, len(self.oracle) - less * 4096)
+        if self.layers and size < len(self.layers[-1][1]):
+            with pytest.raises(vhdx.UnsupportedError):
+                self.disk.resize(size, shrink=True, unsafe=True)
+        else:
+            self.disk.resize(size, shrink=True, unsafe=True)
+            del self.oracle[size:]
+
+    @rule()
+    def compact(self):
+        self.disk.compact()
+        assert self.disk.pread(len(self.oracle), 0) == self.oracle
+
     @precondition(lambda self: len(self.layers) < 6)
     @rule()
     def snapshot(self):

@@ -12,10 +12,13 @@ import threading
 import time
 from pathlib import Path
 
+import google_crc32c
 import pytest
 
 import vhdx
 from tests.conftest import absent
+from vhdx import plane
+from vhdx.image import snapshots
 from vhdx.units import MIB
 
 
@@ -123,7 +126,32 @@ def change_while_used(disk, directory, stop, done, *, grows, compacts, snapshots
             break
 
 
-def verified_while_changed(image, directory, seconds, **steps):
+def fingerprint(device):
+    """What a device holds: a checksum of each MiB that is stored, but for those of zeros."""
+    found = {}
+    for extent in device.extents(0, device.size):
+        for at in range(extent.offset // MIB * MIB, extent.offset + extent.length, MIB):
+            if extent.state == plane.DATA and at not in found:
+                data = device.read(min(MIB, device.size - at), at)
+                found[at] = google_crc32c.value(data) if data.count(0) < len(data) else None
+    return {at: value for at, value in found.items() if value is not None}
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """By checkpoint, what the disk held at its instant, read while no request was on its way."""
+    taken = {}
+    settle = snapshots.FreshChild.settle
+
+    def copied(child, switch, base, checkpoint):
+        taken[Path(checkpoint)] = fingerprint(base.map)
+        return settle(child, switch, base, checkpoint)
+
+    monkeypatch.setattr(snapshots.FreshChild, "settle", copied)
+    return taken
+
+
+def verified_while_changed(image, directory, seconds, copies, **steps):
     stop, done = threading.Event(), {"pause": seconds * 0.8 / sum(steps.values())}
     with vhdx.open(image, "r+") as disk:
         disk.resize(disk.size + 64 * MIB)
@@ -147,17 +175,22 @@ def verified_while_changed(image, directory, seconds, **steps):
     assert done["won"] > 0
     for path in directory.glob("*.vhdx"):
         assert vhdx.check(path).errors == 0
+    assert len(copies) == steps["snapshots"]
+    for path, copy in copies.items():
+        assert copy
+        with vhdx.open(path) as disk:
+            assert fingerprint(disk._image.device) == copy
 
 
-def test_fio_verifies_while_the_disk_is_changed(image, peer, fast_path):
+def test_fio_verifies_while_the_disk_is_changed(image, peer, fast_path, copies):
     peer("fio", "nbdinfo")
-    verified_while_changed(image, fast_path, 10, grows=5, compacts=2, snapshots=3)
+    verified_while_changed(image, fast_path, 10, copies, grows=5, compacts=2, snapshots=3)
 
 
 @pytest.mark.soak
-def test_fio_verifies_for_two_minutes_while_the_disk_is_changed(image, peer, fast_path):
+def test_fio_verifies_for_two_minutes_while_the_disk_is_changed(image, peer, fast_path, copies):
     peer("fio", "nbdinfo")
-    verified_while_changed(image, fast_path, 120, grows=20, compacts=5, snapshots=10)
+    verified_while_changed(image, fast_path, 120, copies, grows=20, compacts=5, snapshots=10)
 
 
 @contextlib.contextmanager
