@@ -13,6 +13,7 @@ import contextlib
 import os
 import random
 import stat
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,18 +44,21 @@ class Directory:
         self.names = {p.name: p.stat().st_ino for p in self.path.iterdir()}
         self.files = {p.stat().st_ino: p.read_bytes() for p in self.path.iterdir()}
         self._known = set(self.files)
+        self._lock = threading.Lock()
 
     def note(self, kind: str, *names, inode: int = 0, event: Event | None = None) -> Event | None:
-        self.now += 1
-        if event is not None:
-            event.begin = self.now
         own = tuple(Path(name).name for name in names)
-        self.changes.append(Change(kind, own, inode, event))
+        with self._lock:
+            self.now += 1
+            if event is not None:
+                event.begin = self.now
+            self.changes.append(Change(kind, own, inode, event))
         return event
 
     def end(self, event: Event) -> None:
-        self.now += 1
-        event.end = self.now
+        with self._lock:
+            self.now += 1
+            event.end = self.now
 
     def mine(self, path) -> bool:
         return Path(os.path.abspath(os.fsdecode(path))).parent == self.path
@@ -218,8 +222,8 @@ def _file_class(directory: Directory) -> type:
                 return real(fd, size, **options)
             return super().__new__(cls)
 
-        def __init__(self, fd, size, *, read_only, sparse=True, path=None):
-            del sparse
+        def __init__(self, fd, size, *, read_only, sparse=True, bulk=False, path=None):
+            del sparse, bulk
             super().__init__(_Backend(directory, fd), size, read_only=read_only)
             self.path = path
 

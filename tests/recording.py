@@ -17,7 +17,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-import google_crc32c
+import numpy as np
+import xxhash
 
 from vhdx import plane
 from vhdx.image.disk import Disk
@@ -48,7 +49,7 @@ class Recorder:
     """A backend in memory that records; ``base`` is the content before the first event."""
 
     def __init__(self, base: bytes, *, recording: bool = True, jitter: int | None = None) -> None:
-        self.base = bytes(base)
+        self.base = bytes(base) if recording else b""
         self.data = bytearray(base)
         self.events: list[Event] = []
         self.now = 0
@@ -56,6 +57,12 @@ class Recorder:
         self._lock = threading.Lock()
         self._random = None if jitter is None else random.Random(jitter)
         self._last_site: tuple[object, int] = (None, 0)
+
+    def tick(self) -> int:
+        """A moment of its own: later than everything before, earlier than everything after."""
+        with self._lock:
+            self.now += 1
+            return self.now
 
     def _begin(self, event: Event) -> Event:
         if not self._recording:
@@ -227,7 +234,12 @@ class Window:
 
 
 def crash_states(
-    recorder: Recorder, rng: random.Random, subsets: int, *, without: str | None = None
+    recorder: Recorder,
+    rng: random.Random,
+    subsets: int,
+    *,
+    without: str | None = None,
+    since: int = 0,
 ) -> Iterator[tuple[int, bytearray]]:
     """The moment, and the content after a crash at that moment.
 
@@ -236,6 +248,7 @@ def crash_states(
         rng: chooses subsets.
         subsets: random ones for each moment, besides those that are always taken.
         without: barriers of this site did nothing.
+        since: no crash before this moment.
     """
     window = Window(bytearray(recorder.base))
     moments = [(e.begin, False, e) for e in recorder.events]
@@ -249,8 +262,9 @@ def crash_states(
             continue
         if not ended:
             window.doubtful.append(event)
-            for data in window.states(rng, subsets):
-                yield now + 1, data
+            if now >= since:
+                for data in window.states(rng, subsets):
+                    yield now + 1, data
 
 
 def broken_order(recorder: Recorder, *, without: str | None = None) -> str | None:
@@ -291,63 +305,73 @@ def broken_order(recorder: Recorder, *, without: str | None = None) -> str | Non
 
 def digest(data: bytearray) -> int:
     """To tell states apart."""
-    return google_crc32c.value(bytes(data)) << 40 | len(data)
+    return xxhash.xxh3_128_intdigest(data)
+
+
+@dataclass
+class _Write:
+    """One change of a disk: when it began and ended, and when it was durable by itself."""
+
+    offset: int
+    data: bytes
+    begin: int
+    end: int = NEVER
+    durable: int = NEVER
+
+    def at(self, sector: int) -> bytes | None:
+        """What it leaves in the sector at this offset; None where it does not reach."""
+        start = sector - self.offset
+        return self.data[start : start + SECTOR] if 0 <= start < len(self.data) else None
 
 
 class History:
     """What each sector may hold after a crash, for a disk that several threads write.
 
     A sector holds what the last write to it that a finished flush covers left there, or what any
-    write that began later put there. Times are the recorder's.
+    write that began later put there. Times are the recorder's; writes to a sector are one thread's.
     """
 
     def __init__(self, recorder: Recorder, content: bytes) -> None:
         self._recorder = recorder
         self._lock = threading.Lock()
         self.first = bytes(content)
-        # sector: begin, end, durable by itself since, content
-        self.writes: dict[int, list[list]] = {}
+        self.writes: list[_Write] = []  # in the order of their beginnings
         self.flushes: list[tuple[int, int]] = []
         self.sizes: list[tuple[int, int, int]] = []  # begin, end, size
+
+    def _begin(self, offset: int, data: bytes) -> _Write:
+        with self._lock:
+            write = _Write(offset, data, self._recorder.tick())
+            self.writes.append(write)
+            return write
 
     def change(
         self, offset: int, data: bytes, do: Callable[[], object], *, fua: bool = False
     ) -> None:
         """Runs ``do``, which leaves ``data`` at ``offset``; both multiples of a sector."""
-        begin = self._recorder.now
-        with self._lock:
-            entries = [
-                [begin, NEVER, NEVER, data[at : at + SECTOR]] for at in range(0, len(data), SECTOR)
-            ]
-            for i, entry in enumerate(entries):
-                self.writes.setdefault(offset + i * SECTOR, []).append(entry)
+        write = self._begin(offset, data)
         do()
         with self._lock:
-            for entry in entries:
-                entry[1] = self._recorder.now
-                if fua:
-                    entry[2] = self._recorder.now
+            write.end = self._recorder.tick()
+            if fua:
+                write.durable = write.end
 
     def flush(self, do: Callable[[], object]) -> None:
         """Runs ``do``, which makes durable what was written before."""
-        begin = self._recorder.now
+        begin = self._recorder.tick()
         do()
         with self._lock:
-            self.flushes.append((begin, self._recorder.now))
+            self.flushes.append((begin, self._recorder.tick()))
 
     def resize(self, size: int, do: Callable[[], object]) -> None:
         """Runs ``do``, after which the disk has ``size`` bytes, durably; what is cut off is zeros."""
-        begin = self._recorder.now
-        gone = [at for at in self.writes if at >= size]
-        gone += [at for at in range(size, len(self.first), SECTOR) if at not in self.writes]
-        entries = [[begin, NEVER, NEVER, bytes(SECTOR)] for _ in gone]
-        for at, entry in zip(gone, entries, strict=True):
-            self.writes.setdefault(at, []).append(entry)
+        begin = self._recorder.tick()
+        end = max([len(self.first), *(w.offset + len(w.data) for w in self.writes)])
+        gone = self._begin(size, bytes(max(0, end - size)))
         do()
-        for entry in entries:
-            entry[1] = entry[2] = self._recorder.now
+        gone.end = gone.durable = self._recorder.tick()
         with self._lock:
-            self.sizes.append((begin, self._recorder.now, size))
+            self.sizes.append((begin, gone.end, size))
 
     def sizes_at(self, now: int) -> set[int]:
         """What the size may be after a crash at ``now``."""
@@ -364,25 +388,21 @@ class History:
         if len(content) not in self.sizes_at(now):
             return f"the disk has {len(content)} bytes"
         covered = max((begin for begin, end in self.flushes if end < now), default=0)
-        expected = bytearray(self.first[: len(content)])
-        expected.extend(bytes(len(content) - len(expected)))
-        doubtful: dict[int, set[bytes]] = {}
-        for at, writes in self.writes.items():
-            # Writes to a sector are one thread's, so they are in order.
-            safe = [i for i, w in enumerate(writes) if w[1] <= covered or w[2] < now]
-            last = safe[-1] if safe else -1
-            if safe:
-                expected[at : at + SECTOR] = writes[last][3]
-            later = {w[3] for w in writes[last + 1 :] if w[0] < now}
-            if later:
-                doubtful[at] = later
-        if len(expected) > len(content):
-            del expected[len(content) :]
-        if content == expected:
-            return None
-        for at in range(0, len(content), SECTOR):
+        safe = [w.end <= covered or w.durable < now for w in self.writes]
+        expected = bytearray(self.first)
+        for write in itertools.compress(self.writes, safe):
+            end = write.offset + len(write.data)
+            expected.extend(bytes(max(0, end - len(expected))))
+            expected[write.offset : end] = write.data
+        expected.extend(bytes(max(0, len(content) - len(expected))))
+        del expected[len(content) :]
+        differs = np.frombuffer(content, np.uint8) != np.frombuffer(expected, np.uint8)
+        for sector in np.unique(np.flatnonzero(differs) // SECTOR).tolist():
+            at = sector * SECTOR
+            mine = [i for i, w in enumerate(self.writes) if w.at(at) is not None]
+            last = max((i for i in mine if safe[i]), default=-1)
+            later = {self.writes[i].at(at) for i in mine if i > last and self.writes[i].begin < now}
             found = content[at : at + SECTOR]
-            if found == expected[at : at + SECTOR] or found in doubtful.get(at, ()):
-                continue
-            return f"sector at {at:#x} holds what was never there ({found[:4].hex()})"
+            if found not in later:
+                return f"sector at {at:#x} holds what was never there ({found[:4].hex()})"
         return None
