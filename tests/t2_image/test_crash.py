@@ -449,4 +449,5 @@ def test_each_barrier_is_needed(bases):
         large = {"seeds": range(100, 120), "steps": 24, "subsets": 12}
         if not any(needed(bases, n, site, **size) for size in (small, large) for n in names):
             missing.append(site)
+    print("each needed:", ", ".join(sorted(set().union(*found.values()) - set(missing))))
     assert missing == []
