@@ -26,7 +26,7 @@ peers: packages ## install the peers of the tests and benchmarks, where missing
 $(STAMP): $(SOURCES) | packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
-	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 'setuptools>=80,<90' 'cffi>=2.0,<3' --group test --group lint --group build --group peers
+	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check 'setuptools>=80,<90' 'cffi>=2.0,<3' --group test --group lint --group build --group peers --group plot
 	$(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --no-build-isolation --editable .
 	touch $@
 

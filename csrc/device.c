@@ -14,6 +14,7 @@ void vx_device_initialise(vx_device *device, const vx_operations *operations, ui
     atomic_init(&device->references, 1);
     atomic_init(&device->progress, 0);
     atomic_init(&device->read_only, false);
+    device->sized_by = NULL;
 }
 
 vx_device *vx_device_reference(vx_device *device)
@@ -30,6 +31,8 @@ void vx_device_release(vx_device *device)
 
 uint64_t vx_device_size(vx_device *device)
 {
+    while (device->sized_by != NULL)
+        device = device->sized_by;
     return atomic_load(&device->size);
 }
 

@@ -8,8 +8,9 @@
  *   VX_DONE     request->result holds 0 or a negative vx_error; nothing more will happen
  *   VX_AGAIN    only with VX_NOWAIT: answering now would block; nothing lasting was done
  *   VX_PARKED   request->complete is called exactly once, maybe before vx_submit returns: nobody but
- *               the completion may touch the request any more. Only when VX_NOWAIT is not set. The
- *               device must not use request->memo, which belongs to the submitter's stack
+ *               the completion may touch the request any more. Only when VX_NOWAIT is not set, or
+ *               VX_MAY_PARK is, too. The device must not use request->memo, which belongs to the
+ *               submitter's stack
  *   VX_FAULTED  the device lacks something that its fault handler must provide; request->fault
  *               says what. The whole stack is unwound: no epoch, lock or buffer is held. The
  *               driver (run.h) calls the handler once and submits the request again.
@@ -49,7 +50,8 @@ enum vx_flag {
     VX_FUA = 1,      /* durable before done (operations that write) */
     VX_NOWAIT = 2,   /* answer AGAIN rather than block */
     VX_NO_HOLE = 4,  /* ZERO: the range must be stored afterwards */
-    VX_FAST = 8     /* ZERO: fail with UNSUPPORTED unless faster than writing */
+    VX_FAST = 8,    /* ZERO: fail with UNSUPPORTED unless faster than writing */
+    VX_MAY_PARK = 16 /* with NOWAIT: a throttle may park the request nevertheless */
 };
 
 enum vx_answer { VX_DONE = 0, VX_AGAIN = 1, VX_PARKED = 2, VX_FAULTED = 3 };
@@ -123,6 +125,9 @@ struct vx_request {
     uint32_t extent_count;
     int32_t depth; /* EXTENTS: depth that this device reports */
     uint32_t stage; /* a device's own mark across a restart */
+    bool admitted;       /* a throttle has let it pass, also across a restart */
+    uint64_t arrived_ns; /* at a throttle that parked it */
+    uint64_t queued_ns;  /* how long it was parked there */
 
     vx_memo *memo;
     void (*complete)(vx_request *request);
@@ -138,6 +143,7 @@ typedef struct vx_operations {
     int (*submit)(vx_device *device, vx_request *request);
     int (*resize)(vx_device *device, uint64_t size);
     void (*destroy)(vx_device *device);
+    void (*hurry)(vx_device *device); /* throttles: hold up nothing any more */
 } vx_operations;
 
 struct vx_device {
@@ -149,6 +155,7 @@ struct vx_device {
     _Atomic uint32_t references;
     _Atomic uint64_t progress; /* raised by every change that a fault handler makes */
     _Atomic bool read_only;
+    vx_device *sized_by; /* whose size and checks of range count instead; NULL: its own */
 };
 
 /* Gives `device` its common part; one reference belongs to the caller. */

@@ -3,6 +3,10 @@
 typedef ... vx_device;
 typedef ... vx_pool;
 typedef ... vx_nbd_connection;
+typedef ... vx_clock;
+typedef ... vx_qos;
+typedef ... vx_limits;
+typedef ... vx_meter;
 
 typedef struct { int32_t code; int32_t os_error; uint32_t operation; uint64_t device;
                  uint64_t offset; ...; } vx_failure;
@@ -85,12 +89,37 @@ void vx_switch_set(vx_device *device, vx_device *lower);
 void vx_switch_resume(vx_device *device);
 void vx_switch_follow(vx_device *device);
 
+vx_clock *vx_clock_create(bool virtual_time);
+void vx_clock_stop(vx_clock *clock);
+void vx_clock_destroy(vx_clock *clock);
+uint64_t vx_clock_now(vx_clock *clock);
+void vx_clock_advance(vx_clock *clock, uint64_t until_ns);
+uint64_t vx_clock_next(vx_clock *clock);
+vx_clock *vx_pool_clock(vx_pool *pool);
+
+typedef struct { uint64_t rate; uint64_t burst; uint64_t credit; uint64_t credit_rate; } vx_limit;
+vx_qos *vx_qos_create(vx_clock *clock, vx_pool *pool);
+void vx_qos_destroy(vx_qos *qos);
+vx_limits *vx_limits_create(vx_qos *qos, uint32_t unit);
+void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh);
+void vx_limits_levels(vx_limits *limits, int64_t *levels);
+vx_device *vx_throttle_create(vx_device *lower, vx_qos *qos, vx_limits *own, uint64_t identity);
+void vx_throttle_set_group(vx_device *device, vx_limits *group);
+void vx_throttle_waiting(vx_device *device, uint64_t *requests, uint64_t *units);
+
+vx_meter *vx_meter_create(uint32_t unit);
+void vx_meter_destroy(vx_meter *meter);
+void vx_meter_switch(vx_meter *meter, bool on);
+void vx_meter_read(vx_meter *meter, uint64_t *facts, uint64_t *bins);
+uint64_t vx_meter_bin_start(uint32_t bin);
+
 typedef struct { uint32_t largest_payload; uint32_t context_id; uint32_t requests_limit;
                  uint32_t slot; uint64_t bytes_limit; bool read_only; bool structured;
                  bool block_status; } vx_nbd_terms;
 vx_nbd_connection *vx_nbd_create(int fd, vx_device *device, vx_pool *pool,
                                  const vx_nbd_terms *terms, const uint8_t *early,
                                  size_t early_length);
+void vx_nbd_set_meter(vx_nbd_connection *connection, vx_meter *meter);
 int vx_nbd_serve(vx_nbd_connection *connection);
 void vx_nbd_stop(vx_nbd_connection *connection);
 void vx_nbd_abort(vx_nbd_connection *connection);

@@ -6,13 +6,16 @@
 #define VX_NATIVE_H
 
 #include "callback.h"
+#include "clock.h"
 #include "file.h"
 #include "hold.h"
 #include "map.h"
 #include "memory.h"
+#include "meter.h"
 #include "nbd.h"
 #include "pool.h"
 #include "run.h"
 #include "switch.h"
+#include "throttle.h"
 
 #endif

@@ -113,6 +113,10 @@ int vx_nbd_serve(vx_nbd_connection *c)
         }
         if (c->disconnecting)
             abandon_filling(c);
+        if ((c->gone || atomic_load(&c->stopping)) && !c->hurried && nbd_is_paced(c)) {
+            c->hurried = true; /* nobody is to wait for what is held up */
+            c->device->operations->hurry(c->device);
+        }
         if (c->disconnecting && c->under_way == 0 && c->output.bytes == 0)
             return c->result;
         /* Room came up since the front request was refused: no event will say so again. */
@@ -176,6 +180,11 @@ vx_nbd_connection *vx_nbd_create(int fd, vx_device *device, vx_pool *pool,
                            .block_status = terms->block_status};
     pthread_mutex_init(&c->lock, NULL);
     return c;
+}
+
+void vx_nbd_set_meter(vx_nbd_connection *c, vx_meter *meter)
+{
+    c->meter = meter;
 }
 
 void vx_nbd_counters_of(vx_nbd_connection *c, uint64_t *counters)

@@ -13,6 +13,7 @@
 #define VX_NBD_H
 
 #include "device.h"
+#include "meter.h"
 #include "pool.h"
 
 typedef struct vx_nbd_connection vx_nbd_connection;
@@ -42,6 +43,8 @@ typedef struct vx_nbd_counters {
 vx_nbd_connection *vx_nbd_create(int fd, vx_device *device, vx_pool *pool,
                                  const vx_nbd_terms *terms, const uint8_t *early,
                                  size_t early_length);
+/* Before vx_nbd_serve: where it counts what it does, with latencies; it is not the connection's. */
+void vx_nbd_set_meter(vx_nbd_connection *connection, vx_meter *meter);
 int vx_nbd_serve(vx_nbd_connection *connection); /* 0, or VX_E_PROTOCOL, VX_E_IO */
 /* No new requests; vx_nbd_serve finishes what it has and returns. From any thread. */
 void vx_nbd_stop(vx_nbd_connection *connection);

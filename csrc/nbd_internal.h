@@ -37,6 +37,7 @@ typedef struct operation {
     uint8_t *buffer;
     size_t capacity; /* of buffer */
     uint64_t charged;
+    uint64_t began_ns; /* 0: not metered */
     vx_extent extents[READ_HOLES];
     vx_extent *status; /* BLOCK_STATUS */
 } operation;
@@ -74,6 +75,8 @@ struct vx_nbd_connection {
     uint32_t spare_count;
     vx_extent holes[READ_HOLES];
     vx_nbd_counters counters;
+    vx_meter *meter; /* or NULL */
+    bool hurried;    /* the device was told to hold up nothing */
 };
 
 static inline void nbd_count(_Atomic uint64_t *counter, uint64_t by)
@@ -91,12 +94,16 @@ enum outcome nbd_start_operation(vx_nbd_connection *c, const nbd_request *wire, 
                                  operation **started);
 /* Gives back what an operation holds; `context` is its connection (for nbd_output). */
 void nbd_free_operation(void *owner, void *context);
+/* What a command asks of the device; CACHE is no operation, and counts as a read. */
+uint32_t nbd_operation_of(uint16_t command);
 /* The request on the device that a request on the wire asks for. */
 void nbd_prepare(const vx_nbd_connection *c, vx_request *request, const nbd_request *wire);
 /* Runs it on the pool; it comes back through `completed`, with the connection woken. */
 void nbd_send_to_pool(vx_nbd_connection *c, operation *op);
 /* Runs it here if it does not block: true, and it is done. False: request as it was. */
 bool nbd_try_operation(vx_nbd_connection *c, operation *op);
+/* Whether the device may hold requests up (a throttle). */
+bool nbd_is_paced(const vx_nbd_connection *c);
 
 /* ---- nbd_request.c ---- */
 

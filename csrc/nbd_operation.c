@@ -62,6 +62,7 @@ enum outcome nbd_start_operation(vx_nbd_connection *c, const nbd_request *wire, 
     op->buffer = buffer;
     op->capacity = capacity;
     op->charged = capacity;
+    op->began_ns = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
     c->under_way++;
     c->bytes_under_way += capacity;
     atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
@@ -69,7 +70,7 @@ enum outcome nbd_start_operation(vx_nbd_connection *c, const nbd_request *wire, 
     return TAKEN;
 }
 
-static uint32_t operation_of(uint16_t command)
+uint32_t nbd_operation_of(uint16_t command)
 {
     switch (command) {
     case NBD_WRITE:
@@ -90,7 +91,7 @@ static uint32_t operation_of(uint16_t command)
 void nbd_prepare(const vx_nbd_connection *c, vx_request *request, const nbd_request *wire)
 {
     memset(request, 0, offsetof(vx_request, failure));
-    request->operation = operation_of(wire->command);
+    request->operation = nbd_operation_of(wire->command);
     request->slot = c->terms.slot;
     if (request->operation == VX_FLUSH)
         return;
@@ -143,8 +144,36 @@ static void run_operation(vx_job *job)
         completed(&op->request);
 }
 
+bool nbd_is_paced(const vx_nbd_connection *c)
+{
+    return c->device->operations->hurry != NULL;
+}
+
+/* Lets a throttle park it from here, without a turn on the pool. False: request as it was. */
+static bool park_operation(vx_nbd_connection *c, operation *op)
+{
+    uint64_t done = op->request.done;
+    op->request.complete = completed;
+    op->request.context = op;
+    op->request.flags |= VX_NOWAIT | VX_MAY_PARK;
+    int answer = vx_submit(c->device, &op->request);
+    if (answer == VX_PARKED)
+        return true;
+    if (answer == VX_DONE) {
+        completed(&op->request);
+        return true;
+    }
+    op->request.flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
+    op->request.done = done;
+    op->request.extent_count = 0;
+    op->request.not_before_ns = 0;
+    return false;
+}
+
 void nbd_send_to_pool(vx_nbd_connection *c, operation *op)
 {
+    if (nbd_is_paced(c) && park_operation(c, op))
+        return;
     nbd_count(&c->counters.pooled, 1);
     op->job.run = run_operation;
     vx_pool_push(c->pool, &op->job);

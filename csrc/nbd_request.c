@@ -95,6 +95,9 @@ static void reply_operation(vx_nbd_connection *c, operation *op)
 {
     enum nbd_error error = nbd_error_of(op->request.result, &op->wire);
     bool kept = false;
+    if (op->began_ns != 0)
+        vx_meter_note(c->meter, op->request.operation, op->wire.length, vx_now_ns() - op->began_ns,
+                      op->request.queued_ns);
     if (c->gone) {
         /* nobody listens */
     } else if (error == NBD_OK && op->wire.command == NBD_READ) {
@@ -134,8 +137,11 @@ static bool read_inline(vx_nbd_connection *c, const nbd_request *wire)
         request.extents = c->holes;
         request.extent_capacity = 1;
     }
+    uint64_t began = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
     if (vx_submit(c->device, &request) != VX_DONE || request.not_before_ns != 0)
         return false;
+    if (began != 0)
+        vx_meter_note(c->meter, VX_READ, wire->length, vx_now_ns() - began, 0);
     if (request.result != 0) {
         reply_status(c, nbd_error_of(request.result, wire), wire);
         return true;
@@ -195,8 +201,11 @@ static bool write_inline(vx_nbd_connection *c, const nbd_request *wire, uint8_t 
     nbd_prepare(c, &request, wire);
     request.flags |= VX_NOWAIT;
     request.buffer = payload;
+    uint64_t began = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
     if (vx_submit(c->device, &request) != VX_DONE || request.not_before_ns != 0)
         return false;
+    if (began != 0)
+        vx_meter_note(c->meter, VX_WRITE, wire->length, vx_now_ns() - began, 0);
     reply_status(c, nbd_error_of(request.result, wire), wire);
     return true;
 }
@@ -300,6 +309,8 @@ static enum outcome take_request(vx_nbd_connection *c)
     c->begin += NBD_REQUEST_BYTES;
     if (wire.command < 8)
         nbd_count(&c->counters.requests[wire.command], 1);
+    if (error == NBD_OK && vx_meter_is_on(c->meter))
+        vx_meter_offer(c->meter, nbd_operation_of(wire.command), wire.length);
     if (error == NBD_OK && wire.command == NBD_READ)
         nbd_count(&c->counters.bytes_read, wire.length);
     if (error == NBD_OK && wire.command == NBD_WRITE)

@@ -5,34 +5,19 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <time.h>
 
 struct vx_pool {
     pthread_mutex_t lock;
     pthread_cond_t work;  /* a job is ready, or the pool stops */
-    pthread_cond_t clock; /* the earliest timed job changed, or the pool stops */
     vx_job *head, *tail;
     uint32_t queued, idle, running, limit; /* idle: threads that wait, or were just signalled */
     pthread_t *threads;
-    bool stopping;       /* timed jobs run at once */
-    bool workers_ending; /* after the clock has handed over the last of them */
-
-    vx_job **heap; /* timed jobs, earliest first; equal times in the order pushed */
-    size_t heap_count, heap_capacity;
-    uint64_t sequence;
-    pthread_t clock_thread;
-    bool clock_running;
+    bool workers_ending; /* after the clock has handed over the last timed job */
+    vx_clock *clock;
 
     _Atomic uint64_t bytes;
     uint64_t byte_limit;
 };
-
-uint64_t vx_now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 /* Signals are for the threads of the language above, which knows what to do about them. */
 static void block_signals(void)
@@ -68,6 +53,14 @@ static void *worker(void *argument)
     return NULL;
 }
 
+static void free_pool(vx_pool *pool)
+{
+    if (pool->clock != NULL)
+        vx_clock_destroy(pool->clock);
+    free(pool->threads);
+    free(pool);
+}
+
 vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit)
 {
     vx_pool *pool = calloc(1, sizeof *pool);
@@ -75,22 +68,17 @@ vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit)
         return NULL;
     pool->limit = threads == 0 ? 1 : threads;
     pool->threads = calloc(pool->limit, sizeof *pool->threads);
-    if (pool->threads == NULL) {
-        free(pool);
+    pool->clock = vx_clock_create(false);
+    if (pool->threads == NULL || pool->clock == NULL) {
+        free_pool(pool);
         return NULL;
     }
     pool->byte_limit = byte_limit;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
-    pthread_condattr_t attributes;
-    pthread_condattr_init(&attributes);
-    pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
-    pthread_cond_init(&pool->clock, &attributes);
-    pthread_condattr_destroy(&attributes);
     /* One thread from the start: then a push always finds somebody, whatever it holds. */
     if (pthread_create(&pool->threads[0], NULL, worker, pool) != 0) {
-        free(pool->threads);
-        free(pool);
+        free_pool(pool);
         return NULL;
     }
     pool->running = 1;
@@ -119,105 +107,30 @@ void vx_pool_push(vx_pool *pool, vx_job *job)
     pthread_mutex_unlock(&pool->lock);
 }
 
-static bool earlier(const vx_job *a, const vx_job *b)
+static void push_timed(vx_timer *timer)
 {
-    return a->when_ns != b->when_ns ? a->when_ns < b->when_ns : a->sequence < b->sequence;
-}
-
-static void heap_up(vx_pool *pool, size_t at)
-{
-    while (at > 0 && earlier(pool->heap[at], pool->heap[(at - 1) / 2])) {
-        vx_job *swap = pool->heap[at];
-        pool->heap[at] = pool->heap[(at - 1) / 2];
-        pool->heap[(at - 1) / 2] = swap;
-        at = (at - 1) / 2;
-    }
-}
-
-static vx_job *heap_pop(vx_pool *pool)
-{
-    vx_job *top = pool->heap[0];
-    pool->heap[0] = pool->heap[--pool->heap_count];
-    for (size_t at = 0;;) {
-        size_t least = at, left = 2 * at + 1, right = left + 1;
-        if (left < pool->heap_count && earlier(pool->heap[left], pool->heap[least]))
-            least = left;
-        if (right < pool->heap_count && earlier(pool->heap[right], pool->heap[least]))
-            least = right;
-        if (least == at)
-            return top;
-        vx_job *swap = pool->heap[at];
-        pool->heap[at] = pool->heap[least];
-        pool->heap[least] = swap;
-        at = least;
-    }
-}
-
-static void *clock_worker(void *argument)
-{
-    vx_pool *pool = argument;
-    block_signals();
-    pthread_mutex_lock(&pool->lock);
-    while (!pool->stopping || pool->heap_count > 0) {
-        if (pool->heap_count == 0) {
-            pthread_cond_wait(&pool->clock, &pool->lock);
-            continue;
-        }
-        uint64_t when = pool->heap[0]->when_ns;
-        if (pool->stopping || when <= vx_now_ns()) {
-            enqueue_locked(pool, heap_pop(pool));
-            continue;
-        }
-        struct timespec until = {.tv_sec = (time_t)(when / 1000000000u),
-                                 .tv_nsec = (long)(when % 1000000000u)};
-        pthread_cond_timedwait(&pool->clock, &pool->lock, &until);
-    }
-    pthread_mutex_unlock(&pool->lock);
-    return NULL;
-}
-
-static bool heap_reserve(vx_pool *pool)
-{
-    if (pool->heap_count < pool->heap_capacity)
-        return true;
-    size_t capacity = pool->heap_capacity == 0 ? 64 : 2 * pool->heap_capacity;
-    vx_job **heap = realloc(pool->heap, capacity * sizeof *heap);
-    if (heap == NULL)
-        return false;
-    pool->heap = heap;
-    pool->heap_capacity = capacity;
-    return true;
+    vx_job *job = (vx_job *)((char *)timer - offsetof(vx_job, timer));
+    vx_pool_push(job->pool, job);
 }
 
 void vx_pool_push_at(vx_pool *pool, vx_job *job, uint64_t when_ns)
 {
-    pthread_mutex_lock(&pool->lock);
-    if (!pool->clock_running && !pool->stopping)
-        pool->clock_running =
-            pthread_create(&pool->clock_thread, NULL, clock_worker, pool) == 0;
-    if (pool->stopping || !pool->clock_running || !heap_reserve(pool)) {
-        pthread_mutex_unlock(&pool->lock);
+    job->timer = (vx_timer){.run = push_timed};
+    job->pool = pool;
+    if (!vx_clock_set(pool->clock, &job->timer, when_ns))
         vx_pool_push(pool, job); /* early rather than never */
-        return;
-    }
-    job->when_ns = when_ns;
-    job->sequence = pool->sequence++;
-    pool->heap[pool->heap_count++] = job;
-    heap_up(pool, pool->heap_count - 1);
-    pthread_cond_signal(&pool->clock);
-    pthread_mutex_unlock(&pool->lock);
+}
+
+vx_clock *vx_pool_clock(vx_pool *pool)
+{
+    return pool->clock;
 }
 
 void vx_pool_destroy(vx_pool *pool)
 {
     if (pool == NULL)
         return;
-    pthread_mutex_lock(&pool->lock);
-    pool->stopping = true;
-    pthread_cond_broadcast(&pool->clock);
-    pthread_mutex_unlock(&pool->lock);
-    if (pool->clock_running)
-        pthread_join(pool->clock_thread, NULL);
+    vx_clock_stop(pool->clock); /* the workers get what waits for its time */
     pthread_mutex_lock(&pool->lock);
     pool->workers_ending = true;
     pthread_cond_broadcast(&pool->work);
@@ -227,10 +140,7 @@ void vx_pool_destroy(vx_pool *pool)
         pthread_join(pool->threads[i], NULL);
     pthread_mutex_destroy(&pool->lock);
     pthread_cond_destroy(&pool->work);
-    pthread_cond_destroy(&pool->clock);
-    free(pool->threads);
-    free(pool->heap);
-    free(pool);
+    free_pool(pool);
 }
 
 bool vx_pool_charge(vx_pool *pool, uint64_t bytes)

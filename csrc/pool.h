@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * Threads for what may block, and a clock for what must wait.
+ * Threads for what may block, also from a time on.
  *
  * Jobs run in the order they were pushed, on at most `threads` threads: one from the start, further
  * ones when needed.
@@ -16,14 +16,16 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "clock.h"
+
 typedef struct vx_pool vx_pool;
 typedef struct vx_job vx_job;
 
 struct vx_job {
     void (*run)(vx_job *job);
     vx_job *next;
-    uint64_t when_ns;
-    uint64_t sequence;
+    vx_timer timer; /* of a timed job */
+    vx_pool *pool;
 };
 
 vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit); /* NULL: no memory or thread */
@@ -34,6 +36,6 @@ void vx_pool_push_at(vx_pool *pool, vx_job *job, uint64_t when_ns);
 bool vx_pool_charge(vx_pool *pool, uint64_t bytes);
 void vx_pool_discharge(vx_pool *pool, uint64_t bytes);
 uint64_t vx_pool_charged(vx_pool *pool);
-uint64_t vx_now_ns(void);
+vx_clock *vx_pool_clock(vx_pool *pool); /* real; lives as long as the pool */
 
 #endif

@@ -78,6 +78,7 @@ class Reason(StrEnum):
     BAT_OFFSET = "bat_offset"
     BAT_OVERLAP = "bat_overlap"
     BAT_SHIFTED = "bat_shifted"
+    QOS_FILE = "qos_file"
     SECTOR_BITMAP = "sector_bitmap"
     PARENT_LOCATOR = "parent_locator"
     PARENT_MISSING = "parent_missing"

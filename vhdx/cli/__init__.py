@@ -6,7 +6,7 @@ from __future__ import annotations
 import click
 
 from vhdx import __version__
-from vhdx.cli import images, serving
+from vhdx.cli import images, quality, serving
 from vhdx.cli.output import VhdxGroup
 
 __all__ = ["main"]
@@ -39,5 +39,7 @@ for command in (
     serving.serve,
     serving.ps,
     serving.stop,
+    quality.qos,
+    quality.top,
 ):
     main.add_command(command)

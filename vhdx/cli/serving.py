@@ -9,13 +9,24 @@ import socket
 import subprocess
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from vhdx import control, nbd
-from vhdx.cli.output import DONE, FORMATS, INTERRUPTED, SECONDS, json_option, print_json, print_table
+from vhdx.cli.output import (
+    DONE,
+    FORMATS,
+    INTERRUPTED,
+    SECONDS,
+    SIZE,
+    json_option,
+    print_json,
+    print_table,
+)
+from vhdx.cli.quality import changes_of, settings_options
 from vhdx.errors import InvalidArgumentError, NotFoundError
+from vhdx.qos import NORMALISED_UNIT, Settings
 from vhdx.units import format_size
 
 if TYPE_CHECKING:
@@ -58,6 +69,14 @@ def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
 )
 @click.option("--max-connections", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--handshake-seconds", type=SECONDS, default=10.0, show_default=True)
+@settings_options
+@click.option(
+    "--qos", "qos_file", type=click.Path(dir_okay=False), help="Keep limits and policies there."
+)
+@click.option(
+    "--qos-unit", type=SIZE, default=NORMALISED_UNIT, show_default=True, help="Bytes of an I/O."
+)
+@click.option("--qos-hook", metavar="CMD", help="Run for each alert, with $VHDX_DISK and others.")
 def serve(
     paths: tuple[str, ...],
     listen: str | None,
@@ -67,21 +86,32 @@ def serve(
     drain_seconds: float,
     max_connections: int,
     handshake_seconds: float,
+    qos_file: str | None,
+    qos_unit: int,
+    qos_hook: str | None,
+    **given: Any,
 ) -> int:
     """Serve images over NBD until SIGTERM or Ctrl-C.
 
     The first line on standard output is the URI of the first export, once it accepts connections.
+    Limits count for each of the disks; vhdx qos changes them while it runs.
 
-    Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock
+    Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock --max-iops 500
     """
+    settings = Settings().changed(changes_of(given))
+    exports = _exports(paths)
     events = _Events()
     limits = nbd.Limits(connections=max_connections, handshake_seconds=handshake_seconds)
     server = control.serve(
-        _exports(paths),
+        exports,
         listen=listen,
         read_only=read_only,
         limits=limits,
         format=format_,
+        qos=dict.fromkeys(exports, settings),
+        qos_file=qos_file,
+        qos_unit=qos_unit,
+        qos_hook=qos_hook,
         on_stop=lambda: os.kill(os.getpid(), signal.SIGTERM),  # as if somebody had
     )
     code = DONE

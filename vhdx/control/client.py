@@ -63,6 +63,23 @@ class ServerInfo:
                 )
             time.sleep(0.02)
 
+    def qos(self) -> dict[str, Any]:
+        """What :meth:`vhdx.qos.Domain.describe` says."""
+        with _answer(self.socket, "GET", "/v1/qos", None, _ANSWER_SECONDS) as lines:
+            return next(lines)
+
+    def change_qos(self, body: dict[str, Any]) -> Any:
+        """Has it change what is wanted; see :func:`vhdx.control.quality.change_qos`."""
+        with _answer(self.socket, "POST", "/v1/qos", body, _ANSWER_SECONDS) as lines:
+            answer = next(lines)
+        if "error" in answer:
+            raise wire.error_of(answer["error"])
+        return answer.get("result")
+
+    def metrics(self) -> str:
+        """What Prometheus would scrape."""
+        return get_text(self.socket, "/metrics")
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -103,6 +120,18 @@ class Owner:
                 if cancel is not None and cancel():
                     raise VhdxError("it was cancelled", reason=Reason.CANCELLED)
         raise ProtocolError("the server ended before its answer", path=self.server.socket)
+
+
+def get_text(path: Path, target: str) -> str:
+    """The text behind ``target``."""
+    connection = _Connection(path, _ANSWER_SECONDS)
+    try:
+        connection.request("GET", target)
+        return connection.getresponse().read().decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise ProtocolError(f"the server does not answer: {error!r}", path=path) from error
+    finally:
+        connection.close()
 
 
 def servers() -> list[ServerInfo]:

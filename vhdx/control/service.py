@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -24,13 +25,17 @@ from aiohttp import web
 
 from vhdx import nbd
 from vhdx.control import wire
+from vhdx.control.metrics import METRICS_TYPE, exposition
+from vhdx.control.quality import change_qos
 from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, Reason, VhdxError
 from vhdx.nbd.address import listen_unix, runtime_directory
+from vhdx.qos import NORMALISED_UNIT, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
 
     from vhdx.image import Disk
+    from vhdx.qos.monitor import Alert
 
     Progress = Callable[[int, int], None]
     Operation = Callable[["_Stream", Disk, dict[str, Any]], Any]
@@ -43,6 +48,7 @@ _LARGEST_REQUEST = 64 << 10
 _EXTENTS_AT_ONCE = 1000
 _PROGRESS_SECONDS = 0.1
 _LAST_ANSWER_SECONDS = 2.0
+_MOST_EVENTS, _EVENT_POLL_SECONDS = 1000, 0.5
 _PATIENCE_SECONDS, _POLL_SECONDS = 60.0, 0.2
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
@@ -100,6 +106,10 @@ class Control:
             [
                 web.get("/v1/server", self._describe),
                 web.post("/v1/stop", self._stop),
+                web.get("/v1/qos", self._describe_qos),
+                web.post("/v1/qos", self._change_qos),
+                web.get("/metrics", self._metrics),
+                web.get("/events", self._events),
                 web.post("/v1/operations/{operation}", self._operate),
             ]
         )
@@ -167,6 +177,52 @@ class Control:
         del request
         threading.Thread(target=self._on_stop, name="vhdx-stop", daemon=True).start()
         return web.json_response({"result": None})
+
+    async def _describe_qos(self, request: web.Request) -> web.Response:
+        del request
+        return web.json_response({"pid": os.getpid(), **self._server.qos.describe()})
+
+    async def _change_qos(self, request: web.Request) -> web.Response:
+        """One change of what is wanted; it may write a file, so it is a thread's."""
+        try:
+            body = await _body(request)
+            change = functools.partial(change_qos, self._server.qos, body)
+            result = await self._loop.run_in_executor(self._executor, change)
+        except VhdxError as error:
+            return web.json_response({"error": wire.object_of(error)})
+        return web.json_response({"result": result})
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        del request
+        text = await self._loop.run_in_executor(self._executor, exposition, self._server)
+        return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
+
+    async def _events(self, request: web.Request) -> web.StreamResponse:
+        """Alerts, one JSON object a line: those of before, then each as it comes."""
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_MOST_EVENTS)
+
+        def put(event: dict[str, Any]) -> None:
+            with contextlib.suppress(asyncio.QueueFull):  # a client that does not read loses some
+                queue.put_nowait(event)
+
+        domain = self._server.qos
+
+        def note(alert: Alert) -> None:
+            self._loop.call_soon_threadsafe(put, alert.as_dict())
+
+        with domain.listening(note):
+            await response.prepare(request)
+            for alert in domain.alerts():
+                put(alert.as_dict())
+            with contextlib.suppress(ConnectionError):
+                while not self._closing:
+                    try:
+                        event = await asyncio.wait_for(queue.get(), _EVENT_POLL_SECONDS)
+                    except TimeoutError:
+                        continue
+                    await response.write(json.dumps(event).encode() + b"\n")
+        return response
 
     async def _operate(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -359,6 +415,10 @@ def serve(
     read_only: bool = False,
     limits: nbd.Limits | None = None,
     format: str | None = None,
+    qos: Mapping[str, Settings] | None = None,
+    qos_file: str | os.PathLike[str] | None = None,
+    qos_unit: int = NORMALISED_UNIT,
+    qos_hook: str | None = None,
     on_stop: Callable[[], None] | None = None,
 ) -> nbd.Server:
     """Starts to serve disks over NBD; a context manager that stops at its end.
@@ -368,13 +428,24 @@ def serve(
 
     Args:
         exports, listen, read_only, limits, format: as for :class:`vhdx.Server`.
+        qos, qos_file, qos_unit, qos_hook: as there.
         on_stop: called when ``vhdx stop`` asks; closes the server when None.
 
     Raises:
         InvalidArgumentError, InUseError, HostIOError: it cannot listen.
         VhdxError: an image cannot be opened.
     """
-    server = nbd.serve(exports, listen=listen, read_only=read_only, limits=limits, format=format)
+    server = nbd.serve(
+        exports,
+        listen=listen,
+        read_only=read_only,
+        limits=limits,
+        format=format,
+        qos=qos,
+        qos_file=qos_file,
+        qos_unit=qos_unit,
+        qos_hook=qos_hook,
+    )
     try:
         Control(server, server.stop if on_stop is None else on_stop)
     except (OSError, VhdxError) as error:

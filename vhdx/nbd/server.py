@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import socket
+import struct
 import threading
 import time
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from vhdx.image.disk import Disk
 from vhdx.image.opening import open_disk
 from vhdx.nbd.address import bind, parse_address, private_address, uri_of
 from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
+from vhdx.qos import NORMALISED_UNIT, Domain, Flow, Settings, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -33,6 +35,7 @@ __all__ = ["Limits", "Server", "serve"]
 _log = logging.getLogger(__name__)
 _SEND_BUFFER = 2 << 20
 _LONGEST_NAME = 4096
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
 @dataclass(frozen=True)
@@ -93,6 +96,10 @@ class Server:
         read_only: refuse changes.
         limits: what clients may use.
         format: of the paths, as in :func:`vhdx.open`.
+        qos: what is wanted of each disk, by the name of its export.
+        qos_file: where that is kept, and taken from; see :class:`vhdx.qos.Store`.
+        qos_unit: bytes that count as one normalised I/O.
+        qos_hook: a command that is run for each alert.
     """
 
     def __init__(
@@ -103,6 +110,10 @@ class Server:
         read_only: bool = False,
         limits: Limits | None = None,
         format: str | None = None,
+        qos: Mapping[str, Settings] | None = None,
+        qos_file: str | os.PathLike[str] | None = None,
+        qos_unit: int = NORMALISED_UNIT,
+        qos_hook: str | None = None,
     ) -> None:
         if not exports:
             raise InvalidArgumentError("there is nothing to serve")
@@ -118,8 +129,12 @@ class Server:
         try:
             self._pool = plane.Pool(byte_limit=self._limits.server_bytes)
             self._cleanup.callback(self._pool.close)
+            store = None if qos_file is None else Store(qos_file)
+            self.qos = Domain(self._pool, unit=qos_unit, store=store, hook=qos_hook)
+            self._cleanup.callback(self.qos.close)
             for name, source in exports.items():
                 self._add(name, source, read_only=read_only, format=format)
+                self.qos.add_disk(name, self._exports[name].disk.path, (qos or {}).get(name))
             address = (
                 private_address(next(iter(exports)) or "disk")
                 if listen is None
@@ -295,6 +310,14 @@ class Server:
 
     def _transmit(self, client: _Client, negotiated: Negotiated) -> None:
         export = self._exports[negotiated.export]
+        initiator = _name_of(client.socket)
+        flow = self.qos.connect(negotiated.export, export.device, initiator)
+        try:
+            self._run(client, negotiated, export, flow)
+        finally:
+            self.qos.disconnect(flow)
+
+    def _run(self, client: _Client, negotiated: Negotiated, export: _Export, flow: Flow) -> None:
         with self._lock:
             if self._closing or client.socket is None:
                 return
@@ -305,7 +328,7 @@ class Server:
             client.export = negotiated.export
             client.connection = connection = plane.Connection(
                 fd,
-                export.device,
+                flow.throttle,
                 self._pool,
                 early=negotiated.early,
                 slot=self._slots,
@@ -315,7 +338,9 @@ class Server:
                 largest_payload=self._limits.payload,
                 requests_limit=self._limits.requests,
                 bytes_limit=self._limits.connection_bytes,
+                meter=flow.meter,
             )
+        flow.under_way = lambda: connection.counters().under_way
         code = connection.serve()
         if code < 0:
             _log.info("connection of export %r ended: code %d", negotiated.export, code)
@@ -402,6 +427,23 @@ class Server:
         self.close()
 
 
+def _name_of(peer: socket.socket | None) -> str:
+    """Who connects, as far as the kernel tells."""
+    if peer is None:
+        return "?"
+    try:
+        if peer.family != socket.AF_UNIX:
+            host, port, *_ = peer.getpeername()
+            return f"{host}:{port}"
+        pid, _, _ = _CREDENTIALS.unpack(
+            peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return "?"
+    return f"{name}[{pid}]"
+
+
 def serve(
     exports: Mapping[str, Disk | str | os.PathLike[str]],
     *,
@@ -409,6 +451,10 @@ def serve(
     read_only: bool = False,
     limits: Limits | None = None,
     format: str | None = None,
+    qos: Mapping[str, Settings] | None = None,
+    qos_file: str | os.PathLike[str] | None = None,
+    qos_unit: int = NORMALISED_UNIT,
+    qos_hook: str | None = None,
 ) -> Server:
     """Starts to serve disks over NBD; a context manager that stops at its end.
 
@@ -418,4 +464,14 @@ def serve(
         InvalidArgumentError, InUseError, HostIOError: it cannot listen.
         VhdxError: an image cannot be opened.
     """
-    return Server(exports, listen=listen, read_only=read_only, limits=limits, format=format)
+    return Server(
+        exports,
+        listen=listen,
+        read_only=read_only,
+        limits=limits,
+        format=format,
+        qos=qos,
+        qos_file=qos_file,
+        qos_unit=qos_unit,
+        qos_hook=qos_hook,
+    )

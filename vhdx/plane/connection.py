@@ -10,6 +10,7 @@ from vhdx.plane._native import ffi, lib
 
 if TYPE_CHECKING:
     from vhdx.plane.device import Device, Pool
+    from vhdx.plane.pacing import Meter
 
 __all__ = ["Connection", "ConnectionCounters"]
 
@@ -44,6 +45,7 @@ class Connection:
         read_only, structured: as negotiated.
         context_id: of base:allocation, or None when it was not selected.
         largest_payload, requests_limit, bytes_limit: see ``vx_nbd_terms``.
+        meter: counts what it does.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Connection:
         largest_payload: int,
         requests_limit: int,
         bytes_limit: int,
+        meter: Meter | None = None,
     ) -> None:
         terms = ffi.new("vx_nbd_terms *")
         terms.largest_payload = largest_payload
@@ -71,8 +74,10 @@ class Connection:
         handle = lib.vx_nbd_create(fd, device.handle, pool.handle, terms, early, len(early))
         if handle == ffi.NULL:
             raise HostIOError("the host is out of memory", reason=Reason.NO_MEMORY)
-        self._keep = (device, pool)
+        self._keep = (device, pool, meter)
         self._handle = ffi.gc(handle, lib.vx_nbd_destroy)
+        if meter is not None:
+            lib.vx_nbd_set_meter(self._handle, meter.handle)
 
     def serve(self) -> int:
         """Until the client leaves or :meth:`stop`; 0, or a negative code."""

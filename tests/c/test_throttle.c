@@ -1,0 +1,408 @@
+/* SPDX-License-Identifier: MIT */
+/* Buckets and throttles in virtual time: hours in seconds, and the same at each run. */
+#include <stdlib.h>
+#include <string.h>
+
+#include "bucket.h"
+#include "check.h"
+#include "memory.h"
+#include "throttle.h"
+
+#define SECOND ((uint64_t)1000000000u)
+#define UNIT 8192u
+#define MOST 400000u
+
+static uint64_t seed = 1;
+
+static uint64_t random_below(uint64_t bound)
+{
+    seed ^= seed << 13;
+    seed ^= seed >> 7;
+    seed ^= seed << 17;
+    return seed % bound;
+}
+
+/* One thing that was admitted. */
+typedef struct admission {
+    uint64_t at;    /* ns */
+    uint64_t units;
+} admission;
+
+static admission history[MOST];
+static size_t admitted;
+
+/* No window holds more than rate * d + burst + the largest request: sum[j] - sum[i] - rate * (tj - ti)
+ * is greatest where sum[i] - rate * ti was least. */
+static void no_window_holds_too_much(double rate, double burst, double largest)
+{
+    double least = 1e300, sum = 0, worst = 0;
+    for (size_t i = 0; i < admitted; i++) {
+        double level = sum - rate * ((double)(history[i].at - history[0].at) / 1e9);
+        if (level < least)
+            least = level;
+        sum += (double)history[i].units;
+        double excess = level + (double)history[i].units - least;
+        if (excess > worst)
+            worst = excess;
+    }
+    CHECK(worst <= burst + largest + 1e-3);
+}
+
+static void a_bucket_never_admits_too_much(void)
+{
+    for (unsigned round = 0; round < 60; round++) {
+        vx_bucket bucket = {0};
+        uint64_t rate = 1 + random_below(round % 2 ? 100 : 300000);
+        uint64_t burst = round % 3 ? random_below(1 + rate) : 0, largest = 0;
+        uint64_t now = 12345 * SECOND, period = SECOND / rate + 1;
+        vx_bucket_change(&bucket, rate, burst, burst, vx_ticks(now));
+        admitted = 0;
+        while (admitted < 3000) {
+            uint64_t units = 1 + random_below(round % 5 ? 4 : 200);
+            now += random_below(random_below(9) ? period : 20 * period);
+            if (!vx_bucket_admit(&bucket, units, vx_ticks(now)))
+                continue;
+            history[admitted++] = (admission){now, units};
+            largest = units > largest ? units : largest;
+        }
+        no_window_holds_too_much((double)rate, (double)burst, (double)largest);
+    }
+}
+
+static void a_reservation_is_exact_for_a_day(void)
+{
+    static const uint64_t rates[] = {1, 3, 7, 100, 999, 33333, 200000, 999999937};
+    for (unsigned i = 0; i < sizeof rates / sizeof *rates; i++) {
+        vx_bucket bucket = {0};
+        uint64_t start = vx_ticks(SECOND), due = start, count = 0;
+        uint64_t end = start + vx_ticks(rates[i] > 1000 ? 3 * SECOND : 86400 * SECOND);
+        vx_bucket_change(&bucket, rates[i], 0, 0, start);
+        while (count < 3000000 && (due = vx_bucket_reserve(&bucket, 1, due)) < end)
+            count++;
+        double wanted = (double)(due - start) / (64e9) * (double)rates[i];
+        CHECK((double)count <= wanted + 1);
+        CHECK((double)count >= wanted * (rates[i] > 1000000 ? 0.9 : 0.99999) - 1);
+    }
+}
+
+static void a_change_creates_and_loses_nothing(void)
+{
+    for (unsigned round = 0; round < 200; round++) {
+        vx_bucket bucket = {0};
+        uint64_t now = 77 * SECOND, rate = 1000, burst = 500;
+        vx_bucket_change(&bucket, rate, burst, burst, vx_ticks(now));
+        for (unsigned step = 0; step < 50; step++) {
+            now += random_below(SECOND / 10);
+            if (random_below(2))
+                vx_bucket_admit(&bucket, 1 + random_below(300), vx_ticks(now));
+            int64_t before = vx_bucket_level(&bucket, vx_ticks(now));
+            rate = 1 + random_below(100000);
+            uint64_t larger = burst + random_below(100);
+            vx_bucket_change(&bucket, rate, larger, larger, vx_ticks(now));
+            int64_t after = vx_bucket_level(&bucket, vx_ticks(now));
+            CHECK(after <= before + 1 && after >= before - 2);
+            vx_bucket_change(&bucket, rate, burst, burst, vx_ticks(now));
+            CHECK(vx_bucket_level(&bucket, vx_ticks(now)) <= (int64_t)burst);
+        }
+    }
+    vx_bucket bucket = {0};
+    vx_bucket_change(&bucket, 100, 50, 0, vx_ticks(SECOND)); /* a new limit on a busy disk */
+    CHECK(vx_bucket_level(&bucket, vx_ticks(SECOND)) == 0);
+    CHECK(vx_bucket_level(&bucket, vx_ticks(3 * SECOND)) == 50);
+}
+
+static void a_refund_gives_back_what_was_paid(void)
+{
+    vx_bucket bucket = {0};
+    uint64_t now = vx_ticks(5 * SECOND);
+    vx_bucket_change(&bucket, 10, 0, 0, now);
+    CHECK(vx_bucket_admit(&bucket, 5, now));
+    CHECK(!vx_bucket_admit(&bucket, 1, now + vx_ticks(SECOND / 4)));
+    vx_bucket_refund(&bucket, 5);
+    CHECK(vx_bucket_admit(&bucket, 1, now + vx_ticks(SECOND / 4)));
+    vx_bucket_change(&bucket, 0, 0, 0, now);
+    vx_bucket_refund(&bucket, 5);
+    CHECK(vx_bucket_admit(&bucket, 1, now));
+}
+
+/* ---- throttles ---- */
+
+#define FLOWS 32u
+
+typedef struct client {
+    vx_device *flow;
+    uint64_t units, operations, units_each;
+    uint64_t length, starts, ends; /* ns */
+    uint32_t operation;
+} client;
+
+typedef struct sent {
+    vx_request request;
+    client *client;
+} sent;
+
+static vx_clock *clock_;
+static vx_pool *pool;
+static vx_qos *qos;
+static client clients[FLOWS];
+static sent requests[FLOWS][16];
+static uint8_t data[1u << 20];
+
+static void submit(sent *one);
+
+static void completed(vx_request *request)
+{
+    sent *one = (sent *)request;
+    uint64_t now = vx_clock_now(clock_);
+    CHECK(request->result == 0);
+    one->client->units += one->client->units_each;
+    one->client->operations++;
+    if (admitted < MOST)
+        history[admitted++] = (admission){now, one->client->units_each};
+    if (now < one->client->ends)
+        submit(one);
+}
+
+static void submit(sent *one)
+{
+    client *c = one->client;
+    memset(&one->request, 0, sizeof one->request);
+    one->request.operation = c->operation;
+    one->request.length = c->length;
+    one->request.buffer = data;
+    one->request.flags = VX_NOWAIT | VX_MAY_PARK;
+    one->request.complete = completed;
+    int answer = vx_submit(c->flow, &one->request);
+    CHECK(answer == VX_DONE || answer == VX_PARKED);
+    if (answer == VX_DONE)
+        completed(&one->request);
+}
+
+static void set_up(void)
+{
+    clock_ = vx_clock_create(true);
+    pool = vx_pool_create(2, 1 << 20);
+    qos = vx_qos_create(clock_, pool);
+    vx_clock_advance(clock_, 1000 * SECOND);
+    memset(clients, 0, sizeof clients);
+    admitted = 0;
+}
+
+static void tear_down(vx_device *lower, unsigned flows)
+{
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 100000 * SECOND);
+    for (unsigned i = 0; i < flows; i++)
+        vx_device_release(clients[i].flow);
+    vx_device_release(lower);
+    vx_qos_destroy(qos);
+    vx_clock_stop(clock_);
+    vx_clock_destroy(clock_);
+    vx_pool_destroy(pool);
+}
+
+static void begin(unsigned i, vx_device *lower, vx_limits *own, uint64_t length, unsigned depth,
+                  uint64_t seconds)
+{
+    client *c = &clients[i];
+    if (c->flow == NULL)
+        c->flow = vx_throttle_create(lower, qos, own, 0);
+    c->length = length;
+    c->operation = VX_WRITE;
+    c->units_each = (length + UNIT - 1) / UNIT;
+    c->ends = vx_clock_now(clock_) + seconds * SECOND;
+    for (unsigned d = 0; d < depth; d++) {
+        requests[i][d].client = c;
+        submit(&requests[i][d]);
+    }
+}
+
+static void busy_flows_get_their_rate(void)
+{
+    static const uint64_t lengths[] = {4096, 8192, 65536, 1u << 20};
+    static const uint64_t rates[] = {100, 2500, 25000};
+    for (unsigned r = 0; r < 3; r++) {
+        for (unsigned l = 0; l < 4; l++) {
+            set_up();
+            vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+            vx_limits *limits = vx_limits_create(qos, UNIT);
+            vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = rates[r]}};
+            vx_limits_set(limits, wanted, true);
+            uint64_t seconds = rates[r] > 10000 ? 10 : 3600;
+            begin(0, lower, limits, lengths[l], 8, seconds);
+            vx_clock_advance(clock_, vx_clock_now(clock_) + seconds * SECOND);
+            double got = (double)clients[0].units, want = (double)(rates[r] * seconds);
+            double one = (double)clients[0].units_each * 2;
+            CHECK(got <= want + one && got >= want * 0.9999 - one);
+            no_window_holds_too_much((double)rates[r], 0, (double)clients[0].units_each);
+            tear_down(lower, 1);
+        }
+    }
+}
+
+static void flows_of_one_limit_share_it_fairly(void)
+{
+    for (unsigned flows = 2; flows <= FLOWS; flows *= 4) {
+        set_up();
+        vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+        vx_limits *own = vx_limits_create(qos, UNIT), *group = vx_limits_create(qos, UNIT);
+        vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 5000}};
+        vx_limits_set(group, wanted, true);
+        for (unsigned i = 0; i < flows; i++) {
+            clients[i].flow = vx_throttle_create(lower, qos, own, i);
+            vx_throttle_set_group(clients[i].flow, group);
+            begin(i, lower, own, 4096, 1 + i % 16, 60);
+        }
+        vx_clock_advance(clock_, vx_clock_now(clock_) + 60 * SECOND);
+        double sum = 0, squares = 0;
+        for (unsigned i = 0; i < flows; i++) {
+            double x = (double)clients[i].units;
+            sum += x;
+            squares += x * x;
+        }
+        CHECK(sum * sum / (flows * squares) > 0.999);
+        CHECK(sum <= 300001 && sum > 299900);
+        tear_down(lower, flows);
+    }
+}
+
+static void large_requests_do_not_hold_up_small_ones(void)
+{
+    set_up();
+    vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+    vx_limits *own = vx_limits_create(qos, UNIT), *group = vx_limits_create(qos, UNIT);
+    vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 330}};
+    vx_limits_set(group, wanted, true);
+    for (unsigned i = 0; i < 2; i++) {
+        clients[i].flow = vx_throttle_create(lower, qos, own, i);
+        vx_throttle_set_group(clients[i].flow, group);
+        begin(i, lower, own, i == 0 ? 1u << 20 : 4096, 4, 100);
+    }
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 100 * SECOND);
+    CHECK(clients[1].operations >= 990); /* one between two pieces of 32 units, not of 128 */
+    tear_down(lower, 2);
+}
+
+static void limits_change_while_requests_wait(void)
+{
+    set_up();
+    vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+    vx_limits *limits = vx_limits_create(qos, UNIT);
+    vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 1}};
+    vx_limits_set(limits, wanted, true);
+    begin(0, lower, limits, 4096, 16, 1000000);
+    double owed = 0;
+    uint64_t before = clients[0].units;
+    for (unsigned step = 0; step < 500; step++) {
+        uint64_t part = random_below(SECOND);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + part);
+        owed += (double)part / 1e9 * (double)wanted[0].rate;
+        wanted[0].rate = 1 + random_below(500);
+        vx_limits_set(limits, wanted, false);
+    }
+    double got = (double)(clients[0].units - before);
+    CHECK(got <= owed + 2 && got >= owed - 2 - owed / 10000);
+    wanted[0].rate = 0; /* no limit: everything passes at once */
+    clients[0].ends = 0;
+    vx_limits_set(limits, wanted, false);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 1);
+    uint64_t waiting, units;
+    vx_throttle_waiting(clients[0].flow, &waiting, &units);
+    CHECK(waiting == 0 && units == 0);
+    tear_down(lower, 1);
+}
+
+static void the_tighter_of_several_limits_counts(void)
+{
+    set_up();
+    vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+    vx_limits *limits = vx_limits_create(qos, UNIT);
+    vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 1000},
+                                       [VX_LIMIT_BYTES] = {.rate = 1u << 20},
+                                       [VX_LIMIT_UNITS_READ] = {.rate = 1}};
+    vx_limits_set(limits, wanted, true);
+    begin(0, lower, limits, 65536, 4, 50); /* 128 units a second by bytes */
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 50 * SECOND);
+    CHECK(clients[0].operations >= 799 && clients[0].operations <= 802);
+    no_window_holds_too_much(128, 0, 8);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND); /* the last ones come back */
+    admitted = 0;
+    begin(0, lower, limits, 512, 4, 50); /* 1000 by units */
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 50 * SECOND);
+    CHECK(admitted >= 49990 && admitted <= 50010);
+    no_window_holds_too_much(1000, 0, 1);
+    tear_down(lower, 1);
+}
+
+static void credit_is_saved_and_spent(void)
+{
+    set_up();
+    vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+    vx_limits *limits = vx_limits_create(qos, UNIT);
+    vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 100, .credit = 9000, .credit_rate = 1000}};
+    vx_limits_set(limits, wanted, true);
+    begin(0, lower, limits, 4096, 4, 10); /* 10 s at 1000 take 9000 of credit and 1000 of rate */
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
+    CHECK(clients[0].units >= 9998 && clients[0].units <= 10004);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
+    admitted = 0;
+    begin(0, lower, limits, 4096, 4, 10);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
+    CHECK(admitted >= 1080 && admitted <= 1110);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 50 * SECOND);
+    int64_t levels[VX_LIMIT_KINDS];
+    vx_limits_levels(limits, levels);
+    CHECK(levels[0] >= 4980 && levels[0] <= 5010);
+    tear_down(lower, 1);
+}
+
+static void hurry_holds_up_nothing(void)
+{
+    set_up();
+    vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+    vx_limits *limits = vx_limits_create(qos, UNIT);
+    vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 1}};
+    vx_limits_set(limits, wanted, true);
+    begin(0, lower, limits, 1u << 20, 8, 0);
+    CHECK(clients[0].operations == 0);
+    clients[0].flow->operations->hurry(clients[0].flow);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 1);
+    CHECK(clients[0].operations == 8);
+    int64_t levels[VX_LIMIT_KINDS];
+    vx_limits_levels(limits, levels);
+    CHECK(levels[0] <= -1000); /* it is paid for */
+    tear_down(lower, 1);
+}
+
+static void zero_and_trim_count_by_mebibytes(void)
+{
+    set_up();
+    vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+    vx_limits *limits = vx_limits_create(qos, UNIT);
+    vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 10}, [VX_LIMIT_BYTES] = {.rate = 1}};
+    vx_limits_set(limits, wanted, true);
+    begin(0, lower, limits, 1u << 20, 0, 10);
+    clients[0].operation = VX_ZERO;
+    clients[0].units_each = 1;
+    requests[0][0].client = &clients[0];
+    submit(&requests[0][0]);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
+    CHECK(clients[0].operations >= 100 && clients[0].operations <= 102);
+    tear_down(lower, 1);
+}
+
+int main(void)
+{
+    a_bucket_never_admits_too_much();
+    a_reservation_is_exact_for_a_day();
+    a_change_creates_and_loses_nothing();
+    a_refund_gives_back_what_was_paid();
+    busy_flows_get_their_rate();
+    flows_of_one_limit_share_it_fairly();
+    large_requests_do_not_hold_up_small_ones();
+    limits_change_while_requests_wait();
+    the_tighter_of_several_limits_counts();
+    credit_is_saved_and_spent();
+    hurry_holds_up_nothing();
+    zero_and_trim_count_by_mebibytes();
+    return 0;
+}

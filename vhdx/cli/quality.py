@@ -1,0 +1,413 @@
+# SPDX-License-Identifier: MIT
+"""Commands for Storage QoS: what served disks may use, should get, and get."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from vhdx import control
+from vhdx.cli.output import DONE, SECONDS, SIZE, json_option, print_json, print_table
+from vhdx.errors import InvalidArgumentError, NotFoundError, VhdxError
+from vhdx.qos import PolicyKind, Settings
+from vhdx.units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from pathlib import Path
+
+    from vhdx.control.client import ServerInfo
+
+__all__ = ["qos", "settings_options", "top"]
+
+_WINDOWS = ("1", "60", "300")
+_FIGURES = ("normalized_iops", "bandwidth", "latency", "latency_p99", "queue_time")
+
+
+class _Number(click.ParamType):  # type: ignore[type-arg]
+    """A number, or none to take a setting away."""
+
+    name = "N|none"
+
+    def __init__(self, plain: click.ParamType) -> None:  # type: ignore[type-arg]
+        self._plain = plain
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return "none" if value == "none" else self._plain.convert(value, param, ctx)
+
+
+_IOPS, _BYTES = _Number(click.INT), _Number(SIZE)
+_OPTIONS = {
+    "--min-iops": ("minimum_iops", _IOPS, "Alert when a disk that wants as many gets fewer."),
+    "--max-iops": ("maximum_iops", _IOPS, "Normalised I/Os a second, at most."),
+    "--max-read-iops": ("maximum_read_iops", _IOPS, "Reads of those, at most."),
+    "--max-write-iops": ("maximum_write_iops", _IOPS, "Writes of those, at most."),
+    "--max-bandwidth": ("maximum_bandwidth", _BYTES, "Bytes a second, at most (100M)."),
+    "--max-read-bandwidth": ("maximum_read_bandwidth", _BYTES, "Of reads."),
+    "--max-write-bandwidth": ("maximum_write_bandwidth", _BYTES, "Of writes."),
+    "--burst-iops": ("burst_iops", _IOPS, "So many may pass at once above --max-iops."),
+    "--credit-iops": ("credit_iops", _IOPS, "So many are saved while idle."),
+    "--credit-rate-iops": ("credit_rate_iops", _IOPS, "How fast saved ones may be used."),
+}
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds an option for each setting; :func:`changes_of` reads them."""
+    for option, (name, kind, text) in reversed(_OPTIONS.items()):
+        command = click.option(option, name, type=kind, help=text)(command)
+    return command
+
+
+def changes_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What was said of the settings; "none" takes one away."""
+    nothing = {each.name: each.default for each in fields(Settings)}
+    return {
+        name: nothing[name] if value == "none" else value
+        for name, value in given.items()
+        if value is not None
+    }
+
+
+def _server_of(path: str) -> tuple[ServerInfo, str]:
+    found = control.owners(path, by_name=True)
+    if not found:
+        raise NotFoundError("no server of yours serves it", path=path, hint="see vhdx ps")
+    return found[0].server, found[0].export
+
+
+def _chosen(pid: int | None) -> list[ServerInfo]:
+    found = [server for server in control.servers() if pid in {None, server.pid}]
+    if not found:
+        raise NotFoundError("no server of yours runs" if pid is None else f"{pid} is none of yours")
+    return found
+
+
+_pid = click.option("--pid", type=int, help="Only the server of this process.")
+
+
+@click.group()
+def qos() -> None:
+    """Limit served disks, give them minimums, and see what they get.
+
+    An I/O counts once for each 8 KiB, as in Windows.
+    """
+
+
+@qos.command("set")
+@click.argument("path", type=click.Path())
+@settings_options
+@click.option("--policy", help='Name or id of the policy that counts as well; "" for none.')
+def set_(path: str, policy: str | None, **given: Any) -> None:
+    """Change what a served disk may use and should get, at once.
+
+    Example: vhdx qos set disk.vhdx --max-iops 500 --min-iops 100
+    """
+    changes = changes_of(given)
+    if not changes and policy is None:
+        raise click.UsageError("say what to change; --max-iops none takes a limit away")
+    server, name = _server_of(path)
+    server.change_qos({"change": "disk", "name": name, "settings": changes, "policy": policy})
+
+
+@qos.command()
+@click.argument("path", type=click.Path(), required=False)
+@json_option
+def show(path: str | None, as_json: bool) -> None:
+    """Show what served disks may use, should get, and get.
+
+    Example: vhdx qos show disk.vhdx --json
+    """
+    if path is not None:
+        server, name = _server_of(path)
+        found = [_only(server.qos(), name)]
+    else:
+        found = [server.qos() for server in control.servers() if server.answers]
+    if as_json:
+        print_json(found if path is None else found[0])
+        return
+    rows = [_row(disk, each["policies"]) for each in found for disk in each["disks"]]
+    if not rows:
+        click.echo("nothing is served")
+        return
+    print_table(("disk", "status", "min", "max", "bandwidth", "policy", "iops", "mean ms"), rows)
+
+
+def _only(found: dict[str, Any], name: str) -> dict[str, Any]:
+    return found | {
+        "disks": [disk for disk in found["disks"] if disk["disk"] == name],
+        "flows": [flow for flow in found["flows"] if flow["disk"] == name],
+    }
+
+
+def _or_none(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
+def _row(disk: dict[str, Any], policies: list[dict[str, Any]]) -> tuple[str, ...]:
+    wanted, now = disk["effective"], disk["windows"]["1"]
+    bandwidth = wanted["maximum_bandwidth"]
+    names = {policy["policy_id"]: policy["name"] for policy in policies}
+    return (
+        disk["disk"],
+        disk["status"],
+        _or_none(wanted["minimum_iops"]),
+        _or_none(wanted["maximum_iops"]),
+        "-" if bandwidth is None else f"{format_size(bandwidth)}/s",
+        names.get(disk["policy_id"], disk["policy_id"] or "-"),
+        f"{now['normalized_iops']:.0f}",
+        f"{now['latency']:.2f}",
+    )
+
+
+# ---- policies ----
+
+
+@qos.group()
+def policy() -> None:
+    """Named settings for several disks: of each (dedicated), or together (aggregated)."""
+
+
+@policy.command("set")
+@click.argument("name")
+@click.option("--kind", type=click.Choice([k.value for k in PolicyKind]), help="Of a new one.")
+@click.option("--id", "policy_id", help="Of a new one, to bring back one that disks name.")
+@settings_options
+@_pid
+def policy_set(
+    name: str, kind: str | None, policy_id: str | None, pid: int | None, **given: Any
+) -> None:
+    """Make a policy, or change one; its disks follow at once.
+
+    Example: vhdx qos policy set gold --kind aggregated --max-iops 5000
+    """
+    for server in _chosen(pid):
+        body = {"change": "policy", "name": name, "kind": kind, "policy_id": policy_id}
+        made = server.change_qos(body | {"settings": changes_of(given)})
+        policy_id = made["policy_id"]  # the same in every server
+        click.echo(policy_id)
+
+
+@policy.command("list")
+@_pid
+@json_option
+def policy_list(pid: int | None, as_json: bool) -> None:
+    """List policies and the disks that have them.
+
+    Example: vhdx qos policy list
+    """
+    found = [server.qos() for server in _chosen(pid)]
+    if as_json:
+        print_json([{"pid": each["pid"], "policies": each["policies"]} for each in found])
+        return
+    rows = [
+        (
+            each["name"],
+            each["kind"],
+            _or_none(each["settings"]["minimum_iops"]),
+            _or_none(each["settings"]["maximum_iops"]),
+            ", ".join(d["disk"] for d in one["disks"] if d["policy_id"] == each["policy_id"]) or "-",
+            each["policy_id"],
+        )
+        for one in found
+        for each in one["policies"]
+    ]
+    if not rows:
+        click.echo("there are no policies")
+        return
+    print_table(("name", "kind", "min", "max", "disks", "id"), rows)
+
+
+@policy.command("remove")
+@click.argument("name")
+@_pid
+def policy_remove(name: str, pid: int | None) -> None:
+    """Remove a policy; its disks run on without it.
+
+    Example: vhdx qos policy remove gold
+    """
+    failures = []
+    for server in (servers := _chosen(pid)):
+        try:
+            server.change_qos({"change": "remove_policy", "name": name})
+        except NotFoundError as error:
+            failures.append(error)
+    if len(failures) == len(servers):
+        raise failures[0]
+
+
+# ---- watching ----
+
+
+@qos.command()
+@click.option("--seconds", type=SECONDS, default=60.0, show_default=True, help="How long.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="Write a picture of it (PNG, SVG).")
+@json_option
+def watch(seconds: float, plot: str | None, as_json: bool) -> None:
+    """Print what every served disk gets, once a second.
+
+    Example: vhdx qos watch --seconds 120 --plot run.png
+    """
+    if plot is not None:
+        _plotting()
+    seen: list[tuple[float, str, dict[str, Any]]] = []
+    began = time.monotonic()
+    due = began
+    while time.monotonic() - began < seconds:
+        due += 1
+        time.sleep(max(0.0, due - time.monotonic()))
+        for disk in (d for each in _described() for d in each["disks"]):
+            now, moment = disk["windows"]["1"], time.monotonic() - began
+            seen.append((moment, disk["disk"], disk))
+            if as_json:
+                click.echo(_line(moment, disk))
+            else:
+                click.echo(
+                    f"{moment:6.1f} s  {disk['disk']:<16} {now['normalized_iops']:9.1f} IOPS  "
+                    f"{format_size(int(now['bandwidth']))}/s  {now['latency']:.2f} ms  "
+                    f"{disk['status']}"
+                )
+    if plot is not None:
+        _draw(seen, plot)
+
+
+def _line(moment: float, disk: dict[str, Any]) -> str:
+    import json
+
+    facts = {"seconds": round(moment, 3), "disk": disk["disk"], "status": disk["status"]}
+    return json.dumps(facts | disk["windows"]["1"])
+
+
+def _described() -> list[dict[str, Any]]:
+    found = []
+    for server in control.servers():
+        if server.answers:
+            try:
+                found.append(server.qos())
+            except VhdxError:
+                continue  # it ended just now
+    return found
+
+
+def _plotting() -> Any:
+    try:
+        import matplotlib as plotting
+    except ImportError as error:
+        raise InvalidArgumentError(
+            "matplotlib is not installed", hint="pip install 'vhdx[plot]'"
+        ) from error
+    plotting.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _draw(seen: list[tuple[float, str, dict[str, Any]]], path: str | Path) -> None:
+    """Achieved IOPS of each disk over time, its limits dashed, and latencies below."""
+    pyplot = _plotting()
+    figure, (upper, lower) = pyplot.subplots(2, sharex=True, figsize=(10, 6))
+    for name in sorted({name for _, name, _ in seen}):
+        mine = [(moment, disk) for moment, each, disk in seen if each == name]
+        moments = [moment for moment, _ in mine]
+        line = upper.plot(
+            moments, [d["windows"]["1"]["normalized_iops"] for _, d in mine], label=name
+        )[0]
+        lower.plot(moments, [d["windows"]["1"]["latency_p99"] for _, d in mine])
+        for which, style in (("maximum_iops", "--"), ("minimum_iops", ":")):
+            values = [d["effective"][which] for _, d in mine]
+            if any(value is not None for value in values):
+                plain = [float("nan") if v is None else v for v in values]
+                upper.plot(moments, plain, style, color=line.get_color(), linewidth=1)
+    upper.set_ylabel("normalised IOPS")
+    upper.set_ylim(bottom=0)
+    upper.set_title("dashed: maximum, dotted: minimum", fontsize=9)
+    lower.set_ylabel("99 % latency, ms")
+    lower.set_xlabel("seconds")
+    if seen:
+        upper.legend()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InvalidArgumentError(f"the picture cannot be written: {error}", path=path) from error
+    finally:
+        pyplot.close(figure)
+
+
+@click.command()
+@click.option("--window", type=click.Choice(_WINDOWS), default="1", show_default=True, help="s.")
+@click.option("--once", is_flag=True, help="Print one screen and end.")
+@json_option
+def top(window: str, once: bool, as_json: bool) -> int:
+    """Show what served disks and their clients get, live, until Ctrl-C.
+
+    Example: vhdx top
+    """
+    if as_json:
+        print_json(_settled())
+        return DONE
+    console = Console()
+    if once or not console.is_terminal:
+        console.print(_screen(_settled(), window))
+        return DONE
+    try:
+        with Live(_screen(_described(), window), console=console, screen=True) as live:
+            while True:
+                time.sleep(1)
+                live.update(_screen(_described(), window))
+    except KeyboardInterrupt:
+        return DONE
+
+
+def _settled() -> list[dict[str, Any]]:
+    """With figures of a second that was measured: looking is what begins it."""
+    _described()
+    time.sleep(1.3)
+    return _described()
+
+
+def _screen(found: list[dict[str, Any]], window: str) -> Group:
+    tables = []
+    for title, key in (("disks", "disks"), ("flows", "flows")):
+        table = Table(title=title, title_justify="left", box=None, header_style="bold")
+        table.add_column("disk")
+        if key == "flows":
+            table.add_column("initiator")
+        for name in ("status", "IOPS", "offered", "MB/s", "mean ms", "p99 ms", "queue ms"):
+            table.add_column(name, justify="left" if name == "status" else "right")
+        extra = ("min", "max") if key == "disks" else ("waiting",)
+        for name in extra:
+            table.add_column(name, justify="right")
+        for each in (row for one in found for row in one[key]):
+            table.add_row(*_cells(each, window, key))
+        tables.append(table)
+    return Group(*tables)
+
+
+def _cells(each: dict[str, Any], window: str, key: str) -> list[str]:
+    from rich.markup import escape
+
+    now = each["windows"][window]
+    cells = [escape(each["disk"])]
+    if key == "flows":
+        cells.append(escape(each["initiator"]))
+    color = {"Ok": "green", "InsufficientThroughput": "red"}.get(each["status"], "yellow")
+    cells += [
+        f"[{color}]{each['status']}[/]",
+        f"{now['normalized_iops']:.0f}",
+        f"{now['offered_iops']:.0f}",
+        f"{now['bandwidth'] / 1e6:.1f}",
+        f"{now['latency']:.2f}",
+        f"{now['latency_p99']:.2f}",
+        f"{now['queue_time']:.2f}",
+    ]
+    if key == "disks":
+        wanted = each["effective"]
+        cells += [_or_none(wanted["minimum_iops"]), _or_none(wanted["maximum_iops"])]
+    else:
+        cells.append(str(each["waiting"]))
+    return cells

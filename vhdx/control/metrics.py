@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""What Prometheus scrapes: counters of connections, and what disks want and get."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from prometheus_client.core import Metric
+
+    from vhdx import nbd
+
+__all__ = ["METRICS_TYPE", "exposition"]
+
+METRICS_TYPE = CONTENT_TYPE_LATEST
+
+_WINDOW = "60"
+_COMMANDS = ("reads", "writes", "flushes", "trims", "write_zeroes", "block_statuses")
+_FIGURES = {
+    "normalized_iops": ("normalised I/Os a second", 1.0),
+    "bandwidth": ("bytes a second", 1.0),
+    "latency": ("mean latency, seconds", 1e-3),
+    "latency_p99": ("latency of 99 of 100 requests, seconds", 1e-3),
+    "queue_time": ("mean time held up by limits, seconds", 1e-3),
+}
+
+
+class _Server(Collector):
+    """The figures of one server, read when they are asked for."""
+
+    def __init__(self, server: nbd.Server) -> None:
+        self._server = server
+
+    def collect(self) -> Iterable[Metric]:
+        yield from self._connections()
+        yield from self._disks()
+
+    def _connections(self) -> Iterable[Metric]:
+        count = GaugeMetricFamily("vhdx_connections", "Clients of a disk.", labels=["disk"])
+        requests = CounterMetricFamily(
+            "vhdx_requests", "Requests of the clients that are connected.", labels=["disk", "kind"]
+        )
+        moved = CounterMetricFamily(
+            "vhdx_bytes", "Payload of the clients that are connected.", labels=["disk", "way"]
+        )
+        found = self._server.counters()
+        for disk in self._server.exports():
+            mine = [counters for name, counters in found if name == disk]
+            count.add_metric([disk], len(mine))
+            for kind in _COMMANDS:
+                requests.add_metric([disk, kind], sum(getattr(c, kind) for c in mine))
+            moved.add_metric([disk, "read"], sum(c.bytes_read for c in mine))
+            moved.add_metric([disk, "written"], sum(c.bytes_written for c in mine))
+        yield from (count, requests, moved)
+
+    def _disks(self) -> Iterable[Metric]:
+        described = self._server.qos.describe()["disks"]
+        for name, (what, factor) in _FIGURES.items():
+            gauge = GaugeMetricFamily(
+                f"vhdx_disk_{name}", f"Over the last minute: {what}.", labels=["disk"]
+            )
+            for disk in described:
+                gauge.add_metric([disk["disk"]], disk["windows"][_WINDOW][name] * factor)
+            yield gauge
+        for which in ("minimum_iops", "maximum_iops", "maximum_bandwidth"):
+            gauge = GaugeMetricFamily(f"vhdx_disk_{which}", "What is wanted.", labels=["disk"])
+            for disk in described:
+                if disk["effective"][which] is not None:
+                    gauge.add_metric([disk["disk"]], disk["effective"][which])
+            yield gauge
+        status = GaugeMetricFamily(
+            "vhdx_disk_status", "1 for the status that a disk has.", labels=["disk", "status"]
+        )
+        for disk in described:
+            for each in ("Ok", "InsufficientThroughput", "UnknownPolicyId"):
+                status.add_metric([disk["disk"], each], float(disk["status"] == each))
+        yield status
+
+
+def exposition(server: nbd.Server) -> bytes:
+    """The figures of ``server`` in Prometheus' text format."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Server(server))
+    return generate_latest(registry)

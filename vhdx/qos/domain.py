@@ -1,0 +1,446 @@
+# SPDX-License-Identifier: MIT
+"""Applies limits and policies to the disks of a server, and watches what they get.
+
+Threads: ``_lock`` guards everything here; changes may come from any thread. A thread takes samples
+while somebody looks, or a disk has a minimum; otherwise nothing is measured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import threading
+import time
+from collections import deque
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+from uuid import UUID
+
+from vhdx import plane
+from vhdx.errors import ExistsError, InvalidArgumentError, NotFoundError
+from vhdx.qos.monitor import WINDOWS, Alert, Figures, History, Status, Watch
+from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from vhdx.qos.store import Store
+
+__all__ = ["Domain", "Flow"]
+
+_log = logging.getLogger(__name__)
+_TICK_SECONDS, _TICKS_A_SAMPLE = 0.05, 5
+_LOOKED_SECONDS = 15.0
+_KEPT_ALERTS = 1000
+_MOST_TAKERS = 3
+_HOOK_SECONDS = 60.0
+
+
+class Flow:
+    """What one initiator does to one disk.
+
+    Attributes:
+        disk: the name of its disk.
+        initiator: who it is, as far as that can be told.
+        throttle: the device that its requests go through.
+        meter: counts them.
+    """
+
+    def __init__(
+        self, disk: str, initiator: str, throttle: plane.Throttle, meter: plane.Meter
+    ) -> None:
+        self.disk, self.initiator = disk, initiator
+        self.throttle, self.meter = throttle, meter
+        self.under_way: Callable[[], int] = lambda: 0
+        self.history = History()
+
+
+class _DiskState:
+    """A disk and what is wanted of it."""
+
+    def __init__(self, path: str, pacing: plane.Pacing, unit: int) -> None:
+        self.path = path
+        self.settings = Settings()
+        self.policy_id: UUID | None = None
+        self.limits = plane.Limits(pacing, unit)
+        self.watch = Watch()
+        self.busy: deque[bool] = deque(maxlen=round(1 / _TICK_SECONDS))
+
+
+class Domain:
+    """The QoS of one server.
+
+    Args:
+        pool: the server's.
+        unit: bytes of a normalised I/O, 512 to 1 MiB.
+        store: where settings are kept, and where they are taken from.
+        hook: a command that is run for each alert, with what it is about in the environment.
+    """
+
+    def __init__(
+        self,
+        pool: plane.Pool,
+        *,
+        unit: int = NORMALISED_UNIT,
+        store: Store | None = None,
+        hook: str | None = None,
+    ) -> None:
+        if not 512 <= unit <= 1 << 20:
+            raise InvalidArgumentError(
+                f"a normalised I/O of {unit} bytes", hint="choose 512 bytes to 1 MiB"
+            )
+        self.unit, self._store, self._hook = unit, store, hook
+        self._pacing = plane.Pacing(pool)
+        self._lock = threading.RLock()
+        self._disks: dict[str, _DiskState] = {}
+        self._policies: dict[UUID, Policy] = {}
+        self._groups: dict[UUID, plane.Limits] = {}
+        self._flows: list[Flow] = []
+        self._alerts: deque[Alert] = deque(maxlen=_KEPT_ALERTS)
+        self._listeners: list[Callable[[Alert], None]] = []
+        self._looked = float("-inf")
+        self._sampler: threading.Thread | None = None
+        self._closing = threading.Event()
+        if store is not None:
+            for each in store.content["policies"]:
+                self._keep(Policy.of(each))
+
+    # ---- disks ----
+
+    def add_disk(self, name: str, path: str, settings: Settings | None = None) -> None:
+        """A disk that is served from now on; ``settings`` count over what the file says."""
+        with self._lock:
+            disk = self._disks[name] = _DiskState(os.path.abspath(path), self._pacing, self.unit)
+            kept = {} if self._store is None else self._store.content["disks"].get(disk.path, {})
+            disk.settings = Settings().changed(kept.get("settings", {}))
+            if kept.get("policy"):
+                disk.policy_id = _policy_id(kept["policy"])
+            if settings is not None:
+                disk.settings = disk.settings.changed(
+                    {k: v for k, v in settings.as_dict().items() if v}
+                )
+            self._apply(disk, fresh=True)
+
+    def set_disk(self, name: str, changes: Mapping[str, Any], policy: str | None = None) -> None:
+        """Changes what is wanted of a disk, live.
+
+        Args:
+            name: of the disk.
+            changes: settings by name; None takes one away.
+            policy: name or id of its policy; "" for none, None leaves it.
+
+        Raises:
+            NotFoundError: no such disk or policy.
+            InvalidArgumentError: settings that cannot be; nothing is changed.
+        """
+        with self._lock:
+            disk = self._disk(name)
+            settings = disk.settings.changed(changes)
+            policy_id = disk.policy_id
+            if policy is not None:
+                policy_id = self.policy(policy).policy_id if policy else None
+            before = (disk.settings, disk.policy_id)
+            disk.settings, disk.policy_id = settings, policy_id
+            try:
+                self._apply(disk)
+                self._save()
+            except BaseException:
+                disk.settings, disk.policy_id = before
+                self._apply(disk)
+                raise
+
+    def _disk(self, name: str) -> _DiskState:
+        disk = self._disks.get(name)
+        if disk is None:
+            raise NotFoundError(f"there is no disk {name!r}")
+        return disk
+
+    def _wanted(self, disk: _DiskState) -> Settings:
+        """What counts for a disk: its own settings and its policy's, the tighter of each."""
+        policy = None if disk.policy_id is None else self._policies.get(disk.policy_id)
+        if policy is None or policy.kind is PolicyKind.AGGREGATED:
+            return disk.settings
+        return disk.settings.within(policy.settings)
+
+    def _apply(self, disk: _DiskState, *, fresh: bool = False) -> None:
+        disk.limits.set(self._wanted(disk).limits(), fresh=fresh)
+        group = None if disk.policy_id is None else self._groups.get(disk.policy_id)
+        for flow in self._flows:
+            if self._disks.get(flow.disk) is disk:
+                flow.throttle.set_group(group)
+        self._begin_sampling()
+
+    # ---- policies ----
+
+    def policy(self, name: str) -> Policy:
+        """By its name or id.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        with self._lock:
+            for policy in self._policies.values():
+                if name in {policy.name, str(policy.policy_id)}:
+                    return policy
+        raise NotFoundError(f"there is no policy {name!r}", hint="see vhdx qos policy list")
+
+    def set_policy(self, policy: Policy) -> None:
+        """Makes a policy, or changes one with the same id; disks that name it follow at once.
+
+        Raises:
+            ExistsError: another policy has this name.
+            InvalidArgumentError: its kind cannot change.
+        """
+        with self._lock:
+            old = self._policies.get(policy.policy_id)
+            if old is not None and old.kind is not policy.kind:
+                raise InvalidArgumentError(
+                    f"policy {old.name!r} is {old.kind}, and that cannot change",
+                    hint="make another policy",
+                )
+            for other in self._policies.values():
+                if other.name == policy.name and other.policy_id != policy.policy_id:
+                    raise ExistsError(f"there is a policy {policy.name!r} already")
+            self._keep(policy)
+            self._follow(policy.policy_id)
+            self._save()
+
+    def remove_policy(self, name: str) -> None:
+        """Takes a policy away; its disks run on without it, and have it again when it comes back."""
+        with self._lock:
+            policy = self.policy(name)
+            del self._policies[policy.policy_id]
+            group = self._groups.get(policy.policy_id)
+            if group is not None:
+                group.set({})
+            self._follow(policy.policy_id)
+            self._save()
+
+    def _keep(self, policy: Policy) -> None:
+        self._policies[policy.policy_id] = policy
+        if policy.kind is PolicyKind.AGGREGATED:
+            group = self._groups.get(policy.policy_id)
+            if group is None:  # kept for good: flows may be looking at it
+                group = self._groups[policy.policy_id] = plane.Limits(self._pacing, self.unit)
+            group.set(policy.settings.limits())
+
+    def _follow(self, policy_id: UUID) -> None:
+        for disk in self._disks.values():
+            if disk.policy_id == policy_id:
+                self._apply(disk)
+
+    def _save(self) -> None:
+        if self._store is None:
+            return
+        disks = dict(self._store.content["disks"])
+        for disk in self._disks.values():
+            policy = None if disk.policy_id is None else str(disk.policy_id)
+            disks[disk.path] = {"settings": disk.settings.as_dict(), "policy": policy}
+        policies = [policy.as_dict() for policy in self._policies.values()]
+        self._store.save({"disks": disks, "policies": policies})
+
+    # ---- flows ----
+
+    def connect(self, name: str, device: plane.Device, initiator: str) -> Flow:
+        """A flow of an initiator to a disk, until :meth:`disconnect`."""
+        with self._lock:
+            disk = self._disk(name)
+            group = None if disk.policy_id is None else self._groups.get(disk.policy_id)
+            throttle = plane.Throttle(device, self._pacing, disk.limits, group)
+            flow = Flow(name, initiator, throttle, plane.Meter(self.unit))
+            flow.meter.switch(on=self._measures())
+            self._flows.append(flow)
+            self._begin_sampling()
+            return flow
+
+    def disconnect(self, flow: Flow) -> None:
+        """The initiator has left."""
+        with self._lock:
+            self._flows.remove(flow)
+
+    # ---- what they get ----
+
+    def describe(self) -> dict[str, Any]:
+        """Policies, disks and flows with their figures over each window; for JSON."""
+        with self._lock:
+            self._looked = time.monotonic()
+            self._begin_sampling()
+            return {
+                "unit": self.unit,
+                "policies": [policy.as_dict() for policy in self._policies.values()],
+                "disks": [self._describe_disk(name) for name in self._disks],
+                "flows": [self._describe_flow(flow) for flow in self._flows],
+            }
+
+    def _status(self, disk: _DiskState) -> Status:
+        if disk.policy_id is not None and disk.policy_id not in self._policies:
+            return Status.UNKNOWN_POLICY
+        return Status.INSUFFICIENT if disk.watch.insufficient else Status.OK
+
+    def _describe_disk(self, name: str) -> dict[str, Any]:
+        disk = self._disks[name]
+        flows = [flow for flow in self._flows if flow.disk == name]
+        wanted = self._wanted(disk)
+        levels = disk.limits.levels()
+        return {
+            "disk": name,
+            "path": disk.path,
+            "policy_id": None if disk.policy_id is None else str(disk.policy_id),
+            "status": self._status(disk).value,
+            "settings": disk.settings.as_dict(),
+            "effective": wanted.as_dict(),
+            "credits": {kind.name.lower(): levels[kind] for kind in wanted.limits()},
+            "windows": {
+                f"{window:g}": asdict(_sum([flow.history.figures(window) for flow in flows]))
+                for window in WINDOWS
+            },
+        }
+
+    def _describe_flow(self, flow: Flow) -> dict[str, Any]:
+        waiting, units = flow.throttle.waiting()
+        return {
+            "disk": flow.disk,
+            "initiator": flow.initiator,
+            "status": self._status(self._disks[flow.disk]).value,
+            "waiting": waiting,
+            "waiting_units": units,
+            "windows": {f"{w:g}": asdict(flow.history.figures(w)) for w in WINDOWS},
+        }
+
+    def alerts(self) -> list[Alert]:
+        """The last ones, oldest first."""
+        with self._lock:
+            return list(self._alerts)
+
+    @contextlib.contextmanager
+    def listening(self, listener: Callable[[Alert], None]) -> Iterator[None]:
+        """``listener`` is called with each alert, on the sampler's thread, until the block ends."""
+        with self._lock:
+            self._listeners.append(listener)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._listeners.remove(listener)
+
+    def _measures(self) -> bool:
+        if time.monotonic() - self._looked < _LOOKED_SECONDS:
+            return True
+        return any(self._wanted(disk).minimum_iops is not None for disk in self._disks.values())
+
+    def _begin_sampling(self) -> None:
+        if self._sampler is None and self._measures() and not self._closing.is_set():
+            for flow in self._flows:
+                flow.meter.switch(on=True)
+            self._sampler = threading.Thread(target=self._sample, name="vhdx-qos", daemon=True)
+            self._sampler.start()
+
+    def _sample(self) -> None:
+        tick = 0
+        due = time.monotonic()
+        while not self._closing.wait(max(0.0, due - time.monotonic())):
+            due += _TICK_SECONDS
+            tick += 1
+            now = time.monotonic()
+            if now > due:  # the process was stopped: what was missed is not made up for
+                due = now + _TICK_SECONDS
+            with self._lock:
+                for name, disk in self._disks.items():
+                    disk.busy.append(any(f.under_way() > 0 for f in self._flows if f.disk == name))
+                if tick % _TICKS_A_SAMPLE:
+                    continue
+                for flow in self._flows:
+                    flow.history.add(now, flow.meter.read())
+                    if tick % (_TICKS_A_SAMPLE * 8) == 0:
+                        flow.history.thin(now)
+                found = self._judge(now)
+                if not self._measures():
+                    for flow in self._flows:
+                        flow.meter.switch(on=False)
+                    self._sampler = None
+                    return
+            for alert in found:
+                self._tell(alert)
+
+    def _judge(self, now: float) -> list[Alert]:
+        found = []
+        last = {
+            name: _sum([f.history.figures(1.0) for f in self._flows if f.disk == name])
+            for name in self._disks
+        }
+        for name, disk in self._disks.items():
+            minimum = self._wanted(disk).minimum_iops
+            busy = sum(disk.busy) / max(1, len(disk.busy))
+            begins = disk.watch.judge(now, minimum, last[name], busy)
+            if begins is None:
+                continue
+            others = [(other, f.normalized_iops) for other, f in last.items() if other != name]
+            takers = sorted((each for each in others if each[1] > 0), key=lambda each: -each[1])
+            iops = last[name].normalized_iops
+            top = tuple(takers[:_MOST_TAKERS])
+            found.append(Alert(time.time(), name, begins, minimum or 0, iops, top))
+        self._alerts.extend(found)
+        return found
+
+    def _tell(self, alert: Alert) -> None:
+        (_log.warning if alert.begins else _log.info)("QoS: %s", alert)
+        with self._lock:
+            listeners = list(self._listeners)
+        for listener in listeners:
+            with contextlib.suppress(Exception):
+                listener(alert)
+        if self._hook is not None:
+            threading.Thread(target=self._run_hook, args=(alert,), daemon=True).start()
+
+    def _run_hook(self, alert: Alert) -> None:
+        assert self._hook is not None
+        facts = {
+            "VHDX_EVENT": "InsufficientThroughput" if alert.begins else "Ok",
+            "VHDX_DISK": alert.disk,
+            "VHDX_MINIMUM_IOPS": str(alert.minimum_iops),
+            "VHDX_ACHIEVED_IOPS": f"{alert.achieved_iops:.0f}",
+            "VHDX_MESSAGE": str(alert),
+        }
+        try:
+            command = ["/bin/sh", "-c", self._hook]  # it is the user's
+            subprocess.run(command, env=os.environ | facts, timeout=_HOOK_SECONDS, check=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            _log.warning("the hook of an alert failed: %s", error)
+
+    def close(self) -> None:
+        """Nothing is sampled any more."""
+        self._closing.set()
+        sampler = self._sampler
+        if sampler is not None and sampler is not threading.current_thread():
+            sampler.join()
+
+
+def _policy_id(text: str) -> UUID:
+    try:
+        return UUID(text)
+    except ValueError as error:
+        raise InvalidArgumentError(f"{text!r} is no policy's id") from error
+
+
+def _sum(flows: list[Figures]) -> Figures:
+    """Of several flows together; latencies are weighted, quantiles the greatest."""
+    if len(flows) == 1:
+        return flows[0]
+    iops = sum(f.iops for f in flows)
+    share = 1 / iops if iops else 0.0
+    return Figures(
+        seconds=max((f.seconds for f in flows), default=0.0),
+        normalized_iops=sum(f.normalized_iops for f in flows),
+        iops=iops,
+        bandwidth=sum(f.bandwidth for f in flows),
+        read_iops=sum(f.read_iops for f in flows),
+        write_iops=sum(f.write_iops for f in flows),
+        offered_iops=sum(f.offered_iops for f in flows),
+        latency=sum(f.latency * f.iops for f in flows) * share,
+        latency_p50=max((f.latency_p50 for f in flows), default=0.0),
+        latency_p99=max((f.latency_p99 for f in flows), default=0.0),
+        latency_p999=max((f.latency_p999 for f in flows), default=0.0),
+        queue_time=sum(f.queue_time * f.iops for f in flows) * share,
+    )

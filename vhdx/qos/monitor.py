@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: MIT
+"""What flows and disks get: figures over windows, statuses, and alerts with hysteresis.
+
+Pure: it is fed samples with their times, so an hour is tested in a second. Vocabulary and statuses
+are those of Get-StorageQosFlow: a disk has InsufficientThroughput when it has a minimum, wants at
+least as much, and gets less.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vhdx.plane import MeterFacts, quantile
+
+__all__ = ["WINDOWS", "Alert", "Figures", "Sampled", "Status", "Watch"]
+
+WINDOWS = (1.0, 60.0, 300.0)
+"""Seconds over which figures are given."""
+
+_KEPT_SECONDS = 301.0
+_ENOUGH = 0.98  # of the minimum
+_BUSY = 0.9  # of the samples: who always has something under way would take more
+_RAISE_AFTER, _CLEAR_AFTER = 1.0, 2.0  # seconds for which it must have been so
+
+
+class Status(StrEnum):
+    """Of a flow or disk, as Windows names them."""
+
+    OK = "Ok"
+    INSUFFICIENT = "InsufficientThroughput"
+    UNKNOWN_POLICY = "UnknownPolicyId"
+
+
+class Sampled(NamedTuple):
+    """What a flow had done at a time."""
+
+    seconds: float
+    numbers: np.ndarray[Any, np.dtype[np.uint64]]  # requests .. offered in pairs, then bins
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of a flow over a window, a second each; latencies in milliseconds.
+
+    Attributes:
+        seconds: that the window really covers.
+        normalized_iops, iops, bandwidth: achieved; bandwidth in bytes.
+        read_iops, write_iops: normalised.
+        offered_iops: normalised, of what has come, answered or not.
+        latency, latency_p50, latency_p99, latency_p999: from arrival to answer.
+        queue_time: of that, held up by limits.
+    """
+
+    seconds: float = 0.0
+    normalized_iops: float = 0.0
+    iops: float = 0.0
+    bandwidth: float = 0.0
+    read_iops: float = 0.0
+    write_iops: float = 0.0
+    offered_iops: float = 0.0
+    latency: float = 0.0
+    latency_p50: float = 0.0
+    latency_p99: float = 0.0
+    latency_p999: float = 0.0
+    queue_time: float = 0.0
+
+
+def figures_of(first: Sampled, last: Sampled) -> Figures:
+    """What was done between two samples."""
+    seconds = last.seconds - first.seconds
+    if seconds <= 0:
+        return Figures()
+    did = (last.numbers - first.numbers).tolist()
+    requests, units, moved, latency, queued, offered = ((did[i], did[i + 1]) for i in range(0, 12, 2))
+    count, bins = max(1, sum(requests)), did[12:]
+    return Figures(
+        seconds=seconds,
+        normalized_iops=sum(units) / seconds,
+        iops=sum(requests) / seconds,
+        bandwidth=sum(moved) / seconds,
+        read_iops=units[0] / seconds,
+        write_iops=units[1] / seconds,
+        offered_iops=sum(offered) / seconds,
+        latency=sum(latency) / count / 1e6,
+        latency_p50=quantile(bins, 0.5) / 1e6,
+        latency_p99=quantile(bins, 0.99) / 1e6,
+        latency_p999=quantile(bins, 0.999) / 1e6,
+        queue_time=sum(queued) / count / 1e6,
+    )
+
+
+class History:
+    """Samples of one flow, for windows up to five minutes; oldest ones go."""
+
+    def __init__(self) -> None:
+        self._samples: deque[Sampled] = deque()
+
+    def add(self, seconds: float, facts: MeterFacts) -> None:
+        """A sample; they come in order."""
+        pairs = [number for pair in facts[:6] for number in pair]
+        self._samples.append(Sampled(seconds, np.array([*pairs, *facts.bins], np.uint64)))
+        while self._samples[0].seconds < seconds - _KEPT_SECONDS:
+            self._samples.popleft()
+
+    def figures(self, window: float) -> Figures:
+        """Over the last ``window`` seconds, or as long as it is known."""
+        if len(self._samples) < 2:
+            return Figures()
+        last = self._samples[-1]
+        first = self._samples[0]
+        for sample in reversed(self._samples):
+            if sample.seconds <= last.seconds - window + 1e-6:
+                first = sample
+                break
+        return figures_of(first, last)
+
+    def thin(self, seconds: float, step: float = 1.0) -> None:
+        """Keeps one sample a step of what is older than two seconds."""
+        if len(self._samples) < 3:
+            return
+        kept: list[Sampled] = []
+        for sample in self._samples:
+            young = sample.seconds > seconds - 2
+            if young or not kept or sample.seconds - kept[-1].seconds >= step - 1e-3:
+                kept.append(sample)
+        self._samples = deque(kept)
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A disk has begun, or ceased, to get less than its minimum.
+
+    Attributes:
+        seconds: when, since 1970.
+        disk: its name.
+        begins: else it ends.
+        minimum_iops, achieved_iops: normalised.
+        takers: who had most of the throughput then: names and normalised IOPS.
+    """
+
+    seconds: float
+    disk: str
+    begins: bool
+    minimum_iops: int
+    achieved_iops: float
+    takers: tuple[tuple[str, float], ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "time": self.seconds,
+            "event": "InsufficientThroughput" if self.begins else "Ok",
+            "disk": self.disk,
+            "minimum_iops": self.minimum_iops,
+            "achieved_iops": self.achieved_iops,
+            "takers": [{"disk": name, "iops": iops} for name, iops in self.takers],
+        }
+
+    def __str__(self) -> str:
+        if not self.begins:
+            return (
+                f"{self.disk} gets its minimum of {self.minimum_iops} normalised IOPS again "
+                f"({self.achieved_iops:.0f})"
+            )
+        who = ", ".join(f"{name} {iops:.0f}" for name, iops in self.takers) or "no other disk"
+        return (
+            f"{self.disk} gets {self.achieved_iops:.0f} of its minimum of {self.minimum_iops} "
+            f"normalised IOPS; most of the rest: {who}"
+        )
+
+
+@dataclass
+class Watch:
+    """Whether one disk gets its minimum; fed with each sample."""
+
+    insufficient: bool = False
+    _since: float | None = field(default=None, repr=False)  # it has been otherwise
+
+    def judge(
+        self, seconds: float, minimum: int | None, figures: Figures, busy: float
+    ) -> bool | None:
+        """True when an alert begins now, False when it ends, else None.
+
+        Args:
+            seconds: now.
+            minimum: of the disk.
+            figures: over the last second.
+            busy: share of that second in which it had something under way.
+        """
+        wants = minimum is not None and (figures.offered_iops >= minimum or busy >= _BUSY)
+        short = wants and figures.normalized_iops < _ENOUGH * (minimum or 0)
+        if short == self.insufficient:
+            self._since = None
+            return None
+        if self._since is None:
+            self._since = seconds
+        if seconds - self._since < (_CLEAR_AFTER if self.insufficient else _RAISE_AFTER) - 1e-6:
+            return None
+        self.insufficient, self._since = short, None
+        return short

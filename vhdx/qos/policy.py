@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: MIT
+"""What is wanted of disks: limits, minimums and policies, as data.
+
+Windows Server 2012 R2 has a minimum and a maximum for each disk; 2016 adds named policies. A
+*dedicated* policy gives each of its disks its figures, an *aggregated* one gives them to all of its
+disks together (Microsoft's "Storage Quality of Service").
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+from uuid import UUID, uuid4
+
+from vhdx.errors import InvalidArgumentError
+from vhdx.plane import LARGEST_RATE, Limit, LimitKind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["LARGEST_IOPS", "NORMALISED_UNIT", "Policy", "PolicyKind", "Settings"]
+
+NORMALISED_UNIT = 8192
+"""Bytes that count as one I/O; a larger request counts as several, a smaller one as one."""
+
+LARGEST_IOPS = 10**9
+_LONGEST_NAME = 256
+
+
+class PolicyKind(StrEnum):
+    """Whether disks of a policy have its figures each, or together."""
+
+    DEDICATED = "dedicated"
+    AGGREGATED = "aggregated"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Limits and minimum of a disk or policy; None is none. IOPS are normalised.
+
+    Attributes:
+        minimum_iops: an alert is raised where a disk that wants as much gets less.
+        maximum_iops, maximum_read_iops, maximum_write_iops: a second, 1 to 10**9.
+        maximum_bandwidth, maximum_read_bandwidth, maximum_write_bandwidth: bytes a second.
+        burst_iops: how many may pass at once, above ``maximum_iops``; 0 keeps it exact at any time.
+        credit_iops: how many an idle disk saves beyond that.
+        credit_rate_iops: how fast saved ones may be used, a second; None is no bound.
+    """
+
+    minimum_iops: int | None = None
+    maximum_iops: int | None = None
+    maximum_read_iops: int | None = None
+    maximum_write_iops: int | None = None
+    maximum_bandwidth: int | None = None
+    maximum_read_bandwidth: int | None = None
+    maximum_write_bandwidth: int | None = None
+    burst_iops: int = 0
+    credit_iops: int = 0
+    credit_rate_iops: int | None = None
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, saved = getattr(self, each.name), each.name in {"burst_iops", "credit_iops"}
+            least, most = (0 if saved else 1), _most(each.name)
+            if value is None and not saved:
+                continue
+            if type(value) is not int or not least <= value <= most:
+                raise InvalidArgumentError(
+                    f"{each.name.replace('_', ' ')} is {value!r}",
+                    hint=f"choose {least} to {most}" + ("" if saved else ", or none"),
+                )
+        if (self.burst_iops or self.credit_iops) and self.maximum_iops is None:
+            raise InvalidArgumentError(
+                "there is nothing to save without a maximum", hint="set maximum_iops, too"
+            )
+        for name in ("maximum_iops", "maximum_read_iops", "maximum_write_iops"):
+            most_iops = getattr(self, name)
+            if None not in (self.minimum_iops, most_iops) and self.minimum_iops > most_iops:
+                raise InvalidArgumentError(
+                    f"the minimum of {self.minimum_iops} is above the {name.replace('_', ' ')} "
+                    f"of {most_iops}",
+                    hint="lower the minimum or raise the maximum",
+                )
+        self.limits()
+
+    def limits(self) -> dict[LimitKind, Limit]:
+        """What the data plane holds to."""
+        wanted = {
+            LimitKind.UNITS: self.maximum_iops,
+            LimitKind.UNITS_READ: self.maximum_read_iops,
+            LimitKind.UNITS_WRITTEN: self.maximum_write_iops,
+            LimitKind.BYTES: self.maximum_bandwidth,
+            LimitKind.BYTES_READ: self.maximum_read_bandwidth,
+            LimitKind.BYTES_WRITTEN: self.maximum_write_bandwidth,
+        }
+        found = {kind: Limit(rate) for kind, rate in wanted.items() if rate is not None}
+        if self.maximum_iops is not None:
+            found[LimitKind.UNITS] = Limit(
+                self.maximum_iops, self.burst_iops, self.credit_iops, self.credit_rate_iops or 0
+            )
+        return found
+
+    def within(self, other: Settings) -> Settings:
+        """These, held to another's limits as well; the other's minimum counts where there is none."""
+        tighter: dict[str, Any] = {
+            each.name: min(
+                (v for v in (getattr(self, each.name), getattr(other, each.name)) if v is not None),
+                default=None,
+            )
+            for each in fields(self)
+            if each.name.startswith("maximum_")
+        }
+        base = self if self.maximum_iops is not None or other.maximum_iops is None else other
+        minimum = other.minimum_iops if self.minimum_iops is None else self.minimum_iops
+        most = [v for n, v in tighter.items() if n.endswith("iops") and v is not None]
+        if minimum is not None and most:
+            minimum = min(minimum, *most)
+        saving: dict[str, Any] = {n: getattr(base, n) for n in ("burst_iops", "credit_iops")}
+        rate = base.credit_rate_iops
+        if rate is not None and tighter["maximum_iops"] is not None:
+            rate = max(rate, tighter["maximum_iops"])
+        return Settings(minimum_iops=minimum, **tighter, **saving, credit_rate_iops=rate)
+
+    def changed(self, changes: Mapping[str, Any]) -> Settings:
+        """With some of them changed.
+
+        Raises:
+            InvalidArgumentError: an unknown name, or a value that is out of range.
+        """
+        known = {each.name for each in fields(self)}
+        for name in changes:
+            if name not in known:
+                raise InvalidArgumentError(
+                    f"there is no setting {name!r}", hint=f"known: {', '.join(sorted(known))}"
+                )
+        return replace(self, **changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def _most(name: str) -> int:
+    return LARGEST_RATE if name.endswith("bandwidth") else LARGEST_IOPS
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A named policy.
+
+    Attributes:
+        name: for people; unique in a domain, 1 to 256 characters.
+        kind: fixed once it is made.
+        settings: of each of its disks, or of all together.
+        policy_id: by which disks know it, also when it was deleted and comes back.
+    """
+
+    name: str
+    kind: PolicyKind
+    settings: Settings
+    policy_id: UUID = field(default_factory=uuid4)
+
+    def __post_init__(self) -> None:
+        if not 0 < len(self.name) <= _LONGEST_NAME or not self.name.isprintable():
+            raise InvalidArgumentError(
+                f"{self.name[:80]!r} cannot be the name of a policy",
+                hint=f"choose 1 to {_LONGEST_NAME} printable characters",
+            )
+        if self.policy_id.int == 0:
+            raise InvalidArgumentError("a policy's id must not be zero")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "name": self.name,
+            "kind": self.kind.value,
+            "policy_id": str(self.policy_id),
+            "settings": self.settings.as_dict(),
+        }
+
+    @classmethod
+    def of(cls, found: Mapping[str, Any]) -> Policy:
+        """What :meth:`as_dict` made.
+
+        Raises:
+            InvalidArgumentError: it is not that.
+        """
+        try:
+            return cls(
+                str(found["name"]),
+                PolicyKind(found["kind"]),
+                Settings().changed(dict(found["settings"])),
+                UUID(str(found["policy_id"])),
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            if isinstance(error, InvalidArgumentError):
+                raise
+            raise InvalidArgumentError(f"it is no policy: {error}") from error
