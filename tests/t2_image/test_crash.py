@@ -184,9 +184,9 @@ def bitmaps(run: Run, steps: int) -> None:
 
 
 def wrapping(run: Run, steps: int) -> None:
-    """So many commits that the log begins at its front again; crashes from shortly before on."""
+    """So many commits that the log is used from its front again; crashes from shortly before on."""
     run.open()
-    commits = (1 << 20) // 8192  # of the smallest entry
+    commits = (1 << 20) // 8192 - 2  # of the smallest entry
     for step in range(commits + steps):
         if step == commits - 4:
             run.since = run.recorder.now

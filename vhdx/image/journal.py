@@ -7,8 +7,12 @@ header, durable; then in both. So a LogGuid always has a valid sequence behind i
 one is always durable and whole.
 
 Order of a commit: the caller made the data durable; then for each group of pages: log entry, barrier,
-apply; and before a further entry a barrier again, so that an entry needs none before it. Two entries
-always fit into the log, so the one that is being written never overwrites the one that still counts.
+apply; and before a further entry a barrier again, so that an entry needs none before it.
+
+An entry that does not fit before the end of the log goes to its front, and begins a sequence of its
+own. No entry wraps, and the last two sectors stay unused, because QEMU never ends to search a log
+whose entries reach its end. Three entries always fit, so the one that is being written never
+overwrites the one that still counts.
 """
 
 from __future__ import annotations
@@ -40,10 +44,10 @@ _READ, _WRITE, _ZERO, _FLUSH = (
     plane.Operation.ZERO,
     plane.Operation.FLUSH,
 )
-MOST_PAGES = 120
-"""Pages of one log entry; two of them always fit into the log."""
+MOST_PAGES = 83
+"""Pages of one log entry; three of them always fit into the log."""
 
-
+_UNUSED = 2 * log.SECTOR
 _KEPT_PAGES = 2048
 
 _BARRIER = plane.Step(_FLUSH)
@@ -97,7 +101,7 @@ class Journal:
         self._leaf = leaf
         self._header = header
         self._head = 0  # where the next entry goes, bytes in the log
-        self._previous_length = 0
+        self._counting = (0, 0)  # where the entry stands that counts now
         self._sequence = 0
         self._applied_durable = True
         self._pages = Pages(leaf)
@@ -216,6 +220,9 @@ class Journal:
         file_size: int,
     ) -> npt.NDArray[np.uint8]:
         size = file_size // MIB * MIB
+        if self._head + log.entry_length(len(offsets)) > self._header.log_length - _UNUSED:
+            self._head = 0
+            self._sequence += 1  # not a continuation of what stands at the end
         return log.pack_entry(
             guid,
             self._sequence,
@@ -227,17 +234,14 @@ class Journal:
         )
 
     def _entry_steps(self, entry: npt.NDArray[np.uint8]) -> list[plane.Step]:
-        base, length = self._header.log_offset, self._header.log_length
-        assert self._previous_length + len(entry) <= length
-        first = min(len(entry), length - self._head)
-        steps = [plane.Step(_WRITE, base + self._head, buffer=entry[:first])]
-        if first < len(entry):
-            steps.append(plane.Step(_WRITE, base, buffer=entry[first:]))
-        return steps
+        start, length = self._head, len(entry)
+        assert start + length <= self._header.log_length - _UNUSED
+        assert start + length <= self._counting[0] or start >= self._counting[1]
+        return [plane.Step(_WRITE, self._header.log_offset + start, buffer=entry)]
 
     def _advance(self, length: int) -> None:
-        self._head = (self._head + length) % self._header.log_length
-        self._previous_length = length
+        self._counting = (self._head, self._head + length)
+        self._head += length
         self._sequence += 1
 
 
