@@ -70,7 +70,7 @@ int vx_submit(vx_device *device, vx_request *request)
     int state = atomic_load_explicit(&device->state, memory_order_acquire);
     if (__builtin_expect(state != 0, 0))
         return vx_fail(device, request, state, 0, request->offset);
-    uint64_t size = atomic_load_explicit(&device->size, memory_order_acquire);
+    uint64_t size = vx_device_size(device);
     if (request->offset > size || request->length > size - request->offset)
         return vx_fail(device, request, VX_E_RANGE, 0, request->offset);
     if (request->operation != VX_FLUSH) {

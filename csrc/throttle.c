@@ -455,8 +455,7 @@ vx_device *vx_throttle_create(vx_device *lower, vx_qos *qos, vx_limits *own, uin
     flow *f = calloc(1, sizeof *f);
     if (f == NULL)
         return NULL;
-    /* Ranges are checked below, where the size may change. */
-    vx_device_initialise(&f->device, &throttle_operations, identity, NULL, INT64_MAX);
+    vx_device_initialise(&f->device, &throttle_operations, identity, NULL, 0);
     f->device.sized_by = lower;
     f->lower = vx_device_reference(lower);
     f->qos = qos;

@@ -231,6 +231,8 @@ class _Copy:
                 thread.join()
         if self._failure is not None:
             raise self._failure
+        if self._progress is not None:
+            self._progress(self._total, self._total)
         self._target.flush()
 
     def _take(self) -> tuple[int, int] | None:
