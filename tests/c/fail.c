@@ -60,7 +60,7 @@ static enum mode turn(enum kind kind)
 ssize_t preadv2(int fd, const struct iovec *piece, int count, off_t offset, int flags)
 {
     enum mode mode = turn(READ);
-    if (mode == SHORT_ONCE && piece->iov_len > 512) {
+    if (mode == SHORT_ONCE && piece->iov_len >= 1024) {
         struct iovec half = {piece->iov_base, piece->iov_len / 1024 * 512};
         return REAL(preadv2)(fd, &half, 1, offset, flags);
     }
@@ -70,7 +70,7 @@ ssize_t preadv2(int fd, const struct iovec *piece, int count, off_t offset, int 
 ssize_t pwritev2(int fd, const struct iovec *piece, int count, off_t offset, int flags)
 {
     enum mode mode = turn(WRITE);
-    if (mode != NONE && piece->iov_len > 512) {
+    if (mode != NONE && piece->iov_len >= 1024) {
         /* What fails has been done in part. */
         int error = errno;
         struct iovec half = {piece->iov_base, piece->iov_len / 1024 * 512};

@@ -185,7 +185,18 @@ class Journal:
             self._advance(len(entry))  # only now: a failed entry is written over
 
     def note_size(self, file_size: int) -> None:
-        """An empty entry, durable: the file need not be longer than ``file_size`` any more."""
+        """An empty entry, durable: the file need not be longer than ``file_size`` any more.
+
+        It begins a sequence of its own at the front of the log: QEMU replays sequences from their
+        first entry on, and refuses those with an entry that wants a longer file.
+        """
+        if self._counting[0] < log.SECTOR:  # what counts now stands there
+            self._note(file_size)
+        self._head = 0
+        self._sequence += 1
+        self._note(file_size)
+
+    def _note(self, file_size: int) -> None:
         empty = np.empty(0, np.uint64), np.empty((0, 4096), np.uint8)
         entry = self._pack(self._header.log_guid, *empty, file_size)
         # What was applied before must be durable, because this entry is its own tail.
