@@ -54,12 +54,11 @@ uint64_t vx_bucket_reserve(vx_bucket *bucket, uint64_t units, uint64_t from)
     return paid > from + tolerance ? paid - tolerance : from;
 }
 
-void vx_bucket_postpone(vx_bucket *bucket, uint64_t units, uint64_t when)
+uint64_t vx_bucket_due(const vx_bucket *bucket, uint64_t from)
 {
-    uint64_t least = when + vx_bucket_cost(bucket, units);
+    uint64_t tolerance = atomic_load_explicit(&bucket->tolerance, memory_order_relaxed);
     uint64_t paid = atomic_load(&bucket->paid);
-    while (paid < least && !atomic_compare_exchange_weak(&bucket->paid, &paid, least))
-        ;
+    return paid > from + tolerance ? paid - tolerance : from;
 }
 
 int64_t vx_bucket_level(const vx_bucket *bucket, uint64_t now)

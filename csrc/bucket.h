@@ -43,10 +43,10 @@ uint64_t vx_bucket_cost(const vx_bucket *bucket, uint64_t units);
 bool vx_bucket_admit(vx_bucket *bucket, uint64_t units, uint64_t now);
 /* Takes back what was paid for `units`. */
 void vx_bucket_refund(vx_bucket *bucket, uint64_t units);
+/* When, at `from` or later, something could be admitted. Ticks; nothing is paid. */
+uint64_t vx_bucket_due(const vx_bucket *bucket, uint64_t from);
 /* When, at `from` or later, `units` may be admitted; pays for them as of `from`. Ticks. */
 uint64_t vx_bucket_reserve(vx_bucket *bucket, uint64_t units, uint64_t from);
-/* What was reserved and paid for is admitted only at `when`: time until then earns nothing. */
-void vx_bucket_postpone(vx_bucket *bucket, uint64_t units, uint64_t when);
 /* Another rate (units a second, 0: none) and burst (units, a year's worth at most). What was saved, up to the new burst, and
  * what is owed stay the same in units; a limit that is new has saved `saved` units. One thread at a
  * time; requests that are admitted meanwhile may be charged at either rate. */

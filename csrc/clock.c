@@ -154,6 +154,11 @@ uint64_t vx_clock_now(vx_clock *clock)
     return now;
 }
 
+bool vx_clock_is_virtual(const vx_clock *clock)
+{
+    return clock->is_virtual;
+}
+
 static bool ready(vx_clock *clock)
 {
     if (clock->stopping)

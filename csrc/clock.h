@@ -29,6 +29,7 @@ vx_clock *vx_clock_create(bool virtual_time); /* NULL: no memory */
 void vx_clock_stop(vx_clock *clock);
 void vx_clock_destroy(vx_clock *clock); /* after vx_clock_stop */
 uint64_t vx_clock_now(vx_clock *clock);
+bool vx_clock_is_virtual(const vx_clock *clock);
 /* Sets a timer, or moves one that is set. False: no memory or thread; it is not set. */
 bool vx_clock_set(vx_clock *clock, vx_timer *timer, uint64_t when_ns);
 /* False: it was not set, and may be running. */

@@ -143,7 +143,9 @@ typedef struct vx_operations {
     int (*submit)(vx_device *device, vx_request *request);
     int (*resize)(vx_device *device, uint64_t size);
     void (*destroy)(vx_device *device);
-    void (*hurry)(vx_device *device); /* throttles: hold up nothing any more */
+    /* Throttles: hold up nothing any more. What waits passes, or fails with CANCELLED. */
+    void (*hurry)(vx_device *device, bool drop);
+    bool (*is_holding)(vx_device *device); /* throttles: whether something waits */
 } vx_operations;
 
 struct vx_device {

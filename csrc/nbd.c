@@ -70,8 +70,10 @@ static bool wait_for_events(vx_nbd_connection *c)
     if (input && !starved && c->under_way == 0 && c->output.bytes == 0)
         return receive(c, true);
     short events = (short)((input ? POLLIN : 0) | (c->output.bytes > 0 ? POLLOUT : 0));
+    /* Of a client whose requests a throttle holds up: whether it is still there. */
+    bool look = events != 0 || (nbd_is_holding(c) && !c->hurried);
     struct pollfd fds[2] = {{.fd = c->wake, .events = POLLIN},
-                            {.fd = events != 0 && !c->gone ? c->fd : -1, .events = events}};
+                            {.fd = look && !c->gone ? c->fd : -1, .events = events}};
     /* Other connections' requests hold the memory: nobody wakes this one, so it looks again. */
     if (poll(fds, 2, starved ? STARVED_POLL_MS : -1) < 0)
         return errno == EINTR;
@@ -115,7 +117,7 @@ int vx_nbd_serve(vx_nbd_connection *c)
             abandon_filling(c);
         if ((c->gone || atomic_load(&c->stopping)) && !c->hurried && nbd_is_paced(c)) {
             c->hurried = true; /* nobody is to wait for what is held up */
-            c->device->operations->hurry(c->device);
+            c->device->operations->hurry(c->device, !atomic_load(&c->stopping));
         }
         if (c->disconnecting && c->under_way == 0 && c->output.bytes == 0)
             return c->result;

@@ -7,7 +7,8 @@
  * What may block goes to the pool; replies leave as requests complete. Only this thread touches the
  * socket. It stops reading while too much is under way or the client does not read its replies.
  *
- * A request that was accepted is finished before vx_nbd_serve returns, also when the client is gone.
+ * A request that was accepted is finished before vx_nbd_serve returns, also when the client is gone;
+ * but what a throttle still holds up then fails, because nobody can be told that it was done.
  */
 #ifndef VX_NBD_H
 #define VX_NBD_H

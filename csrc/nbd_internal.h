@@ -23,6 +23,7 @@
 #define SPARE_BUFFER ((size_t)1 << 20)
 #define SPARE_BUFFERS 4u
 #define OUTPUT_LIMIT ((uint64_t)64 << 20)
+#define HELD_BYTES ((uint64_t)4 << 20) /* payload under way while a throttle holds requests up */
 
 /* HELD: there is no room for it now. SHORT: more of it must arrive. LOST: it, or the stream, is. */
 enum outcome { TAKEN, HELD, SHORT, LOST };
@@ -102,8 +103,9 @@ void nbd_prepare(const vx_nbd_connection *c, vx_request *request, const nbd_requ
 void nbd_send_to_pool(vx_nbd_connection *c, operation *op);
 /* Runs it here if it does not block: true, and it is done. False: request as it was. */
 bool nbd_try_operation(vx_nbd_connection *c, operation *op);
-/* Whether the device may hold requests up (a throttle). */
+/* Whether the device may hold requests up (a throttle), and whether it does. */
 bool nbd_is_paced(const vx_nbd_connection *c);
+bool nbd_is_holding(const vx_nbd_connection *c);
 
 /* ---- nbd_request.c ---- */
 

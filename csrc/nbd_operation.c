@@ -30,10 +30,23 @@ void nbd_free_operation(void *owner, void *context)
     free(op);
 }
 
+bool nbd_is_paced(const vx_nbd_connection *c)
+{
+    return c->device->operations->hurry != NULL;
+}
+
+bool nbd_is_holding(const vx_nbd_connection *c)
+{
+    return nbd_is_paced(c) && c->device->operations->is_holding(c->device);
+}
+
 bool nbd_may_start(const vx_nbd_connection *c, uint64_t bytes)
 {
+    uint64_t limit = c->terms.bytes_limit;
+    if (limit > HELD_BYTES && nbd_is_holding(c))
+        limit = HELD_BYTES;
     return c->under_way == 0 || (c->under_way < c->terms.requests_limit &&
-                                 c->bytes_under_way + bytes <= c->terms.bytes_limit);
+                                 c->bytes_under_way + bytes <= limit);
 }
 
 enum outcome nbd_start_operation(vx_nbd_connection *c, const nbd_request *wire, size_t length,
@@ -142,11 +155,6 @@ static void run_operation(vx_job *job)
     op->request.context = op;
     if (vx_run(op->connection->device, &op->request) == VX_DONE)
         completed(&op->request);
-}
-
-bool nbd_is_paced(const vx_nbd_connection *c)
-{
-    return c->device->operations->hurry != NULL;
 }
 
 /* Lets a throttle park it from here, without a turn on the pool. False: request as it was. */

@@ -11,13 +11,17 @@
 
 #define BUCKETS (2u * VX_LIMIT_KINDS) /* for each kind its rate, and the rate of spending credit */
 #define SETS 2u
+#define LARGEST_ON_CLOCK 65536u /* bytes of a request that passes on the clock's thread */
 
 typedef struct flow flow;
+
+enum hurry { HOLD = 0, PASS = 1, DROP = 2 };
 
 struct vx_qos {
     pthread_mutex_t lock;
     vx_clock *clock;
     vx_pool *pool;
+    uint64_t largest_on_clock; /* bytes */
     vx_limits *limits; /* all of them */
     flow *flows;       /* under lock: those with a request that waits */
 };
@@ -36,13 +40,16 @@ struct flow {
     vx_qos *qos;
     _Atomic(vx_limits *) sets[SETS];
     _Atomic uint32_t waiting; /* requests; changed under the lock */
-    _Atomic bool hurried;
+    _Atomic int hurry;        /* enum hurry */
 
     /* under the lock of the domain */
     vx_request *head, *tail;
-    uint64_t paid_bytes;  /* of the head: so much of it is paid for */
-    uint64_t due;         /* ticks: when what is paid for may pass */
-    uint64_t due_by[SETS][BUCKETS];
+    uint64_t paid_bytes;    /* of the head: so much of it is paid for, or being paid */
+    uint64_t piece;         /* bytes: the last part of that */
+    uint32_t unpaid[SETS];  /* buckets that the piece has not paid yet */
+    uint64_t due;           /* ticks: when the bucket that was paid last lets it pass */
+    vx_limits *due_set;     /* that bucket */
+    unsigned due_bucket;
     uint64_t waiting_units;
     vx_timer timer; /* set, or running, as long as something waits */
     flow *next, **link;
@@ -80,6 +87,15 @@ static uint32_t active_of(const vx_limits *limits, uint32_t operation)
     return limits == NULL ? 0
                           : atomic_load_explicit(&limits->active[direction_of(operation)],
                                                  memory_order_relaxed);
+}
+
+/* The most that is paid for at once, bytes: whole units, so that pieces cost what the whole costs. */
+static uint64_t piece_of(const flow *f, uint32_t operation)
+{
+    uint64_t unit = atomic_load_explicit(&f->sets[0], memory_order_relaxed)->unit;
+    if (operation == VX_ZERO || operation == VX_TRIM)
+        return VX_ZERO_PIECE;
+    return unit > VX_PIECE ? unit : VX_PIECE / unit * unit;
 }
 
 /* ---- without a lock ---- */
@@ -126,9 +142,9 @@ static int throttle_submit(vx_device *device, vx_request *request)
     const uint32_t active[SETS] = {active_of(sets[0], request->operation),
                                    active_of(sets[1], request->operation)};
     if (((active[0] | active[1]) == 0 && atomic_load(&f->waiting) == 0) ||
-        atomic_load_explicit(&f->hurried, memory_order_relaxed))
+        atomic_load_explicit(&f->hurry, memory_order_relaxed) == PASS)
         return vx_submit(f->lower, request);
-    if (request->length <= VX_PIECE && atomic_load(&f->waiting) == 0 &&
+    if (request->length <= piece_of(f, request->operation) && atomic_load(&f->waiting) == 0 &&
         admit(sets, active, request, vx_ticks(vx_clock_now(f->qos->clock)))) {
         int answer = vx_submit(f->lower, request);
         if (answer != VX_AGAIN && answer != VX_FAULTED) /* parked: it may be gone */
@@ -149,31 +165,38 @@ static int throttle_submit(vx_device *device, vx_request *request)
 
 /* ---- under the lock: what waits ---- */
 
-/* Pays for `length` bytes as of `from`; ticks at which they may pass. */
-static uint64_t reserve(flow *f, uint32_t operation, uint64_t length, uint64_t from)
+/* Pays what the piece owes as of `from`. When it may pass, or pay more; `from` itself when all is
+ * paid. Ticks. */
+static uint64_t pay(flow *f, uint32_t operation, uint64_t from)
 {
-    uint64_t due = from;
-    memset(f->due_by, 0, sizeof f->due_by);
-    for (unsigned s = 0; s < SETS; s++) {
-        vx_limits *limits = atomic_load(&f->sets[s]);
-        uint32_t active = active_of(limits, operation);
-        for (unsigned b = 0; active >> b != 0; b++) {
-            if (!(active >> b & 1))
-                continue;
-            uint64_t units = amount(limits, b, operation, length);
-            f->due_by[s][b] = vx_bucket_reserve(&limits->buckets[b], units, from);
-            if (f->due_by[s][b] > due)
-                due = f->due_by[s][b];
+    for (;;) {
+        vx_limits *set = NULL;
+        unsigned bucket = 0, where = 0;
+        uint64_t last = 0;
+        for (unsigned s = 0; s < SETS; s++) {
+            vx_limits *limits = atomic_load(&f->sets[s]);
+            for (unsigned b = 0; f->unpaid[s] >> b != 0; b++) {
+                if (!(f->unpaid[s] >> b & 1))
+                    continue;
+                uint64_t due = vx_bucket_due(&limits->buckets[b], from);
+                if (set == NULL || due > last) {
+                    set = limits;
+                    bucket = b;
+                    where = s;
+                    last = due;
+                }
+            }
         }
+        if (set == NULL)
+            return from;
+        uint64_t due = vx_bucket_reserve(&set->buckets[bucket],
+                                         amount(set, bucket, operation, f->piece), from);
+        f->unpaid[where] &= ~(1u << bucket);
+        f->due_set = set;
+        f->due_bucket = bucket;
+        if (due > from)
+            return due;
     }
-    /* A bucket that would have let it pass sooner has not been idle until then. */
-    for (unsigned s = 0; s < SETS; s++) {
-        vx_limits *limits = atomic_load(&f->sets[s]);
-        for (unsigned b = 0; b < BUCKETS; b++)
-            if (f->due_by[s][b] != 0 && f->due_by[s][b] < due)
-                vx_bucket_postpone(&limits->buckets[b], amount(limits, b, operation, length), due);
-    }
-    return due;
 }
 
 static void unlink_flow(flow *f)
@@ -197,43 +220,56 @@ static void link_flow(flow *f)
     f->qos->flows = f;
 }
 
+static vx_request *take_head(flow *f, uint64_t now)
+{
+    vx_request *request = f->head;
+    uint64_t now_ns = vx_ns_of_ticks(now);
+    f->head = request->next;
+    f->paid_bytes = 0;
+    f->waiting_units -= vx_units_of(request->operation, request->length,
+                                    atomic_load(&f->sets[0])->unit);
+    request->queued_ns = now_ns > request->arrived_ns ? now_ns - request->arrived_ns : 0;
+    request->next = NULL;
+    atomic_fetch_sub(&f->waiting, 1);
+    return request;
+}
+
+/* Pays for the head as far as `now` allows; whether all of it may pass. */
+static bool pay_head(flow *f, uint64_t now)
+{
+    const vx_request *request = f->head;
+    while (f->due <= now) {
+        if ((f->unpaid[0] | f->unpaid[1]) == 0) {
+            uint64_t rest = request->length - f->paid_bytes;
+            uint64_t most = piece_of(f, request->operation);
+            if (rest == 0)
+                return true;
+            f->piece = rest < most ? rest : most;
+            f->paid_bytes += f->piece;
+            for (unsigned s = 0; s < SETS; s++)
+                f->unpaid[s] = active_of(atomic_load(&f->sets[s]), request->operation);
+        }
+        uint64_t arrived = vx_ticks(request->arrived_ns);
+        f->due = pay(f, request->operation, arrived > f->due ? arrived : f->due);
+    }
+    return false;
+}
+
 /* Takes out what may pass at `now`, oldest first, and sets the timer for the rest. */
 static vx_request *take_due(flow *f, uint64_t now)
 {
     vx_request *first = NULL, **last = &first;
-    bool hurried = atomic_load(&f->hurried);
-    while (f->head != NULL) {
-        vx_request *request = f->head;
-        while (f->due <= now || hurried) {
-            if (f->paid_bytes == request->length)
-                break;
-            uint64_t piece = request->length - f->paid_bytes;
-            bool whole = request->operation == VX_ZERO || request->operation == VX_TRIM;
-            if (piece > VX_PIECE && !whole)
-                piece = VX_PIECE;
-            uint64_t arrived = vx_ticks(request->arrived_ns);
-            f->due = reserve(f, request->operation, piece, arrived > f->due ? arrived : f->due);
-            f->paid_bytes += piece;
-        }
-        if (f->due > now && !hurried)
-            break;
-        f->head = request->next;
-        f->paid_bytes = 0;
-        f->waiting_units -= vx_units_of(request->operation, request->length,
-                                     atomic_load(&f->sets[0])->unit);
-        uint64_t now_ns = vx_ns_of_ticks(now);
-        request->queued_ns = now_ns > request->arrived_ns ? now_ns - request->arrived_ns : 0;
-        request->next = NULL;
-        *last = request;
-        last = &request->next;
-        atomic_fetch_sub(&f->waiting, 1);
+    while (f->head != NULL && (atomic_load(&f->hurry) != HOLD || pay_head(f, now))) {
+        *last = take_head(f, now);
+        last = &(*last)->next;
     }
     if (f->head == NULL) {
         f->tail = NULL;
+        f->unpaid[0] = f->unpaid[1] = 0;
         unlink_flow(f);
         vx_clock_cancel(f->qos->clock, &f->timer);
     } else if (!vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(f->due))) {
-        atomic_store(&f->hurried, true); /* no memory for a timer: late beats never */
+        atomic_store(&f->hurry, PASS); /* no memory for a timer: early beats never */
         *last = take_due(f, now);
     }
     return first;
@@ -255,6 +291,16 @@ static void run_released(vx_job *job)
     vx_device_release(&f->device);
 }
 
+/* Tries what does not block and is soon done. */
+static int try_now(flow *f, vx_request *request)
+{
+    bool large = request->operation <= VX_WRITE && request->length > f->qos->largest_on_clock;
+    if (atomic_load(&f->hurry) == DROP)
+        return vx_fail(&f->device, request, VX_E_CANCELLED, 0, request->offset);
+    request->flags |= VX_NOWAIT;
+    return large ? VX_AGAIN : vx_submit(f->lower, request);
+}
+
 /* Lets requests pass on a thread that must not block: what would is the pool's. */
 static void pass_on(flow *f, vx_request *request)
 {
@@ -264,8 +310,7 @@ static void pass_on(flow *f, vx_request *request)
         request->memo = NULL;
         request->admitted = true;
         uint64_t done = request->done;
-        request->flags |= VX_NOWAIT;
-        int answer = vx_submit(f->lower, request);
+        int answer = try_now(f, request);
         if (answer == VX_DONE) {
             request->complete(request);
         } else if (answer != VX_PARKED) {
@@ -327,14 +372,19 @@ static void park(flow *f, vx_request *request)
         vx_device_release(&f->device);
 }
 
-static void throttle_hurry(vx_device *device)
+static void throttle_hurry(vx_device *device, bool drop)
 {
     flow *f = (flow *)device;
     pthread_mutex_lock(&f->qos->lock);
-    atomic_store(&f->hurried, true);
+    atomic_store(&f->hurry, drop ? DROP : PASS);
     if (f->head != NULL)
         vx_clock_set(f->qos->clock, &f->timer, vx_clock_now(f->qos->clock));
     pthread_mutex_unlock(&f->qos->lock);
+}
+
+static bool throttle_is_holding(vx_device *device)
+{
+    return atomic_load_explicit(&((flow *)device)->waiting, memory_order_relaxed) > 0;
 }
 
 void vx_throttle_waiting(vx_device *device, uint64_t *requests, uint64_t *units)
@@ -362,33 +412,21 @@ vx_limits *vx_limits_create(vx_qos *qos, uint32_t unit)
     return limits;
 }
 
-/* What waits at `bucket` of `limits` waits for as many units as before. */
-static void retime(vx_limits *limits, unsigned bucket, uint64_t before, uint64_t after,
-                   uint64_t now)
+static void retime(flow *f, uint64_t due)
 {
-    for (flow *f = limits->qos->flows; f != NULL; f = f->next) {
-        for (unsigned s = 0; s < SETS; s++) {
-            uint64_t *due = &f->due_by[s][bucket];
-            if (atomic_load(&f->sets[s]) != limits || *due <= now)
-                continue;
-            unsigned __int128 rest = (unsigned __int128)(*due - now) * before;
-            *due = after == 0 ? now : now + (uint64_t)((rest + after - 1) / after);
-        }
-    }
+    f->due = due;
+    vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(due));
 }
 
-static void set_timers(vx_qos *qos, uint64_t now)
+/* What waits at `bucket` of `limits` waits for as many units as before. */
+static void retime_all(vx_limits *limits, unsigned bucket, uint64_t before, uint64_t after,
+                       uint64_t now)
 {
-    for (flow *f = qos->flows; f != NULL; f = f->next) {
-        uint64_t due = now;
-        for (unsigned s = 0; s < SETS; s++)
-            for (unsigned b = 0; b < BUCKETS; b++)
-                if (f->due_by[s][b] > due)
-                    due = f->due_by[s][b];
-        if (f->due > now && f->due != due) {
-            f->due = due;
-            vx_clock_set(qos->clock, &f->timer, vx_ns_of_ticks(due));
-        }
+    for (flow *f = limits->qos->flows; f != NULL; f = f->next) {
+        if (f->due_set != limits || f->due_bucket != bucket || f->due <= now)
+            continue;
+        unsigned __int128 rest = (unsigned __int128)(f->due - now) * before;
+        retime(f, after == 0 ? now : now + (uint64_t)((rest + after - 1) / after));
     }
 }
 
@@ -399,7 +437,7 @@ static void change(vx_limits *limits, unsigned bucket, uint64_t rate, uint64_t b
     uint64_t before = atomic_load(&mine->rate);
     vx_bucket_change(mine, rate, burst, fresh ? burst : 0, now);
     if (before != 0 && before != rate)
-        retime(limits, bucket, before, rate, now);
+        retime_all(limits, bucket, before, rate, now);
 }
 
 void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh)
@@ -425,7 +463,6 @@ void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh)
     }
     for (unsigned d = 0; d < 2; d++)
         atomic_store(&limits->active[d], active[d]);
-    set_timers(qos, now);
     pthread_mutex_unlock(&qos->lock);
 }
 
@@ -448,7 +485,8 @@ static void throttle_destroy(vx_device *device)
 static const vx_operations throttle_operations = {.kind = "throttle",
                                                   .submit = throttle_submit,
                                                   .destroy = throttle_destroy,
-                                                  .hurry = throttle_hurry};
+                                                  .hurry = throttle_hurry,
+                                                  .is_holding = throttle_is_holding};
 
 vx_device *vx_throttle_create(vx_device *lower, vx_qos *qos, vx_limits *own, uint64_t identity)
 {
@@ -468,10 +506,10 @@ void vx_throttle_set_group(vx_device *device, vx_limits *group)
 {
     flow *f = (flow *)device;
     pthread_mutex_lock(&f->qos->lock);
-    uint64_t now = vx_ticks(vx_clock_now(f->qos->clock));
-    atomic_store(&f->sets[1], group);
-    memset(f->due_by[1], 0, sizeof f->due_by[1]); /* what was paid to the old one is paid */
-    set_timers(f->qos, now);
+    vx_limits *before = atomic_exchange(&f->sets[1], group);
+    f->unpaid[1] = 0; /* the piece that is being paid owes the new one nothing */
+    if (f->head != NULL && before != NULL && f->due_set == before)
+        retime(f, vx_ticks(vx_clock_now(f->qos->clock)));
     pthread_mutex_unlock(&f->qos->lock);
 }
 
@@ -482,6 +520,8 @@ vx_qos *vx_qos_create(vx_clock *clock, vx_pool *pool)
         return NULL;
     qos->clock = clock;
     qos->pool = pool;
+    /* In virtual time everything happens on the thread that advances it. */
+    qos->largest_on_clock = vx_clock_is_virtual(clock) ? UINT64_MAX : LARGEST_ON_CLOCK;
     pthread_mutex_init(&qos->lock, NULL);
     return qos;
 }

@@ -13,9 +13,13 @@
  *             one for each MiB begun and no bytes; FLUSH and EXTENTS pass freely
  *   order     requests of a flow pass in the order in which they came. Of several flows each that
  *             waits has one piece in the queue of a shared limit, so they take turns
- *   pieces    of what waits at most VX_PIECE bytes are paid for at a time, and it passes when all
- *             of it is: so a large request does not hold up other flows for all its time
- *   hurry     lets everything pass at once, and pays for it: nobody is to wait for it any more
+ *   pieces    of what waits 256 KiB (of ZERO and TRIM 32 MiB) are paid for at a time, and it passes
+ *             when all of it is: so a large request does not hold up other flows for all its time
+ *   stages    a piece pays one limit at a time, the one that would let it pass last first, and the
+ *             next one when its time has come: so a flow that waits for a limit of its own takes
+ *             nothing out of one that it shares
+ *   hurry     a server that ends lets everything pass at once, unpaid. What a client that is gone
+ *             has left waiting fails instead: nobody was told that it was done, and nobody is to pay
  *
  * A credit is what an idle flow may save beyond its burst, and then spend at up to `credit_rate`.
  */
@@ -27,6 +31,7 @@
 #include "pool.h"
 
 #define VX_PIECE 262144u
+#define VX_ZERO_PIECE (32u << 20)
 
 enum vx_limit_kind {
     VX_LIMIT_UNITS = 0,

@@ -5,6 +5,7 @@
 
 #include "bucket.h"
 #include "check.h"
+#include "map.h"
 #include "memory.h"
 #include "throttle.h"
 
@@ -355,6 +356,36 @@ static void credit_is_saved_and_spent(void)
     tear_down(lower, 1);
 }
 
+static void a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group(void)
+{
+    for (unsigned shared = 0; shared < 2; shared++) {
+        set_up();
+        vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+        vx_limits *slow = vx_limits_create(qos, UNIT), *fast = vx_limits_create(qos, UNIT);
+        vx_limits *group = vx_limits_create(qos, UNIT);
+        vx_limit of_group[VX_LIMIT_KINDS] = {{.rate = 5000}}, of_slow[VX_LIMIT_KINDS] = {{.rate = 10}};
+        vx_limit of_both[VX_LIMIT_KINDS] = {{.rate = 5000}, {.rate = 10}};
+        vx_limits_set(group, of_group, true);
+        vx_limits_set(slow, shared ? of_both : of_slow, true);
+        for (unsigned i = 0; i < 2; i++) {
+            clients[i].flow = vx_throttle_create(lower, qos, shared || i == 0 ? slow : fast, i);
+            if (!shared)
+                vx_throttle_set_group(clients[i].flow, group);
+        }
+        begin(0, lower, NULL, 4096, 0, 20); /* reads, of which there may be ten a second */
+        clients[0].operation = VX_READ;
+        for (unsigned d = 0; d < 8; d++) {
+            requests[0][d].client = &clients[0];
+            submit(&requests[0][d]);
+        }
+        begin(1, lower, NULL, 4096, 8, 20);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
+        CHECK(clients[0].units >= 195 && clients[0].units <= 205);
+        CHECK(clients[1].units >= 99500 && clients[1].units <= 100001);
+        tear_down(lower, 2);
+    }
+}
+
 static void hurry_holds_up_nothing(void)
 {
     set_up();
@@ -364,12 +395,66 @@ static void hurry_holds_up_nothing(void)
     vx_limits_set(limits, wanted, true);
     begin(0, lower, limits, 1u << 20, 8, 0);
     CHECK(clients[0].operations == 0);
-    clients[0].flow->operations->hurry(clients[0].flow);
+    CHECK(clients[0].flow->operations->is_holding(clients[0].flow));
+    clients[0].flow->operations->hurry(clients[0].flow, false);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 1);
     CHECK(clients[0].operations == 8);
+    CHECK(!clients[0].flow->operations->is_holding(clients[0].flow));
+    tear_down(lower, 1);
+}
+
+static unsigned dropped;
+
+static void was_dropped(vx_request *request)
+{
+    CHECK(request->result == VX_E_CANCELLED);
+    dropped++;
+}
+
+static void what_is_dropped_is_neither_done_nor_paid(void)
+{
+    set_up();
+    vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+    vx_limits *limits = vx_limits_create(qos, UNIT);
+    vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 1}};
+    vx_limits_set(limits, wanted, true);
+    begin(0, lower, limits, 1u << 20, 8, 0);
+    for (unsigned i = 0; i < 8; i++)
+        requests[0][i].request.complete = was_dropped;
+    clients[0].flow->operations->hurry(clients[0].flow, true);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 1);
+    CHECK(dropped == 8 && clients[0].operations == 0);
     int64_t levels[VX_LIMIT_KINDS];
     vx_limits_levels(limits, levels);
-    CHECK(levels[0] <= -1000); /* it is paid for */
+    CHECK(levels[0] >= -64); /* two pieces: one whose time had come, and the next */
+    tear_down(lower, 1);
+}
+
+static void a_large_trim_does_not_hold_up_others(void)
+{
+    set_up();
+    vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+    vx_limits *own = vx_limits_create(qos, UNIT), *group = vx_limits_create(qos, UNIT);
+    vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 100}};
+    vx_limits_set(group, wanted, true);
+    vx_device *large = vx_map_create((uint64_t)1 << 40, (uint64_t)1 << 40, 20, 1, 0, pool, 0, NULL);
+    clients[1].flow = vx_throttle_create(lower, qos, own, 1);
+    vx_device *trimmer = vx_throttle_create(large, qos, own, 2);
+    vx_throttle_set_group(clients[1].flow, group);
+    vx_throttle_set_group(trimmer, group);
+    sent trim = {.request = {.operation = VX_TRIM, .length = (uint64_t)4 << 30,
+                             .flags = VX_NOWAIT | VX_MAY_PARK, .complete = was_dropped}};
+    CHECK(vx_submit(trimmer, &trim.request) == VX_PARKED);
+    begin(1, lower, own, 4096, 4, 20);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
+    CHECK(clients[1].operations >= 55); /* one between two pieces of 32 units */
+    dropped = 0;
+    trimmer->operations->hurry(trimmer, true);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
+    CHECK(dropped == 1);
+    vx_device_release(trimmer);
+    clients[0].flow = clients[1].flow;
+    vx_device_release(large);
     tear_down(lower, 1);
 }
 
@@ -402,7 +487,10 @@ int main(void)
     limits_change_while_requests_wait();
     the_tighter_of_several_limits_counts();
     credit_is_saved_and_spent();
+    a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group();
     hurry_holds_up_nothing();
+    what_is_dropped_is_neither_done_nor_paid();
+    a_large_trim_does_not_hold_up_others();
     zero_and_trim_count_by_mebibytes();
     return 0;
 }
