@@ -146,6 +146,7 @@ typedef struct vx_operations {
     /* Throttles: hold up nothing any more. What waits passes, or fails with CANCELLED. */
     void (*hurry)(vx_device *device, bool drop);
     bool (*is_holding)(vx_device *device); /* throttles: whether something waits */
+    bool (*is_limited)(vx_device *device); /* throttles: whether there is any limit */
 } vx_operations;
 
 struct vx_device {

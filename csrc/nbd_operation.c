@@ -40,6 +40,12 @@ bool nbd_is_holding(const vx_nbd_connection *c)
     return nbd_is_paced(c) && c->device->operations->is_holding(c->device);
 }
 
+/* Whether what it asks for may have to wait for its turn. */
+static bool nbd_is_limited(const vx_nbd_connection *c)
+{
+    return nbd_is_paced(c) && c->device->operations->is_limited(c->device);
+}
+
 bool nbd_may_start(const vx_nbd_connection *c, uint64_t bytes)
 {
     uint64_t limit = c->terms.bytes_limit;
@@ -56,7 +62,7 @@ enum outcome nbd_start_operation(vx_nbd_connection *c, const nbd_request *wire, 
     size_t capacity = length > INLINE_READ && length < SPARE_BUFFER ? SPARE_BUFFER : length;
     if (!nbd_may_start(c, capacity))
         return HELD;
-    c->starved = !vx_pool_charge(c->pool, capacity);
+    c->starved = !vx_pool_charge(c->pool, capacity, nbd_is_limited(c));
     if (c->starved)
         return HELD;
     operation *op = malloc(sizeof *op);

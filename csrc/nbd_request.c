@@ -95,8 +95,9 @@ static void reply_operation(vx_nbd_connection *c, operation *op)
 {
     enum nbd_error error = nbd_error_of(op->request.result, &op->wire);
     bool kept = false;
-    if (op->began_ns != 0)
-        vx_meter_note(c->meter, op->request.operation, op->wire.length, vx_now_ns() - op->began_ns,
+    uint64_t began = op->began_ns != 0 ? op->began_ns : op->request.arrived_ns;
+    if (began != 0 && vx_meter_is_on(c->meter))
+        vx_meter_note(c->meter, op->request.operation, op->wire.length, vx_now_ns() - began,
                       op->request.queued_ns);
     if (c->gone) {
         /* nobody listens */

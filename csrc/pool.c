@@ -143,10 +143,11 @@ void vx_pool_destroy(vx_pool *pool)
     free_pool(pool);
 }
 
-bool vx_pool_charge(vx_pool *pool, uint64_t bytes)
+bool vx_pool_charge(vx_pool *pool, uint64_t bytes, bool held_up)
 {
     uint64_t before = atomic_fetch_add(&pool->bytes, bytes);
-    if (before == 0 || before + bytes <= pool->byte_limit)
+    uint64_t limit = held_up ? pool->byte_limit / 2 : pool->byte_limit;
+    if (before == 0 || before + bytes <= limit)
         return true; /* one request always fits, or nothing would ever move */
     atomic_fetch_sub(&pool->bytes, bytes);
     return false;

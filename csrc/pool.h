@@ -8,7 +8,8 @@
  * job belongs to its owner and may be reused as soon as `run` was entered.
  *
  * `bytes` counts payload that waits in the pool: vx_pool_charge refuses past the limit, so a server
- * stops reading from its sockets instead of growing.
+ * stops reading from its sockets instead of growing. What a throttle holds up may have half of it,
+ * so that there is always room for who is not limited.
  */
 #ifndef VX_POOL_H
 #define VX_POOL_H
@@ -33,7 +34,7 @@ vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit); /* NULL: no memo
 void vx_pool_destroy(vx_pool *pool);
 void vx_pool_push(vx_pool *pool, vx_job *job);
 void vx_pool_push_at(vx_pool *pool, vx_job *job, uint64_t when_ns);
-bool vx_pool_charge(vx_pool *pool, uint64_t bytes);
+bool vx_pool_charge(vx_pool *pool, uint64_t bytes, bool held_up);
 void vx_pool_discharge(vx_pool *pool, uint64_t bytes);
 uint64_t vx_pool_charged(vx_pool *pool);
 vx_clock *vx_pool_clock(vx_pool *pool); /* real; lives as long as the pool */

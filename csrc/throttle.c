@@ -387,6 +387,17 @@ static bool throttle_is_holding(vx_device *device)
     return atomic_load_explicit(&((flow *)device)->waiting, memory_order_relaxed) > 0;
 }
 
+static bool throttle_is_limited(vx_device *device)
+{
+    flow *f = (flow *)device;
+    uint32_t active = 0;
+    for (unsigned s = 0; s < SETS; s++) {
+        const vx_limits *limits = atomic_load(&f->sets[s]);
+        active |= active_of(limits, VX_READ) | active_of(limits, VX_WRITE);
+    }
+    return active != 0;
+}
+
 void vx_throttle_waiting(vx_device *device, uint64_t *requests, uint64_t *units)
 {
     flow *f = (flow *)device;
@@ -486,7 +497,8 @@ static const vx_operations throttle_operations = {.kind = "throttle",
                                                   .submit = throttle_submit,
                                                   .destroy = throttle_destroy,
                                                   .hurry = throttle_hurry,
-                                                  .is_holding = throttle_is_holding};
+                                                  .is_holding = throttle_is_holding,
+                                                  .is_limited = throttle_is_limited};
 
 vx_device *vx_throttle_create(vx_device *lower, vx_qos *qos, vx_limits *own, uint64_t identity)
 {

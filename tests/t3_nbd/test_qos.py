@@ -7,7 +7,10 @@ Rates themselves are tested in virtual time, in tests/c/test_throttle.c; here no
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import threading
+from dataclasses import replace
 from uuid import UUID, uuid4
 
 import pytest
@@ -110,9 +113,13 @@ def test_a_file_keeps_what_was_saved(tmp_path):
     store = Store(path)
     store.save({"disks": {"/a": {"settings": {"maximum_iops": 3}, "policy": None}}, "policies": []})
     store.save(store.content)
+    with pytest.raises(vhdx.InUseError):
+        Store(path)
+    store.close()
     again = Store(path)
     assert (again.content, again.generation) == (store.content, 2)
-    assert [each.name for each in tmp_path.iterdir()] == ["qos.json"]
+    assert {each.name for each in tmp_path.iterdir()} == {"qos.json", ".qos.json.lock"}
+    again.close()
 
 
 def test_a_damaged_file_is_refused_and_left(tmp_path):
@@ -123,7 +130,9 @@ def test_a_damaged_file_is_refused_and_left(tmp_path):
         broken[at] ^= 1
         path.write_bytes(broken)
         try:
-            found = Store(path).content
+            store = Store(path)
+            found = store.content
+            store.close()
         except (vhdx.DamagedError, vhdx.UnsupportedError):
             found = None
         # It may be white space, or the generation, which is only a count.
@@ -134,6 +143,58 @@ def test_a_damaged_file_is_refused_and_left(tmp_path):
         with pytest.raises(vhdx.DamagedError) as caught:
             Store(path)
         assert caught.value.reason == Reason.QOS_FILE
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"disks": {"/a": 5}, "policies": []},
+        {"disks": {"/a": {"settings": []}}, "policies": []},
+        {"disks": {"/a": {"settings": {"maximum_iops": 0}}}, "policies": []},
+        {"disks": {"/a": {"policy": "gold"}}, "policies": []},
+        {"disks": {}, "policies": [5]},
+        {"disks": {}, "policies": [{"name": "a"}]},
+    ],
+)
+def test_content_that_cannot_be_is_the_files_fault(pool, tmp_path, content):
+    path = tmp_path / "q"
+    path.write_text(pack(content, 1))
+    with pytest.raises(vhdx.DamagedError) as caught:
+        Domain(pool, store=Store(path)).add_disk("a", "/a")
+    assert caught.value.path == str(path)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(vhdx.HostIOError):
+        Store(tmp_path / "fifo")
+    with pytest.raises(vhdx.HostIOError):
+        Store(tmp_path / "nowhere" / "q")
+
+
+def test_a_change_that_cannot_be_kept_is_none(pool, tmp_path):
+    (tmp_path / "d").mkdir()
+    domain = Domain(pool, store=Store(tmp_path / "d" / "q"))
+    domain.add_disk("a", "/a")
+    domain.set_policy(gold := Policy("gold", PolicyKind.DEDICATED, Settings(maximum_iops=5)))
+    domain.set_disk("a", {}, "gold")
+    shutil.rmtree(tmp_path / "d")
+    before = domain.describe()
+    for change in (
+        lambda: domain.set_disk("a", {"maximum_iops": 3}),
+        lambda: domain.remove_policy("gold"),
+        lambda: domain.set_policy(Policy("silver", PolicyKind.DEDICATED, Settings())),
+        lambda: domain.set_policy(replace(gold, settings=Settings(maximum_iops=9))),
+    ):
+        with pytest.raises(vhdx.HostIOError):
+            change()
+        after = domain.describe()
+        assert after["policies"] == before["policies"]
+        assert after["disks"][0]["effective"] == before["disks"][0]["effective"]
+    domain.close()
+    for late in (domain.describe, lambda: domain.set_disk("a", {})):
+        with pytest.raises(vhdx.ClosedError):
+            late()
 
 
 # ---- figures and alerts ----
@@ -153,7 +214,7 @@ def test_figures_are_of_their_window():
     for tick in range(4 * 400):  # 100 a second, and 300 in the last ten seconds
         seconds = tick / 4
         units = int(100 * seconds + max(0, seconds - 390) * 200)
-        history.add(seconds, facts(units))
+        history.add(seconds, facts(units).numbers())
         if tick % 8 == 0:
             history.thin(seconds)
     now, minute, five = (history.figures(window) for window in (1.0, 60.0, 300.0))
@@ -258,7 +319,7 @@ def test_policies_of_a_domain(pool, tmp_path):
         assert disk_of(domain, "b")["settings"] == Settings().as_dict()
     finally:
         domain.close()
-    again = Domain(pool, store=Store(tmp_path / "q"))
+    again = Domain(pool, store=Store(tmp_path / "q"))  # its lock is free again
     again.add_disk("other name", "/a")
     assert disk_of(again, "other name")["effective"]["maximum_iops"] == 500
     again.close()
@@ -289,6 +350,7 @@ def test_thousands_of_policies(pool):
         {"change": "disk", "name": "a", "settings": {"maximum_iops": None, "no": 1}},
         {"change": "disk", "name": "a", "policy": 7},
         {"change": "policy", "name": "x", "kind": "gold"},
+        {"change": "policy", "name": "x", "kind": []},
         {"change": "policy", "name": "x", "policy_id": "1"},
         {"change": "fly", "name": "a"},
     ],
@@ -356,3 +418,39 @@ def test_a_server_ends_although_requests_wait(image):
     with vhdx.open(image) as disk:
         for number in range(50):
             assert disk.pread(4096, number * 4096) == bytes([number + 1]) * 4096
+
+
+def test_what_a_dead_client_left_waiting_is_dropped(image):
+    """Nobody was told that it was done, and nobody has to pay for it."""
+    with nbd.serve({"disk": image}, qos={"disk": Settings(maximum_iops=20)}) as server:
+        client = Client(server.socket_path)
+        for number in range(60):
+            client.send(1, number, number * MIB, 4096, payload=b"x" * 4096)
+        while server.qos.describe()["flows"][0]["waiting"] < 40:
+            pass
+        client.close()
+        while server.qos.describe()["flows"]:
+            pass
+        late = Client(server.socket_path)
+        assert late.ask(1, offset=0, payload=b"y" * 4096)[0] == 0
+        assert late.ask(3)[0] == 0
+        late.close()
+    with vhdx.open(image) as disk:
+        written = sum(disk.pread(1, n * MIB) != b"\0" for n in range(60))
+    assert written < 40
+
+
+def test_held_up_requests_leave_room_for_others(fast_path):
+    paths = {}
+    for name in ("slow", "free"):
+        paths[name] = fast_path / f"{name}.vhdx"
+        vhdx.create(paths[name], 64 * MIB, block_size=MIB)
+    limits = nbd.Limits(server_bytes=64 * MIB)
+    with nbd.serve(paths, limits=limits, qos={"slow": Settings(maximum_iops=1)}) as server:
+        slow = [Client(server.socket_path, "slow") for _ in range(4)]
+        for client in slow:
+            client.send(0, 1, 0, 20 * MIB)
+        free = Client(server.socket_path, "free")
+        assert free.read(0, 20 * MIB) == bytes(20 * MIB)
+        for client in [*slow, free]:
+            client.close()

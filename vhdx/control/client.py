@@ -66,7 +66,10 @@ class ServerInfo:
     def qos(self) -> dict[str, Any]:
         """What :meth:`vhdx.qos.Domain.describe` says."""
         with _answer(self.socket, "GET", "/v1/qos", None, _ANSWER_SECONDS) as lines:
-            return next(lines)
+            answer = next(lines)
+        if "error" in answer:
+            raise wire.error_of(answer["error"])
+        return answer
 
     def change_qos(self, body: dict[str, Any]) -> Any:
         """Has it change what is wanted; see :func:`vhdx.control.quality.change_qos`."""

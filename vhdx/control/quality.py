@@ -40,8 +40,7 @@ def change_qos(domain: Domain, body: Any) -> Any:
     if what == "policy":
         return _set_policy(domain, name, settings, body.get("kind"), body.get("policy_id"))
     if what == "remove_policy":
-        domain.remove_policy(name)
-        return None
+        return {"disks": domain.remove_policy(name)}
     raise InvalidArgumentError(f"there is no change {what!r}")
 
 
@@ -52,13 +51,13 @@ def _set_policy(
         old = domain.policy(name)
     except NotFoundError:
         try:
-            chosen = PolicyKind(kind or PolicyKind.DEDICATED)
+            chosen = PolicyKind.DEDICATED if kind is None else PolicyKind(kind)
             identity = {} if policy_id is None else {"policy_id": UUID(str(policy_id))}
         except ValueError as error:
             raise InvalidArgumentError(f"it can be no policy: {error}") from error
         policy = Policy(name, chosen, Settings().changed(settings), **identity)
     else:
-        if kind not in {None, old.kind.value}:
+        if kind not in (None, old.kind.value):  # it may be anything, a list too
             raise InvalidArgumentError(
                 f"policy {name!r} is {old.kind}, and that cannot change", hint="make another policy"
             )

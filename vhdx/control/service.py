@@ -180,7 +180,11 @@ class Control:
 
     async def _describe_qos(self, request: web.Request) -> web.Response:
         del request
-        return web.json_response({"pid": os.getpid(), **self._server.qos.describe()})
+        try:
+            found = await self._loop.run_in_executor(self._executor, self._server.qos.describe)
+        except ClosedError as error:
+            return web.json_response({"error": wire.object_of(error)})
+        return web.json_response({"pid": os.getpid(), **found})
 
     async def _change_qos(self, request: web.Request) -> web.Response:
         """One change of what is wanted; it may write a file, so it is a thread's."""
@@ -194,7 +198,10 @@ class Control:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         del request
-        text = await self._loop.run_in_executor(self._executor, exposition, self._server)
+        try:
+            text = await self._loop.run_in_executor(self._executor, exposition, self._server)
+        except ClosedError as error:
+            raise web.HTTPServiceUnavailable(text=str(error)) from error
         return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
@@ -211,9 +218,9 @@ class Control:
         def note(alert: Alert) -> None:
             self._loop.call_soon_threadsafe(put, alert.as_dict())
 
-        with domain.listening(note):
+        with domain.listening(note) as before:
             await response.prepare(request)
-            for alert in domain.alerts():
+            for alert in before:
                 put(alert.as_dict())
             with contextlib.suppress(ConnectionError):
                 while not self._closing:

@@ -36,6 +36,7 @@ from vhdx.plane.map import (
 )
 from vhdx.plane.pacing import (
     LARGEST_RATE,
+    METER_NUMBERS,
     Clock,
     Limit,
     LimitKind,
@@ -54,6 +55,7 @@ __all__ = [
     "FORKED",
     "HOLE",
     "LARGEST_RATE",
+    "METER_NUMBERS",
     "TAG_ZERO",
     "ZERO",
     "Backend",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LARGEST_RATE",
+    "METER_NUMBERS",
     "Clock",
     "Limit",
     "LimitKind",
@@ -33,6 +34,7 @@ LARGEST_RATE = 10**12
 """Units or bytes a second; more is no limit that anything could reach."""
 
 _BINS, _FACTS = 128, 12
+METER_NUMBERS = _FACTS + _BINS
 
 
 class LimitKind(IntEnum):
@@ -192,6 +194,10 @@ class MeterFacts(NamedTuple):
     queued_ns: tuple[int, int]
     offered: tuple[int, int]
     bins: tuple[int, ...]
+
+    def numbers(self) -> list[int]:
+        """All of them, METER_NUMBERS; those of two flows can be added."""
+        return [number for pair in self[:6] for number in pair] + list(self.bins)
 
 
 class Meter:

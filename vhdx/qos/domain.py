@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: MIT
 """Applies limits and policies to the disks of a server, and watches what they get.
 
-Threads: ``_lock`` guards everything here; changes may come from any thread. A thread takes samples
-while somebody looks, or a disk has a minimum; otherwise nothing is measured.
+Threads: changes may come from any thread. ``_change_lock`` makes them one at a time and is held while
+the file is written; ``_lock``, taken inside it, guards what is wanted and what is known, and is held
+for moments only. A change is in the file before it counts, so a failure leaves everything as it was.
+A thread takes samples while somebody looks, or a disk has a minimum; otherwise nothing is measured.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
 from vhdx import plane
-from vhdx.errors import ExistsError, InvalidArgumentError, NotFoundError
-from vhdx.qos.monitor import WINDOWS, Alert, Figures, History, Status, Watch
+from vhdx.errors import ClosedError, ExistsError, InvalidArgumentError, NotFoundError
+from vhdx.qos.monitor import WINDOWS, Alert, History, Status, Watch
 from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ __all__ = ["Domain", "Flow"]
 
 _log = logging.getLogger(__name__)
 _TICK_SECONDS, _TICKS_A_SAMPLE = 0.05, 5
-_LOOKED_SECONDS = 15.0
+_LOOKED_SECONDS = 310.0  # longer than the longest window, and than Prometheus waits
 _KEPT_ALERTS = 1000
 _MOST_TAKERS = 3
 _HOOK_SECONDS = 60.0
@@ -67,6 +69,8 @@ class _DiskState:
         self.limits = plane.Limits(pacing, unit)
         self.watch = Watch()
         self.busy: deque[bool] = deque(maxlen=round(1 / _TICK_SECONDS))
+        self.history = History()
+        self.departed = [0] * plane.METER_NUMBERS  # what flows did that have left
 
 
 class Domain:
@@ -94,6 +98,7 @@ class Domain:
         self.unit, self._store, self._hook = unit, store, hook
         self._pacing = plane.Pacing(pool)
         self._lock = threading.RLock()
+        self._change_lock = threading.Lock()
         self._disks: dict[str, _DiskState] = {}
         self._policies: dict[UUID, Policy] = {}
         self._groups: dict[UUID, plane.Limits] = {}
@@ -104,23 +109,29 @@ class Domain:
         self._sampler: threading.Thread | None = None
         self._closing = threading.Event()
         if store is not None:
-            for each in store.content["policies"]:
-                self._keep(Policy.of(each))
+            with store.believed():
+                for each in store.content["policies"]:
+                    policy = Policy.of(each)
+                    self._check_name(policy)
+                    self._keep(policy)
 
     # ---- disks ----
 
     def add_disk(self, name: str, path: str, settings: Settings | None = None) -> None:
         """A disk that is served from now on; ``settings`` count over what the file says."""
         with self._lock:
-            disk = self._disks[name] = _DiskState(os.path.abspath(path), self._pacing, self.unit)
-            kept = {} if self._store is None else self._store.content["disks"].get(disk.path, {})
-            disk.settings = Settings().changed(kept.get("settings", {}))
-            if kept.get("policy"):
-                disk.policy_id = _policy_id(kept["policy"])
+            disk = _DiskState(os.path.abspath(path), self._pacing, self.unit)
+            if self._store is not None:
+                with self._store.believed():
+                    kept = self._store.content["disks"].get(disk.path, {})
+                    disk.settings = Settings().changed(kept.get("settings", {}))
+                    if kept.get("policy"):
+                        disk.policy_id = UUID(kept["policy"])
             if settings is not None:
                 disk.settings = disk.settings.changed(
                     {k: v for k, v in settings.as_dict().items() if v}
                 )
+            self._disks[name] = disk
             self._apply(disk, fresh=True)
 
     def set_disk(self, name: str, changes: Mapping[str, Any], policy: str | None = None) -> None:
@@ -133,23 +144,19 @@ class Domain:
 
         Raises:
             NotFoundError: no such disk or policy.
-            InvalidArgumentError: settings that cannot be; nothing is changed.
+            InvalidArgumentError: settings that cannot be.
+            HostIOError, NoSpaceError: the file cannot be written. Nothing is changed then.
         """
-        with self._lock:
+        with self._change_lock:
             disk = self._disk(name)
             settings = disk.settings.changed(changes)
             policy_id = disk.policy_id
             if policy is not None:
                 policy_id = self.policy(policy).policy_id if policy else None
-            before = (disk.settings, disk.policy_id)
-            disk.settings, disk.policy_id = settings, policy_id
-            try:
+            self._save({disk.path: (settings, policy_id)}, self._policies)
+            with self._lock:
+                disk.settings, disk.policy_id = settings, policy_id
                 self._apply(disk)
-                self._save()
-            except BaseException:
-                disk.settings, disk.policy_id = before
-                self._apply(disk)
-                raise
 
     def _disk(self, name: str) -> _DiskState:
         disk = self._disks.get(name)
@@ -192,31 +199,43 @@ class Domain:
         Raises:
             ExistsError: another policy has this name.
             InvalidArgumentError: its kind cannot change.
+            HostIOError, NoSpaceError: the file cannot be written. Nothing is changed then.
         """
-        with self._lock:
+        with self._change_lock:
             old = self._policies.get(policy.policy_id)
             if old is not None and old.kind is not policy.kind:
                 raise InvalidArgumentError(
                     f"policy {old.name!r} is {old.kind}, and that cannot change",
                     hint="make another policy",
                 )
-            for other in self._policies.values():
-                if other.name == policy.name and other.policy_id != policy.policy_id:
-                    raise ExistsError(f"there is a policy {policy.name!r} already")
-            self._keep(policy)
-            self._follow(policy.policy_id)
-            self._save()
+            self._check_name(policy)
+            self._save({}, self._policies | {policy.policy_id: policy})
+            with self._lock:
+                self._keep(policy)
+                self._follow(policy.policy_id)
 
-    def remove_policy(self, name: str) -> None:
-        """Takes a policy away; its disks run on without it, and have it again when it comes back."""
-        with self._lock:
+    def remove_policy(self, name: str) -> list[str]:
+        """Takes a policy away; its disks have their own limits only, until it comes back.
+
+        Returns:
+            The names of those disks.
+        """
+        with self._change_lock:
             policy = self.policy(name)
-            del self._policies[policy.policy_id]
-            group = self._groups.get(policy.policy_id)
-            if group is not None:
-                group.set({})
-            self._follow(policy.policy_id)
-            self._save()
+            left = {key: each for key, each in self._policies.items() if each is not policy}
+            self._save({}, left)
+            with self._lock:
+                del self._policies[policy.policy_id]
+                group = self._groups.get(policy.policy_id)
+                if group is not None:
+                    group.set({})
+                self._follow(policy.policy_id)
+                return [n for n, d in self._disks.items() if d.policy_id == policy.policy_id]
+
+    def _check_name(self, policy: Policy) -> None:
+        for other in self._policies.values():
+            if other.name == policy.name and other.policy_id != policy.policy_id:
+                raise ExistsError(f"there is a policy {policy.name!r} already")
 
     def _keep(self, policy: Policy) -> None:
         self._policies[policy.policy_id] = policy
@@ -231,15 +250,24 @@ class Domain:
             if disk.policy_id == policy_id:
                 self._apply(disk)
 
-    def _save(self) -> None:
+    def _save(
+        self,
+        changed: Mapping[str, tuple[Settings, UUID | None]],
+        policies: Mapping[UUID, Policy],
+    ) -> None:
+        """Writes the file as it is to be: with these disks, by path, and these policies."""
+        if self._closing.is_set():
+            raise ClosedError("the server is closing")
         if self._store is None:
             return
+        wanted = {disk.path: (disk.settings, disk.policy_id) for disk in self._disks.values()}
         disks = dict(self._store.content["disks"])
-        for disk in self._disks.values():
-            policy = None if disk.policy_id is None else str(disk.policy_id)
-            disks[disk.path] = {"settings": disk.settings.as_dict(), "policy": policy}
-        policies = [policy.as_dict() for policy in self._policies.values()]
-        self._store.save({"disks": disks, "policies": policies})
+        for path, (settings, policy_id) in (wanted | dict(changed)).items():
+            policy = None if policy_id is None else str(policy_id)
+            disks[path] = {"settings": settings.as_dict(), "policy": policy}
+        self._store.save(
+            {"disks": disks, "policies": [policy.as_dict() for policy in policies.values()]}
+        )
 
     # ---- flows ----
 
@@ -256,15 +284,20 @@ class Domain:
             return flow
 
     def disconnect(self, flow: Flow) -> None:
-        """The initiator has left."""
+        """The initiator has left; what it did still counts for its disk."""
         with self._lock:
             self._flows.remove(flow)
+            disk = self._disks[flow.disk]
+            did = flow.meter.read().numbers()
+            disk.departed = [a + b for a, b in zip(disk.departed, did, strict=True)]
 
     # ---- what they get ----
 
     def describe(self) -> dict[str, Any]:
         """Policies, disks and flows with their figures over each window; for JSON."""
         with self._lock:
+            if self._closing.is_set():
+                raise ClosedError("the server is closing")
             self._looked = time.monotonic()
             self._begin_sampling()
             return {
@@ -281,7 +314,6 @@ class Domain:
 
     def _describe_disk(self, name: str) -> dict[str, Any]:
         disk = self._disks[name]
-        flows = [flow for flow in self._flows if flow.disk == name]
         wanted = self._wanted(disk)
         levels = disk.limits.levels()
         return {
@@ -292,10 +324,7 @@ class Domain:
             "settings": disk.settings.as_dict(),
             "effective": wanted.as_dict(),
             "credits": {kind.name.lower(): levels[kind] for kind in wanted.limits()},
-            "windows": {
-                f"{window:g}": asdict(_sum([flow.history.figures(window) for flow in flows]))
-                for window in WINDOWS
-            },
+            "windows": {f"{window:g}": asdict(disk.history.figures(window)) for window in WINDOWS},
         }
 
     def _describe_flow(self, flow: Flow) -> dict[str, Any]:
@@ -309,18 +338,14 @@ class Domain:
             "windows": {f"{w:g}": asdict(flow.history.figures(w)) for w in WINDOWS},
         }
 
-    def alerts(self) -> list[Alert]:
-        """The last ones, oldest first."""
-        with self._lock:
-            return list(self._alerts)
-
     @contextlib.contextmanager
-    def listening(self, listener: Callable[[Alert], None]) -> Iterator[None]:
-        """``listener`` is called with each alert, on the sampler's thread, until the block ends."""
-        with self._lock:
+    def listening(self, listener: Callable[[Alert], None]) -> Iterator[list[Alert]]:
+        """The alerts of before; ``listener`` is called with each that comes until the block ends."""
+        with self._lock:  # those of before, and none twice
+            before = list(self._alerts)
             self._listeners.append(listener)
         try:
-            yield
+            yield before
         finally:
             with self._lock:
                 self._listeners.remove(listener)
@@ -332,17 +357,27 @@ class Domain:
 
     def _begin_sampling(self) -> None:
         if self._sampler is None and self._measures() and not self._closing.is_set():
+            for disk in self._disks.values():
+                disk.history = History()  # nothing is known of the time in between
             for flow in self._flows:
+                flow.history = History()
                 flow.meter.switch(on=True)
             self._sampler = threading.Thread(target=self._sample, name="vhdx-qos", daemon=True)
             self._sampler.start()
 
     def _sample(self) -> None:
+        try:
+            self._sample_on()
+        finally:
+            with self._lock:
+                self._sampler = None
+
+    def _sample_on(self) -> None:
         tick = 0
         due = time.monotonic()
         while not self._closing.wait(max(0.0, due - time.monotonic())):
-            due += _TICK_SECONDS
             tick += 1
+            due += _TICK_SECONDS
             now = time.monotonic()
             if now > due:  # the process was stopped: what was missed is not made up for
                 due = now + _TICK_SECONDS
@@ -351,25 +386,34 @@ class Domain:
                     disk.busy.append(any(f.under_way() > 0 for f in self._flows if f.disk == name))
                 if tick % _TICKS_A_SAMPLE:
                     continue
-                for flow in self._flows:
-                    flow.history.add(now, flow.meter.read())
-                    if tick % (_TICKS_A_SAMPLE * 8) == 0:
-                        flow.history.thin(now)
+                self._note(now, thin=tick % (_TICKS_A_SAMPLE * 8) == 0)
                 found = self._judge(now)
                 if not self._measures():
                     for flow in self._flows:
                         flow.meter.switch(on=False)
-                    self._sampler = None
                     return
             for alert in found:
                 self._tell(alert)
 
+    def _note(self, now: float, *, thin: bool) -> None:
+        """A sample of each flow and disk."""
+        totals = {name: list(disk.departed) for name, disk in self._disks.items()}
+        for flow in self._flows:
+            numbers = flow.meter.read().numbers()
+            flow.history.add(now, numbers)
+            total = totals[flow.disk]
+            for i, number in enumerate(numbers):
+                total[i] += number
+            if thin:
+                flow.history.thin(now)
+        for name, disk in self._disks.items():
+            disk.history.add(now, totals[name])
+            if thin:
+                disk.history.thin(now)
+
     def _judge(self, now: float) -> list[Alert]:
         found = []
-        last = {
-            name: _sum([f.history.figures(1.0) for f in self._flows if f.disk == name])
-            for name in self._disks
-        }
+        last = {name: disk.history.figures(1.0) for name, disk in self._disks.items()}
         for name, disk in self._disks.items():
             minimum = self._wanted(disk).minimum_iops
             busy = sum(disk.busy) / max(1, len(disk.busy))
@@ -392,7 +436,10 @@ class Domain:
             with contextlib.suppress(Exception):
                 listener(alert)
         if self._hook is not None:
-            threading.Thread(target=self._run_hook, args=(alert,), daemon=True).start()
+            try:
+                threading.Thread(target=self._run_hook, args=(alert,), daemon=True).start()
+            except RuntimeError as error:
+                _log.warning("the hook of an alert cannot be started: %s", error)
 
     def _run_hook(self, alert: Alert) -> None:
         assert self._hook is not None
@@ -410,37 +457,12 @@ class Domain:
             _log.warning("the hook of an alert failed: %s", error)
 
     def close(self) -> None:
-        """Nothing is sampled any more."""
-        self._closing.set()
-        sampler = self._sampler
+        """Nothing is sampled, changed or told any more, and the file may be another server's."""
+        with self._lock:
+            self._closing.set()
+            sampler = self._sampler
         if sampler is not None and sampler is not threading.current_thread():
             sampler.join()
-
-
-def _policy_id(text: str) -> UUID:
-    try:
-        return UUID(text)
-    except ValueError as error:
-        raise InvalidArgumentError(f"{text!r} is no policy's id") from error
-
-
-def _sum(flows: list[Figures]) -> Figures:
-    """Of several flows together; latencies are weighted, quantiles the greatest."""
-    if len(flows) == 1:
-        return flows[0]
-    iops = sum(f.iops for f in flows)
-    share = 1 / iops if iops else 0.0
-    return Figures(
-        seconds=max((f.seconds for f in flows), default=0.0),
-        normalized_iops=sum(f.normalized_iops for f in flows),
-        iops=iops,
-        bandwidth=sum(f.bandwidth for f in flows),
-        read_iops=sum(f.read_iops for f in flows),
-        write_iops=sum(f.write_iops for f in flows),
-        offered_iops=sum(f.offered_iops for f in flows),
-        latency=sum(f.latency * f.iops for f in flows) * share,
-        latency_p50=max((f.latency_p50 for f in flows), default=0.0),
-        latency_p99=max((f.latency_p99 for f in flows), default=0.0),
-        latency_p999=max((f.latency_p999 for f in flows), default=0.0),
-        queue_time=sum(f.queue_time * f.iops for f in flows) * share,
-    )
+        with self._change_lock:
+            if self._store is not None:
+                self._store.close()

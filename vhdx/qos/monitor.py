@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from vhdx.plane import MeterFacts, quantile
+from vhdx.plane import quantile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["WINDOWS", "Alert", "Figures", "Sampled", "Status", "Watch"]
 
@@ -95,15 +98,14 @@ def figures_of(first: Sampled, last: Sampled) -> Figures:
 
 
 class History:
-    """Samples of one flow, for windows up to five minutes; oldest ones go."""
+    """Samples of one flow or disk, for windows up to five minutes; oldest ones go."""
 
     def __init__(self) -> None:
         self._samples: deque[Sampled] = deque()
 
-    def add(self, seconds: float, facts: MeterFacts) -> None:
-        """A sample; they come in order."""
-        pairs = [number for pair in facts[:6] for number in pair]
-        self._samples.append(Sampled(seconds, np.array([*pairs, *facts.bins], np.uint64)))
+    def add(self, seconds: float, numbers: Sequence[int]) -> None:
+        """A sample, as ``MeterFacts.numbers`` has it; they come in order."""
+        self._samples.append(Sampled(seconds, np.array(numbers, np.uint64)))
         while self._samples[0].seconds < seconds - _KEPT_SECONDS:
             self._samples.popleft()
 

@@ -3,21 +3,35 @@
 
 JSON with a format, version, generation and the CRC-32C of the content (its canonical JSON: sorted
 keys, no spaces). It is written to a temporary name, made durable and renamed, so a crash leaves the
-old or the new one. Recovery: a file whose checksum does not fit is refused; nothing is guessed.
+old or the new one. Recovery: a file whose checksum does not fit is refused; nothing is guessed. While
+a server has it, a lock on ``.NAME.lock`` beside it keeps other servers from writing it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
+import stat
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 
-from vhdx.errors import DamagedError, HostIOError, NoSpaceError, Reason, UnsupportedError, VhdxError
+from vhdx.errors import (
+    DamagedError,
+    HostIOError,
+    InUseError,
+    NoSpaceError,
+    Reason,
+    UnsupportedError,
+    VhdxError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Store"]
 
@@ -40,48 +54,94 @@ class Store:
         self.generation = 0
         self.content: dict[str, Any] = {"disks": {}, "policies": []}
         self._lock = threading.Lock()
+        self._guard = self._locked()
         try:
-            with self.path.open("rb") as file:
-                data = file.read(_LARGEST + 1)
+            data = self._read()
+            if data is not None:
+                self._parse(data)
+        except BaseException:
+            self.close()
+            raise
+
+    def _locked(self) -> int:
+        name = self.path.with_name(f".{self.path.name}.lock")
+        try:
+            fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        except (OSError, ValueError) as error:
+            raise HostIOError(f"no lock can be made beside it: {error}", path=self.path) from error
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            raise InUseError(
+                "another server keeps its QoS there", path=self.path, hint="give each its own file"
+            ) from error
+        return fd
+
+    def _read(self) -> bytes | None:
+        try:
+            # O_NONBLOCK: opening a FIFO must not wait for its other end.
+            fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError:
-            return
+            return None
         except (OSError, ValueError) as error:
             raise HostIOError(f"it cannot be read: {error}", path=self.path) from error
-        self._parse(data)
+        with os.fdopen(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise HostIOError("it is no regular file", reason=Reason.NOT_A_FILE, path=self.path)
+            return file.read(_LARGEST + 1)
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self._guard >= 0:
+            os.close(self._guard)
+        self._guard = -1
+
+    @contextlib.contextmanager
+    def believed(self) -> Iterator[None]:
+        """What the content says is no good where this fails: the file is at fault.
+
+        Raises:
+            DamagedError: instead of whatever came up.
+        """
+        try:
+            yield
+        except (VhdxError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._refuse(f"its content is not as it should be: {error}") from error
+
+    def _refuse(self, why: str) -> DamagedError:
+        return DamagedError(
+            why,
+            reason=Reason.QOS_FILE,
+            path=self.path,
+            offset=0,
+            hint="restore a copy, or remove it to start without limits",
+        )
 
     def _parse(self, data: bytes) -> None:
-        def refuse(why: str) -> DamagedError:
-            return DamagedError(
-                why,
-                reason=Reason.QOS_FILE,
-                path=self.path,
-                offset=0,
-                hint="restore a copy, or remove it to start without limits",
-            )
-
         if len(data) > _LARGEST:
-            raise refuse("it is too large for a QoS file")
+            raise self._refuse("it is too large for a QoS file")
         try:
             found = json.loads(data)
             content, checksum = found["content"], found["checksum"]
             kind, version, generation = found["format"], found["version"], found["generation"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise refuse(f"it is no QoS file: {error}") from error
+            raise self._refuse(f"it is no QoS file: {error}") from error
         if kind != _FORMAT:
-            raise refuse("it is no QoS file")
+            raise self._refuse("it is no QoS file")
         if version != _VERSION:
             raise UnsupportedError(
                 f"its version is {version}, this program knows {_VERSION}", path=self.path
             )
         if checksum != _checksum(content):
-            raise refuse("its checksum does not fit: it was cut short or changed by hand")
+            raise self._refuse("its checksum does not fit: it was cut short or changed by hand")
         if not (
             isinstance(generation, int)
             and isinstance(content, dict)
             and isinstance(content.get("disks"), dict)
             and isinstance(content.get("policies"), list)
         ):
-            raise refuse("its content is not as it should be")
+            raise self._refuse("its content is not as it should be")
         self.content, self.generation = content, generation
 
     def save(self, content: dict[str, Any]) -> None:
