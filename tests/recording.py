@@ -383,11 +383,15 @@ class History:
                 found.add(size)
         return found
 
+    def covered(self, now: int) -> int:
+        """When the last flush began that had ended before ``now``; 0 for none."""
+        return max((begin for begin, end in self.flushes if end < now), default=0)
+
     def wrong(self, content: bytes, now: int) -> str | None:
         """None, or what is wrong with ``content`` after a crash at ``now``."""
         if len(content) not in self.sizes_at(now):
             return f"the disk has {len(content)} bytes"
-        covered = max((begin for begin, end in self.flushes if end < now), default=0)
+        covered = self.covered(now)
         safe = [w.end <= covered or w.durable < now for w in self.writes]
         expected = bytearray(self.first)
         for write in itertools.compress(self.writes, safe):

@@ -374,6 +374,7 @@ def check(
         peers: directory in which one of a hundred is shown to qemu-img.
     """
     tally, rng = tally or Tally(), random.Random(1)
+    opened: set[tuple[int, int]] = set()
     order = broken_order(run.recorder, without=without)
     if order is not None:
         tally.found.append((0, order))
@@ -381,8 +382,10 @@ def check(
             return tally
     for now, data in crash_states(run.recorder, rng, subsets, without=without, since=run.since):
         key = digest(data)
-        if key in tally.seen:
+        # What was right before a flush may be wrong after it.
+        if (key, covered := run.history.covered(now)) in opened:
             continue
+        opened.add((key, covered))
         tally.seen.add(key)
         wrong, dirty = verdict(run, now, data)
         tally.dirty += dirty

@@ -45,19 +45,18 @@ class _Server(Collector):
     def _connections(self) -> Iterable[Metric]:
         count = GaugeMetricFamily("vhdx_connections", "Clients of a disk.", labels=["disk"])
         requests = CounterMetricFamily(
-            "vhdx_requests", "Requests of the clients that are connected.", labels=["disk", "kind"]
+            "vhdx_requests", "Requests of a disk's clients.", labels=["disk", "kind"]
         )
         moved = CounterMetricFamily(
-            "vhdx_bytes", "Payload of the clients that are connected.", labels=["disk", "way"]
+            "vhdx_bytes", "Payload of a disk's clients.", labels=["disk", "way"]
         )
         found = self._server.counters()
-        for disk in self._server.exports():
-            mine = [counters for name, counters in found if name == disk]
-            count.add_metric([disk], len(mine))
+        for disk, total in self._server.totals().items():
+            count.add_metric([disk], sum(name == disk for name, _ in found))
             for kind in _COMMANDS:
-                requests.add_metric([disk, kind], sum(getattr(c, kind) for c in mine))
-            moved.add_metric([disk, "read"], sum(c.bytes_read for c in mine))
-            moved.add_metric([disk, "written"], sum(c.bytes_written for c in mine))
+                requests.add_metric([disk, kind], getattr(total, kind))
+            moved.add_metric([disk, "read"], total.bytes_read)
+            moved.add_metric([disk, "written"], total.bytes_written)
         yield from (count, requests, moved)
 
     def _disks(self) -> Iterable[Metric]:

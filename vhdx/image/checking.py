@@ -354,12 +354,15 @@ def _shifted(report: Report, host: HostFile, structure: Structure) -> bool:
     """Whether QEMU's bug 727 moved entries."""
     pages = find_shifted_pages(structure, host.leaf)
     for page in pages:
+        verb = "moved" if page.sure else "may have moved"
         hint = f"; it is left, because {page.reason}" if page.reason else ""
+        if page.entries is not None:
+            hint = "; what was written to moved blocks since would go with them"
         report.add(
             "bat_shifted",
-            ERROR,
+            ERROR if page.sure else WARNING,
             structure.bat.offset + page.index * bat.ENTRY_SIZE,
-            f"the entries of this page moved to the next block each (QEMU's bug 727){hint}",
+            f"the entries of this page {verb} to the next block each (QEMU's bug 727){hint}",
             repair=not page.reason,
         )
     return bool(pages)

@@ -231,8 +231,7 @@ class _Copy:
                 thread.join()
         if self._failure is not None:
             raise self._failure
-        if self._progress is not None:
-            self._progress(self._total, self._total)
+        self._tell(self._total)  # the last pieces may have been the other worker's
         self._target.flush()
 
     def _take(self) -> tuple[int, int] | None:
@@ -257,11 +256,15 @@ class _Copy:
         with self._lock:
             self._done += length
             done = self._done
-        if tell and self._cancel is not None and self._cancel():
+        if tell:
+            self._tell(done)
+
+    def _tell(self, done: int) -> None:
+        if self._cancel is not None and self._cancel():
             raise VhdxError(
                 "the conversion was cancelled", reason=Reason.CANCELLED, path=self._disk.path
             )
-        if tell and self._progress is not None:
+        if self._progress is not None:
             self._progress(done, self._total)
 
 

@@ -34,6 +34,8 @@ __all__ = ["ShiftedPage", "find_shifted_pages", "refuse_shifted_pages"]
 
 _PER_PAGE = log.SECTOR // bat.ENTRY_SIZE
 _CREATOR = "QEMU"
+_NOT_THERE = "the entry that would have moved the others is not there"
+_NOWHERE = "entries stand where no block's can, also when they are moved back"
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class ShiftedPage:
         index: of its first entry.
         entries: as they are to be; None where that cannot be told.
         reason: why not, for people.
+        sure: it is the bug's work, and not just an entry that stands where none can.
     """
 
     index: int
     entries: npt.NDArray[np.uint64] | None
     reason: str = ""
+    sure: bool = True
 
 
 def find_shifted_pages(structure: Structure, leaf: plane.Device) -> list[ShiftedPage]:
@@ -66,7 +70,8 @@ def find_shifted_pages(structure: Structure, leaf: plane.Device) -> list[Shifted
     for number in numbers:
         reason = reasons.get(number, lost)
         entries = None if reason else whole[number]
-        pages.append(ShiftedPage(number * _PER_PAGE, entries, reason))
+        sure = reason not in {_NOT_THERE, _NOWHERE}
+        pages.append(ShiftedPage(number * _PER_PAGE, entries, reason, sure))
     return pages
 
 
@@ -77,11 +82,15 @@ def refuse_shifted_pages(structure: Structure, leaf: plane.Device) -> None:
         DamagedError: reason BAT_SHIFTED.
     """
     for page in find_shifted_pages(structure, leaf):
+        if not page.sure:
+            continue  # what stands there is nobody's, and nothing is lost
         raise DamagedError(
             "QEMU's bug 727 moved entries of its BAT, and writing would make that final",
             reason=Reason.BAT_SHIFTED,
             offset=structure.bat.offset + page.index * bat.ENTRY_SIZE,
-            hint="mend it with check --repair, or convert what can be read to a new image",
+            hint="convert what can be read to a new image"
+            if page.entries is None
+            else "mend it with check --repair (and look at the files in it)",
         )
 
 
@@ -119,7 +128,7 @@ def _moved_back(structure: Structure, number: int) -> npt.NDArray[np.uint64] | s
     now, payload = _page(structure, number), _payload_of(structure, number)
     offsets, placed = bat.offset_of(now), _is_placed(now)
     if not placed[0]:
-        return "the entry that would have moved the others is not there"
+        return _NOT_THERE
     late = placed & (offsets > offsets[0])  # placed after the others had moved
     late[0] = True
     before = np.zeros_like(now)
@@ -129,7 +138,7 @@ def _moved_back(structure: Structure, number: int) -> npt.NDArray[np.uint64] | s
         return "a block was written again after its entry had moved away"
     result = np.where(late, now, before)
     if (_is_placed(result) & ~payload).any():
-        return "entries stand where no block's can, also when they are moved back"
+        return _NOWHERE
     return result
 
 

@@ -35,6 +35,7 @@ __all__ = ["Limits", "Server", "serve"]
 _log = logging.getLogger(__name__)
 _SEND_BUFFER = 2 << 20
 _LONGEST_NAME = 4096
+_NOTHING = [0] * len(plane.ConnectionCounters._fields)
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -124,6 +125,7 @@ class Server:
         self._closing, self._closed = False, threading.Event()
         self._failures: list[BaseException] = []
         self._slots = 0
+        self._ended: dict[str, list[int]] = {}  # under the lock: what clients did that have left
         self._cleanup = contextlib.ExitStack()
         self._first, self._last = contextlib.ExitStack(), contextlib.ExitStack()
         try:
@@ -224,6 +226,18 @@ class Server:
                 if client.connection is not None
             ]
 
+    def totals(self) -> dict[str, plane.ConnectionCounters]:
+        """What the clients of each export did so far, those that have left included."""
+        with self._lock:
+            found = {name: list(self._ended.get(name, _NOTHING)) for name in self._exports}
+            for client in self._clients:
+                if client.connection is not None:
+                    mine = found[client.export]
+                    found[client.export] = [
+                        a + b for a, b in zip(mine, client.connection.counters(), strict=True)
+                    ]
+        return {name: plane.ConnectionCounters(*numbers) for name, numbers in found.items()}
+
     # ---- connections ----
 
     def _lookup(self, name: str) -> ExportTerms | None:
@@ -257,10 +271,17 @@ class Server:
                     _log.warning("cannot start a thread for a connection: %s", error)
                     refuse = True
             if refuse:
+                if not self._closing:
+                    _log.warning("a client was refused: %d are connected", self._limits.connections)
                 peer.close()
 
     def _forget(self, client: _Client) -> None:
         with self._lock:
+            if client.connection is not None:
+                before = self._ended.get(client.export, _NOTHING)
+                did = client.connection.counters()
+                self._ended[client.export] = [a + b for a, b in zip(before, did, strict=True)]
+                client.connection = None
             self._clients.discard(client)
             peer, client.socket = client.socket, None
         if peer is not None:
@@ -276,7 +297,6 @@ class Server:
         except Exception:
             _log.exception("connection failed")
         finally:
-            client.connection = None
             self._forget(client)
 
     def _handshake(self, client: _Client) -> Negotiated | None:
