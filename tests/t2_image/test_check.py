@@ -254,6 +254,15 @@ def test_what_would_be_a_guess_is_left(code, image):
     assert not undo_path(image).exists()
 
 
+def test_a_log_without_entries_hides_nothing(image):
+    log_without_entries(image)
+    set_entry(image, 1, BlockState.UNMAPPED | 4 * MIB)  # an anchor in the middle of another's place
+    damaged = image.read_bytes()
+    assert codes(vhdx.check(image)) >= {"log_empty", "bat_overlap"}
+    assert vhdx.repair(image).errors == 2
+    assert image.read_bytes() == damaged
+
+
 def test_every_damaged_entry_is_found(image):
     bad_state(image)
     set_entry(image, 2, BlockState.FULLY_PRESENT | 999 * MIB)

@@ -24,6 +24,7 @@ from vhdx.image.overlay import Overlay
 from vhdx.image.shifted import find_shifted_pages
 from vhdx.image.structure import Structure, active_sequence, read_structure
 from vhdx.image.vhdx_image import open_vhdx
+from vhdx.image.view import View
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
@@ -163,10 +164,13 @@ def examine(host: HostFile) -> Report:
 def _as_opened(report: Report, host: HostFile, structure: Structure) -> None:
     """What an open would refuse, and was not found yet."""
     header = structure.header
-    if report.errors:
+    codes = {f.code for f in report.findings if f.severity == ERROR}
+    if codes - {"log_empty"}:
         return
+    # A log that cannot be read must not hide what else is wrong, or it would be cleared.
+    view = View(log=0) if codes else View()
     if structure.parameters.has_parent:
-        _attempt(report, lambda: read_structure(host))
+        _attempt(report, lambda: read_structure(host, view))
     _attempt(report, lambda: survey(structure, host.leaf))
     if header.log_length == 0 or header.log_offset + header.log_length > host.leaf.size:
         report.add(
