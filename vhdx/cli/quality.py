@@ -14,7 +14,7 @@ from rich.table import Table
 
 from vhdx import control
 from vhdx.cli.output import DONE, SECONDS, SIZE, json_option, print_json, print_table
-from vhdx.errors import InvalidArgumentError, NotFoundError, VhdxError
+from vhdx.errors import InUseError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.qos import PolicyKind, Settings
 from vhdx.units import format_size
 
@@ -27,22 +27,24 @@ if TYPE_CHECKING:
 __all__ = ["qos", "settings_options", "top"]
 
 _WINDOWS = ("1", "60", "300")
+_WIDE = 160  # columns, where the output is no terminal
 _FIGURES = ("normalized_iops", "bandwidth", "latency", "latency_p99", "queue_time")
 
 
 class _Number(click.ParamType):  # type: ignore[type-arg]
     """A number, or none to take a setting away."""
 
-    name = "N|none"
+    def __init__(self, plain: click.ParamType, name: str) -> None:  # type: ignore[type-arg]
+        self._plain, self.name = plain, name
 
-    def __init__(self, plain: click.ParamType) -> None:  # type: ignore[type-arg]
-        self._plain = plain
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return f"{self.name}|none"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return "none" if value == "none" else self._plain.convert(value, param, ctx)
 
 
-_IOPS, _BYTES = _Number(click.INT), _Number(SIZE)
+_IOPS, _BYTES = _Number(click.INT, "N"), _Number(SIZE, "SIZE")
 _OPTIONS = {
     "--min-iops": ("minimum_iops", _IOPS, "Alert when a disk that wants as many gets fewer."),
     "--max-iops": ("maximum_iops", _IOPS, "Normalised I/Os a second, at most."),
@@ -77,12 +79,24 @@ def changes_of(given: Mapping[str, Any]) -> dict[str, Any]:
 def _server_of(path: str) -> tuple[ServerInfo, str]:
     found = control.owners(path, by_name=True)
     if not found:
+        _refuse_stuck(control.servers())
         raise NotFoundError("no server of yours serves it", path=path, hint="see vhdx ps")
     return found[0].server, found[0].export
 
 
+def _refuse_stuck(servers: list[ServerInfo]) -> None:
+    """Says so where what is not known may be a server's that does not answer."""
+    stuck = [str(server.pid) for server in servers if not server.answers]
+    if stuck:
+        raise InUseError(
+            f"process {', '.join(stuck)} does not answer: it is stopped, or stuck",
+            hint="continue or end it",
+        )
+
+
 def _chosen(pid: int | None) -> list[ServerInfo]:
     found = [server for server in control.servers() if pid in {None, server.pid}]
+    _refuse_stuck(found)
     if not found:
         raise NotFoundError("no server of yours runs" if pid is None else f"{pid} is none of yours")
     return found
@@ -127,7 +141,9 @@ def show(path: str | None, as_json: bool) -> None:
         server, name = _server_of(path)
         found = [_only(server.qos(), name)]
     else:
-        found = [server.qos() for server in control.servers() if server.answers]
+        servers = control.servers()
+        _refuse_stuck(servers)
+        found = [server.qos() for server in servers]
     if as_json:
         print_json(found if path is None else found[0])
         return
@@ -175,7 +191,11 @@ def policy() -> None:
 
 @policy.command("set")
 @click.argument("name")
-@click.option("--kind", type=click.Choice([k.value for k in PolicyKind]), help="Of a new one.")
+@click.option(
+    "--kind",
+    type=click.Choice([k.value for k in PolicyKind]),
+    help="Of a new one. [default: dedicated]",
+)
 @click.option("--id", "policy_id", help="Of a new one, to bring back one that disks name.")
 @settings_options
 @_pid
@@ -186,11 +206,12 @@ def policy_set(
 
     Example: vhdx qos policy set gold --kind aggregated --max-iops 5000
     """
+    made_id = policy_id
     for server in _chosen(pid):
-        body = {"change": "policy", "name": name, "kind": kind, "policy_id": policy_id}
+        body = {"change": "policy", "name": name, "kind": kind, "policy_id": made_id}
         made = server.change_qos(body | {"settings": changes_of(given)})
-        policy_id = made["policy_id"]  # the same in every server
-        click.echo(policy_id)
+        made_id = made["policy_id"]  # the same in every server
+    click.echo(made_id)
 
 
 @policy.command("list")
@@ -227,14 +248,16 @@ def policy_list(pid: int | None, as_json: bool) -> None:
 @click.argument("name")
 @_pid
 def policy_remove(name: str, pid: int | None) -> None:
-    """Remove a policy; its disks run on without it.
+    """Remove a policy; its disks run on with no limits but their own, until it comes back (--id).
 
     Example: vhdx qos policy remove gold
     """
     failures = []
     for server in (servers := _chosen(pid)):
         try:
-            server.change_qos({"change": "remove_policy", "name": name})
+            done = server.change_qos({"change": "remove_policy", "name": name})
+            for disk in done["disks"]:
+                click.echo(f"vhdx: {disk} runs on without it", err=True)
         except NotFoundError as error:
             failures.append(error)
     if len(failures) == len(servers):
@@ -254,8 +277,16 @@ def watch(seconds: float, plot: str | None, as_json: bool) -> None:
     Example: vhdx qos watch --seconds 120 --plot run.png
     """
     if plot is not None:
-        _plotting()
+        _draw([], plot)  # what cannot be written is said now
     seen: list[tuple[float, str, dict[str, Any]]] = []
+    try:
+        _watch(seconds, seen, as_json=as_json)
+    finally:
+        if plot is not None:
+            _draw(seen, plot)
+
+
+def _watch(seconds: float, seen: list[tuple[float, str, dict[str, Any]]], *, as_json: bool) -> None:
     began = time.monotonic()
     due = began
     while time.monotonic() - began < seconds:
@@ -272,15 +303,13 @@ def watch(seconds: float, plot: str | None, as_json: bool) -> None:
                     f"{format_size(int(now['bandwidth']))}/s  {now['latency']:.2f} ms  "
                     f"{disk['status']}"
                 )
-    if plot is not None:
-        _draw(seen, plot)
 
 
 def _line(moment: float, disk: dict[str, Any]) -> str:
     import json
 
-    facts = {"seconds": round(moment, 3), "disk": disk["disk"], "status": disk["status"]}
-    return json.dumps(facts | disk["windows"]["1"])
+    facts = {"time": time.time(), "moment": round(moment, 3), "disk": disk["disk"]}
+    return json.dumps(facts | {"status": disk["status"]} | disk["windows"]["1"])
 
 
 def _described() -> list[dict[str, Any]]:
@@ -352,6 +381,8 @@ def top(window: str, once: bool, as_json: bool) -> int:
         return DONE
     console = Console()
     if once or not console.is_terminal:
+        if not console.is_terminal:
+            console.width = max(console.width, _WIDE)
         console.print(_screen(_settled(), window))
         return DONE
     try:
@@ -374,11 +405,10 @@ def _screen(found: list[dict[str, Any]], window: str) -> Group:
     tables = []
     for title, key in (("disks", "disks"), ("flows", "flows")):
         table = Table(title=title, title_justify="left", box=None, header_style="bold")
-        table.add_column("disk")
-        if key == "flows":
-            table.add_column("initiator")
-        for name in ("status", "IOPS", "offered", "MB/s", "mean ms", "p99 ms", "queue ms"):
-            table.add_column(name, justify="left" if name == "status" else "right")
+        table.add_column("disk", no_wrap=True)
+        table.add_column("status" if key == "disks" else "initiator", no_wrap=True)
+        for name in ("IOPS", "offered", "MB/s", "mean ms", "p99 ms", "queue ms"):
+            table.add_column(name, justify="right")
         extra = ("min", "max") if key == "disks" else ("waiting",)
         for name in extra:
             table.add_column(name, justify="right")
@@ -392,12 +422,10 @@ def _cells(each: dict[str, Any], window: str, key: str) -> list[str]:
     from rich.markup import escape
 
     now = each["windows"][window]
-    cells = [escape(each["disk"])]
-    if key == "flows":
-        cells.append(escape(each["initiator"]))
     color = {"Ok": "green", "InsufficientThroughput": "red"}.get(each["status"], "yellow")
-    cells += [
-        f"[{color}]{each['status']}[/]",
+    cells = [
+        escape(each["disk"]),
+        f"[{color}]{each['status']}[/]" if key == "disks" else escape(each["initiator"]),
         f"{now['normalized_iops']:.0f}",
         f"{now['offered_iops']:.0f}",
         f"{now['bandwidth'] / 1e6:.1f}",

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
-from vhdx.errors import InvalidArgumentError, NotFoundError
+from vhdx.errors import ExistsError, InvalidArgumentError, NotFoundError
 from vhdx.qos import Policy, PolicyKind, Settings
 
 if TYPE_CHECKING:
@@ -44,6 +44,14 @@ def change_qos(domain: Domain, body: Any) -> Any:
     raise InvalidArgumentError(f"there is no change {what!r}")
 
 
+def _refuse_known(domain: Domain, policy_id: str) -> None:
+    try:
+        known = domain.policy(policy_id)
+    except NotFoundError:
+        return
+    raise ExistsError(f"policy {known.name!r} has this id", hint="change it by its name")
+
+
 def _set_policy(
     domain: Domain, name: str, settings: dict[str, Any], kind: Any, policy_id: Any
 ) -> dict[str, Any]:
@@ -53,6 +61,8 @@ def _set_policy(
         try:
             chosen = PolicyKind.DEDICATED if kind is None else PolicyKind(kind)
             identity = {} if policy_id is None else {"policy_id": UUID(str(policy_id))}
+            if policy_id is not None:
+                _refuse_known(domain, str(identity["policy_id"]))
         except ValueError as error:
             raise InvalidArgumentError(f"it can be no policy: {error}") from error
         policy = Policy(name, chosen, Settings().changed(settings), **identity)

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""The README's QoS section, run against a served disk; and what the commands say."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.t4_cli.test_control import VHDX, image, run, runtime  # noqa: F401 - fixtures
+from vhdx import control
+
+
+@pytest.fixture
+def limited(image):  # noqa: F811
+    """The image, served with a limit and a minimum that it cannot have."""
+    command = [*VHDX, "serve", image, "--max-iops", "400", "--min-iops", "300"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        process.uri = process.stdout.readline().strip()
+        yield process
+        if process.poll() is None:
+            process.kill()
+
+
+@pytest.fixture
+def get():
+    """Call it with a control socket and a target: what is behind it, to be read."""
+    with contextlib.ExitStack() as stack:
+
+        def ask(path, target):
+            connection = stack.enter_context(
+                contextlib.closing(http.client.HTTPConnection("vhdx", timeout=30))
+            )
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.connect(str(path))
+            connection.request("GET", target)
+            return stack.enter_context(connection.getresponse())
+
+        yield ask
+
+
+@pytest.mark.usefixtures("runtime")
+def test_the_section_of_the_readme(limited, image, peer, get, tmp_path):  # noqa: F811
+    peer("fio")
+    (server,) = control.servers()
+    events = get(server.socket, "/events")
+    command = ["fio", "--name=job", "--ioengine=nbd", f"--uri={limited.uri}", "--rw=randwrite"]
+    command += ["--bs=4k", "--iodepth=8", "--size=32m", "--time_based", "--runtime=12"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path) as client:
+        try:
+            while (
+                json.loads(run("qos", "show", image, "--json"))["disks"][0]["windows"]["1"][
+                    "normalized_iops"
+                ]
+                < 300
+            ):
+                time.sleep(0.2)
+            # What takes the throughput away here is a limit: the minimum is below it, then above.
+            run("qos", "set", image, "--max-iops", "none", "--max-bandwidth", "400K")
+            found = json.loads(events.readline())
+            assert (found["event"], found["disk"]) == ("InsufficientThroughput", "disk")
+            shown = run("qos", "show")
+            assert "InsufficientThroughput" in shown
+            assert "InsufficientThroughput" in run("top", "--once")
+            metrics = get(server.socket, "/metrics").read().decode()
+            assert 'vhdx_disk_status{disk="disk",status="InsufficientThroughput"} 1.0' in metrics
+            assert 'vhdx_disk_maximum_bandwidth{disk="disk"} 409600.0' in metrics
+            assert 'vhdx_requests_total{disk="disk",kind="writes"}' in metrics
+            run("qos", "set", image, "--max-bandwidth", "none")
+            found = json.loads(events.readline())
+            assert (found["event"], found["disk"]) == ("Ok", "disk")
+        finally:
+            client.terminate()
+    picture = tmp_path / "run.svg"
+    assert "disk" in run("qos", "watch", "--seconds", "1", "--plot", picture)
+    assert picture.read_text().startswith("<?xml")
+    moment = json.loads(run("qos", "watch", "--seconds", "1", "--json").splitlines()[0])
+    assert moment["disk"] == "disk"
+    assert abs(moment["time"] - time.time()) < 60
+
+
+@pytest.mark.usefixtures("runtime", "limited")
+def test_policies_from_the_command_line(image):  # noqa: F811
+    assert run("qos", "policy", "list") == "there are no policies\n"
+    made = run("qos", "policy", "set", "gold", "--kind", "aggregated", "--max-iops", "200").strip()
+    run("qos", "set", image, "--policy", "gold", "--min-iops", "none")
+    assert "gold" in run("qos", "show")
+    assert "kind" not in run("qos", "policy", "set", "gold", "--kind", "dedicated", code=2)[:5]
+    assert made in run("qos", "policy", "list", "--json")
+    assert "has this id" in run("qos", "policy", "set", "silver", "--id", made, code=1)
+    run("qos", "policy", "remove", "gold")
+    assert "UnknownPolicyId" in run("qos", "show")
+    assert "no policy 'gold'" in run("qos", "policy", "remove", "gold", code=1)
+    run("qos", "policy", "set", "gold", "--id", made, "--kind", "aggregated")
+    assert "UnknownPolicyId" not in run("qos", "show")
+    wanted = json.loads(run("top", "--json"))[0]["disks"][0]
+    assert (wanted["policy_id"], wanted["settings"]["maximum_iops"]) == (made, 400)
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize(
+    ("wrong", "code", "says"),
+    [
+        (["--max-iops", "0"], 2, "maximum iops is 0"),
+        (["--max-iops", "-4"], 2, "maximum iops is -4"),
+        (["--max-iops", "many"], 2, "not a valid integer"),
+        (["--min-iops", "900"], 2, "above the maximum iops"),
+        (["--policy", "gold"], 1, "no policy 'gold'"),
+        ([], 2, "say what to change"),
+    ],
+)
+def test_what_cannot_be_is_said(limited, image, wrong, code, says):  # noqa: F811
+    before = json.loads(run("qos", "show", image, "--json"))["disks"][0]["settings"]
+    assert says in run("qos", "set", image, *wrong, code=code)
+    assert json.loads(run("qos", "show", image, "--json"))["disks"][0]["settings"] == before
+    assert limited.poll() is None
+
+
+@pytest.mark.usefixtures("runtime")
+def test_a_server_that_is_stopped_is_named(limited, image):  # noqa: F811
+    os.kill(limited.pid, signal.SIGSTOP)
+    try:
+        said = run("qos", "show", code=4)
+        assert str(limited.pid) in said
+        assert "does not answer" in run("qos", "set", image, "--max-iops", "3", code=4)
+    finally:
+        os.kill(limited.pid, signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("runtime")
+def test_settings_come_back_with_the_file(image, tmp_path):  # noqa: F811
+    kept = tmp_path / "qos.json"
+    for _ in range(2):
+        command = [*VHDX, "serve", image, "--qos", kept]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            process.stdout.readline()
+            if not Path(kept).exists():
+                run("qos", "set", image, "--max-iops", "123")
+            assert "123" in run("qos", "show")
+            assert "another server" in run("serve", image, "--qos", kept, code=4)
+            run("stop", image)
+    kept.write_bytes(kept.read_bytes().replace(b"123", b"124"))
+    assert "checksum" in run("serve", image, "--qos", kept, code=3)
