@@ -57,6 +57,8 @@ bench: $(STAMP) peers ## benchmarks against the peers; report in bench/results
 	$(BIN)/python -m bench api
 	$(BIN)/python -m bench stall
 	$(BIN)/python -m bench chain
+	$(BIN)/python -m bench convert
+	$(BIN)/python -m bench qos
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist *.egg-info vhdx/plane/*.so

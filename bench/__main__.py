@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""``python -m bench nbd|api|stall [--quick]``: measures, prints a table, writes JSON and Markdown."""
+"""``python -m bench nbd|api|stall|chain|convert|qos [--quick]``: measures and reports.
+
+Prints a table and writes JSON and Markdown.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import api, chain, convert, nbd, stall
+from bench import api, chain, convert, nbd, qos, stall
 from bench.conditions import machine
 
 HERE = Path(__file__).parent
+BENCHMARKS = {
+    "nbd": nbd, "api": api, "stall": stall, "chain": chain, "convert": convert, "qos": qos,
+}  # fmt: skip
 
 
 def markdown(name: str, report: dict[str, Any], about: dict[str, Any]) -> str:
@@ -34,15 +40,13 @@ def markdown(name: str, report: dict[str, Any], about: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("what", choices=["nbd", "api", "stall", "chain", "convert"])
+    parser.add_argument("what", choices=list(BENCHMARKS))
     parser.add_argument("--quick", action="store_true", help="a short form, for a look")
     parser.add_argument("--fast", type=Path, default=Path("/dev/shm"), help="directory on tmpfs")
     parser.add_argument("--disk", type=Path, default=Path("/var/tmp"), help="directory on a disk")
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
-    module = {"nbd": nbd, "api": api, "stall": stall, "chain": chain, "convert": convert}[
-        arguments.what
-    ]
+    module = BENCHMARKS[arguments.what]
     run: Callable[..., dict[str, Any]] = module.run
     report = run(quick=arguments.quick, fast=arguments.fast, disk=arguments.disk)
     about = machine() | {"quick": arguments.quick}
