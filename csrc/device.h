@@ -128,6 +128,8 @@ struct vx_request {
     bool admitted;       /* a throttle has let it pass, also across a restart */
     uint64_t arrived_ns; /* at a throttle that parked it */
     uint64_t queued_ns;  /* how long it was parked there */
+    vx_device *held_by;  /* the device that keeps it in a queue shared with others */
+    uint64_t held_since; /* ns of that device's clock */
 
     vx_memo *memo;
     void (*complete)(vx_request *request);

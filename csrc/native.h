@@ -7,14 +7,18 @@
 
 #include "callback.h"
 #include "clock.h"
+#include "delay.h"
 #include "file.h"
 #include "hold.h"
+#include "load.h"
 #include "map.h"
 #include "memory.h"
 #include "meter.h"
+#include "model.h"
 #include "nbd.h"
 #include "pool.h"
 #include "run.h"
+#include "schedule.h"
 #include "switch.h"
 #include "throttle.h"
 

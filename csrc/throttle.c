@@ -384,7 +384,10 @@ static void throttle_hurry(vx_device *device, bool drop)
 
 static bool throttle_is_holding(vx_device *device)
 {
-    return atomic_load_explicit(&((flow *)device)->waiting, memory_order_relaxed) > 0;
+    const flow *f = (flow *)device;
+    if (atomic_load_explicit(&f->waiting, memory_order_relaxed) > 0)
+        return true;
+    return f->lower->operations->is_holding != NULL && f->lower->operations->is_holding(f->lower);
 }
 
 static bool throttle_is_limited(vx_device *device)

@@ -1,0 +1,445 @@
+/* SPDX-License-Identifier: MIT */
+/* Models, turns by dmclock, and the scheduler above a modelled disk; in virtual time. */
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "bucket.h"
+#include "check.h"
+#include "delay.h"
+#include "dmclock.h"
+#include "load.h"
+#include "memory.h"
+#include "schedule.h"
+#include "throttle.h"
+
+#define MS ((uint64_t)1000000u)
+#define SECOND (1000 * MS)
+#define UNIT 8192u
+#define GIB ((uint64_t)1 << 30)
+#define MOST 8u
+
+static uint64_t seed = 7;
+
+static uint64_t random_below(uint64_t bound)
+{
+    seed ^= seed << 13;
+    seed ^= seed >> 7;
+    seed ^= seed << 17;
+    return seed % bound;
+}
+
+/* ---- models ---- */
+
+static void a_hard_disk_takes_its_time(void)
+{
+    const uint64_t capacity = 1000 * GIB;
+    vx_model *disk = vx_model_create(VX_MODEL_HDD, capacity, false);
+    uint64_t now = 0, least = UINT64_MAX, most = 0;
+    for (unsigned i = 0; i < 20000; i++) {
+        uint64_t done = vx_model_serve(disk, VX_READ, random_below(capacity / 4096) * 4096, 4096, now);
+        least = done - now < least ? done - now : least;
+        most = done - now > most ? done - now : most;
+        now = done;
+    }
+    double mean = (double)now / 20000 / 1e6;
+    CHECK(mean > 12.2 && mean < 13.0); /* 79 requests a second */
+    CHECK(least > 20000 && most < 18 * MS + 8333333 + MS);
+    uint64_t began = now = vx_model_serve(disk, VX_READ, 0, 4096, now);
+    for (unsigned i = 0; i < 1000; i++)
+        now = vx_model_serve(disk, VX_READ, 4096 + (uint64_t)i * 262144, 262144, now);
+    double outer = 1000 * 262144.0 / ((double)(now - began) / 1e9);
+    CHECK(outer > 199e6 && outer < 201e6);
+    began = now = vx_model_serve(disk, VX_READ, capacity - GIB - 4096, 4096, now);
+    for (unsigned i = 0; i < 1000; i++)
+        now = vx_model_serve(disk, VX_READ, capacity - GIB + (uint64_t)i * 262144, 262144, now);
+    double inner = 1000 * 262144.0 / ((double)(now - began) / 1e9);
+    CHECK(inner > 99e6 && inner < 101e6);
+    uint64_t end = now; /* 32 at once: twice as fast as one by one */
+    for (unsigned i = 0; i < 32000; i++) {
+        uint64_t at = i % 32 == 0 ? end : now;
+        now = at;
+        end = vx_model_serve(disk, VX_READ, random_below(capacity / 4096) * 4096, 4096, now);
+    }
+    vx_model_destroy(disk);
+
+    disk = vx_model_create(VX_MODEL_HDD, capacity, true);
+    CHECK(vx_model_serve(disk, VX_WRITE, 0, 65536, 0) == MS / 10);
+    CHECK(vx_model_serve(disk, VX_FLUSH, 0, 0, MS / 10) >= MS / 10);
+    now = SECOND;
+    uint64_t waited = 0;
+    for (unsigned i = 0; i < 5000; i++) { /* its cache is full soon */
+        uint64_t done = vx_model_serve(disk, VX_WRITE, random_below(capacity / 65536) * 65536, 65536, now);
+        waited += done - now;
+        now = done;
+    }
+    CHECK(waited / 5000 > MS && waited / 5000 < 5 * MS);
+    uint64_t durable = vx_model_serve(disk, VX_FLUSH, 0, 0, now);
+    CHECK(durable > now + SECOND);
+    CHECK(vx_model_serve(disk, VX_FLUSH, 0, 0, durable) == durable);
+    vx_model_destroy(disk);
+    CHECK(vx_model_create(9, GIB, true) == NULL && vx_model_create(0, 1, true) == NULL);
+}
+
+static double ssd_reads(vx_model *disk, unsigned depth)
+{
+    uint64_t ends[64] = {0}, last = 0;
+    for (unsigned i = 0; i < 20000; i++) {
+        unsigned k = i % depth;
+        ends[k] = vx_model_serve(disk, VX_READ, random_below(GIB / 4096) * 4096, 4096, ends[k]);
+        last = ends[k] > last ? ends[k] : last;
+    }
+    return 20000 / ((double)last / 1e9);
+}
+
+static void a_solid_state_disk_has_channels_and_a_buffer(void)
+{
+    vx_model *disk = vx_model_create(VX_MODEL_SSD, GIB, true);
+    double one = ssd_reads(disk, 1);
+    CHECK(one > 12300 && one < 12600);
+    vx_model_destroy(disk);
+    disk = vx_model_create(VX_MODEL_SSD, GIB, true);
+    double many = ssd_reads(disk, 32);
+    CHECK(many > 6 * one && many < 8.1 * one);
+    vx_model_destroy(disk);
+
+    disk = vx_model_create(VX_MODEL_SSD, GIB, true);
+    uint64_t now = 0;
+    CHECK(vx_model_serve(disk, VX_WRITE, 0, 4096, 0) < 40000);
+    double rates[2];
+    for (unsigned round = 0; round < 2; round++) { /* empty, and full */
+        uint64_t began = now;
+        for (uint64_t at = 0; at < GIB; at += 1 << 20)
+            now = vx_model_serve(disk, VX_WRITE, at, 1 << 20, now);
+        now = vx_model_serve(disk, VX_FLUSH, 0, 0, now);
+        rates[round] = (double)GIB / ((double)(now - began) / 1e9);
+    }
+    CHECK(rates[0] > 200e6 && rates[0] < 330e6);
+    CHECK(rates[1] > 75e6 && rates[1] < 90e6); /* each page is programmed four times */
+    vx_model_serve(disk, VX_TRIM, 0, GIB, now);
+    uint64_t began = now;
+    for (uint64_t at = 0; at < GIB / 2; at += 1 << 20)
+        now = vx_model_serve(disk, VX_WRITE, at, 1 << 20, now);
+    now = vx_model_serve(disk, VX_FLUSH, 0, 0, now);
+    CHECK((double)GIB / 2 / ((double)(now - began) / 1e9) > 300e6);
+    vx_model_destroy(disk);
+}
+
+/* ---- dmclock ---- */
+
+typedef struct wish {
+    double reservation, limit, weight;
+} wish;
+
+/* What each gets of `capacity` where all want all they may: max(reservation, weight * level), at most
+ * the limit; the level is what makes the sum right. */
+static void water_fill(const wish *wishes, unsigned count, double capacity, double *shares)
+{
+    double low = 0, high = capacity * 1e6;
+    for (unsigned step = 0; step < 200; step++) {
+        double level = (low + high) / 2, sum = 0;
+        for (unsigned i = 0; i < count; i++) {
+            double x = wishes[i].weight * level;
+            x = x < wishes[i].reservation ? wishes[i].reservation : x;
+            x = wishes[i].limit > 0 && x > wishes[i].limit ? wishes[i].limit : x;
+            shares[i] = x;
+            sum += x;
+        }
+        if (sum > capacity)
+            high = level;
+        else
+            low = level;
+    }
+}
+
+/* Clients that always want more, of a device that serves one unit after another. */
+static void serve_all(const wish *wishes, unsigned count, double capacity, uint64_t largest,
+                      double seconds, double *served)
+{
+    vx_dmclock all = {0};
+    vx_dmclock_client clients[MOST];
+    memset(clients, 0, sizeof clients);
+    uint64_t now = vx_ticks(1000 * SECOND), begins = now + vx_ticks(2 * SECOND), when;
+    uint64_t end = begins + vx_ticks((uint64_t)(seconds * 1e9));
+    for (unsigned i = 0; i < count; i++) {
+        vx_dmclock_set(&all, &clients[i], (uint64_t)wishes[i].reservation,
+                       (uint64_t)wishes[i].limit, (uint64_t)wishes[i].weight, now);
+        vx_dmclock_begin(&all, &clients[i], now);
+        served[i] = 0;
+    }
+    while (now < end) {
+        bool reserved;
+        vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
+        if (c == NULL) {
+            CHECK(when > now && when != UINT64_MAX);
+            now = when;
+            continue;
+        }
+        uint64_t units = 1 + (largest > 1 ? random_below(largest) : 0);
+        vx_dmclock_serve(&all, c, reserved, units, units << 16, now);
+        if (now >= begins)
+            served[c - clients] += (double)units / seconds;
+        now += (uint64_t)((double)units / capacity * 64e9);
+    }
+}
+
+static void shares_are_those_of_water_filling(void)
+{
+    static const struct {
+        unsigned count;
+        double capacity;
+        wish wishes[MOST];
+    } scenes[] = {
+        {2, 1000, {{0, 0, 1}, {0, 0, 3}}},
+        {2, 1000, {{600, 0, 1}, {0, 0, 100}}},
+        {3, 1000, {{300, 0, 1}, {0, 0, 1}, {0, 100, 1}}},
+        {4, 1000, {{250, 0, 100}, {0, 0, 100}, {0, 0, 200}, {50, 60, 1000}}},
+        {8, 100, {{40, 0, 1}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}}},
+        {3, 10000, {{0, 500, 1}, {0, 700, 5}, {0, 100, 1000}}}, /* more than all may have */
+        {3, 20000, {{9000, 0, 1}, {9000, 0, 1}, {0, 0, 10000}}},
+    };
+    double served[MOST], wanted[MOST];
+    for (unsigned s = 0; s < sizeof scenes / sizeof *scenes; s++) {
+        for (uint64_t largest = 1; largest <= 32; largest += 31) {
+            double seconds = 2000 * (double)largest / scenes[s].capacity * 100;
+            serve_all(scenes[s].wishes, scenes[s].count, scenes[s].capacity, largest, seconds, served);
+            water_fill(scenes[s].wishes, scenes[s].count, scenes[s].capacity, wanted);
+            for (unsigned i = 0; i < scenes[s].count; i++)
+                CHECK(fabs(served[i] - wanted[i]) < 0.01 * wanted[i]);
+        }
+    }
+    for (unsigned round = 0; round < 60; round++) {
+        unsigned count = 2 + (unsigned)random_below(MOST - 1);
+        wish wishes[MOST];
+        double capacity = 1000, left = 900;
+        for (unsigned i = 0; i < count; i++) {
+            double r = random_below(2) ? (double)random_below((uint64_t)left / 2 + 1) : 0;
+            left -= r;
+            double l = random_below(3) ? 0 : r + 20 + (double)random_below(500);
+            wishes[i] = (wish){r, l, 1 + (double)random_below(50)};
+        }
+        serve_all(wishes, count, capacity, 1 + random_below(4), 1500, served);
+        water_fill(wishes, count, capacity, wanted);
+        for (unsigned i = 0; i < count; i++)
+            CHECK(fabs(served[i] - wanted[i]) <= 0.01 * wanted[i] + 0.05);
+    }
+}
+
+/* After a client was idle, or lived on its reservation, nobody starves and nothing is made up for. */
+static void idling_gains_nothing(void)
+{
+    vx_dmclock all = {0};
+    vx_dmclock_client a = {0}, b = {0};
+    uint64_t now = vx_ticks(SECOND), when;
+    vx_dmclock_set(&all, &a, 10, 0, 1, now);
+    vx_dmclock_set(&all, &b, 0, 0, 1, now);
+    vx_dmclock_begin(&all, &b, now);
+    bool reserved;
+    for (unsigned i = 0; i < 10000; i++, now += vx_ticks(MS))
+        vx_dmclock_serve(&all, &b, false, 1, 1 << 16, now);
+    vx_dmclock_begin(&all, &a, now);
+    unsigned first = 0, by_reservation = 0;
+    for (unsigned i = 0; i < 1000; i++, now += vx_ticks(MS)) {
+        vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
+        vx_dmclock_serve(&all, c, reserved, 1, 1 << 16, now);
+        first += c == &a;
+        by_reservation += reserved;
+    }
+    CHECK(first >= 495 && first <= 505);
+    CHECK(by_reservation <= 12); /* 10 a second, and a tenth of a second made up for */
+    vx_dmclock_set(&all, &a, 900, 0, 1, now);
+    for (unsigned i = 0; i < 5000; i++, now += vx_ticks(MS)) {
+        vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
+        vx_dmclock_serve(&all, c, reserved, 1, 1 << 16, now);
+    }
+    vx_dmclock_set(&all, &a, 0, 0, 1, now); /* what it had counts no more */
+    first = 0;
+    for (unsigned i = 0; i < 1000; i++, now += vx_ticks(MS)) {
+        vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
+        vx_dmclock_serve(&all, c, reserved, 1, 1 << 16, now);
+        first += c == &a;
+    }
+    CHECK(first >= 495 && first <= 505);
+}
+
+/* ---- the scheduler, above a modelled disk ---- */
+
+static vx_clock *clock_;
+static vx_pool *pool;
+static vx_model *model;
+static vx_scheduler *scheduler;
+static vx_device *disks[MOST], *tops[MOST];
+static vx_share *shares[MOST];
+static vx_meter *meters[MOST];
+static vx_load *loads[MOST];
+
+static void set_up(uint32_t kind, unsigned count, uint32_t depth, bool by_time)
+{
+    clock_ = vx_clock_create(true);
+    pool = vx_pool_create(1, 1 << 20);
+    vx_clock_advance(clock_, 1000 * SECOND);
+    model = vx_model_create(kind, count * (uint64_t)(64u << 20), false);
+    scheduler = vx_scheduler_create(clock_, pool, UNIT, depth, by_time ? model : NULL);
+    for (unsigned i = 0; i < count; i++) {
+        vx_device *memory = vx_memory_create(64u << 20, 64u << 20, i);
+        disks[i] = vx_delay_create(memory, model, clock_, i * (uint64_t)(64u << 20), i);
+        vx_device_release(memory);
+        shares[i] = vx_share_create(scheduler);
+        tops[i] = vx_schedule_create(disks[i], shares[i], i);
+        meters[i] = vx_meter_create(UNIT);
+        vx_meter_switch(meters[i], true);
+    }
+}
+
+static void begin(unsigned i, uint64_t length, uint32_t depth, bool scheduled)
+{
+    vx_load_terms terms = {.span = 64u << 20, .length = length, .depth = depth, .seed = i + 1,
+                           .write_percent = 30};
+    loads[i] = vx_load_create(scheduled ? tops[i] : disks[i], clock_, pool, meters[i], &terms);
+    CHECK(loads[i] != NULL);
+    vx_load_start(loads[i]);
+}
+
+static uint64_t units_of(unsigned i)
+{
+    uint64_t facts[VX_METER_FACTS], bins[VX_METER_BINS];
+    vx_meter_read(meters[i], facts, bins);
+    return facts[2] + facts[3];
+}
+
+static void tear_down(unsigned count)
+{
+    for (unsigned i = 0; i < count; i++)
+        vx_load_stop(loads[i]);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 3600 * SECOND);
+    uint64_t facts[VX_SCHEDULER_FACTS], mine[VX_SHARE_FACTS];
+    vx_scheduler_read(scheduler, facts);
+    CHECK(facts[2] == 0 && facts[3] == 0);
+    for (unsigned i = 0; i < count; i++) {
+        vx_share_read(shares[i], mine);
+        CHECK(mine[3] == 0 && mine[4] == 0 && mine[6] == 0);
+        vx_load_read(loads[i], facts);
+        CHECK(facts[1] == 0 && facts[2] == 0);
+        vx_load_destroy(loads[i]);
+        vx_device_release(tops[i]);
+        vx_device_release(disks[i]);
+        vx_meter_destroy(meters[i]);
+    }
+    vx_scheduler_release(scheduler);
+    vx_model_destroy(model);
+    vx_clock_stop(clock_);
+    vx_clock_destroy(clock_);
+    vx_pool_destroy(pool);
+}
+
+/* An hour: 40 normalised IOPS for one of eight on a hard disk, the others as greedy as can be. It gets
+ * all of them, in each second but for two at its edges; without its reservation far less. */
+static void a_minimum_is_kept_for_an_hour(void)
+{
+    for (unsigned kept = 0; kept < 2; kept++) {
+        set_up(VX_MODEL_HDD, 8, 8, true);
+        for (unsigned i = 0; i < 8; i++)
+            vx_share_set(shares[i], i == 0 && kept ? 40 : 0, 0, 100);
+        for (unsigned i = 0; i < 8; i++)
+            begin(i, i % 3 == 2 ? 131072 : 8192, i == 0 ? 4 : 32, true);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + 2 * SECOND);
+        uint64_t first = units_of(0), before = first, least = UINT64_MAX;
+        for (unsigned second = 0; second < 3600; second++) {
+            vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
+            uint64_t now = units_of(0);
+            least = now - before < least ? now - before : least;
+            before = now;
+        }
+        if (kept)
+            CHECK(before - first >= 3600 * 40 * 98 / 100 && least >= 37);
+        else
+            CHECK(before - first < 3600 * 30);
+        for (unsigned i = 1; i < 8; i++)
+            CHECK(units_of(i) > 3600);
+        tear_down(8);
+    }
+}
+
+static void weights_share_the_time_of_the_disk(void)
+{
+    set_up(VX_MODEL_SSD, 3, 16, false);
+    for (unsigned i = 0; i < 3; i++)
+        vx_share_set(shares[i], 0, i == 2 ? 2000 : 0, i == 0 ? 100 : 300);
+    for (unsigned i = 0; i < 3; i++)
+        begin(i, 8192, 64, true);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 2 * SECOND);
+    uint64_t before[3];
+    for (unsigned i = 0; i < 3; i++)
+        before[i] = units_of(i);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
+    double got[3];
+    for (unsigned i = 0; i < 3; i++)
+        got[i] = (double)(units_of(i) - before[i]) / 20;
+    CHECK(fabs(got[1] / got[0] - 3) < 0.03);
+    CHECK(fabs(got[2] - 2000) < 20);
+    tear_down(3);
+}
+
+/* Large requests are cut: a small one waits for pieces of the others, not for 32 MiB. */
+static void nobody_waits_for_a_large_request(void)
+{
+    set_up(VX_MODEL_HDD, 2, 1, true);
+    vx_share_set(shares[0], 0, 0, 100);
+    vx_share_set(shares[1], 0, 0, 100);
+    begin(0, 8192, 1, true);
+    begin(1, 32u << 20, 2, true);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 60 * SECOND);
+    CHECK(units_of(0) > 60 * 20);
+    CHECK(units_of(1) >= 8192);
+    tear_down(2);
+}
+
+static void limits_and_background_work(void)
+{
+    set_up(VX_MODEL_NVME, 2, 4, false);
+    vx_share *background = vx_share_create(scheduler);
+    vx_share_set(shares[0], 0, 0, 100);
+    vx_share_set(shares[1], 0, 50, 100); /* limited alone: nothing else wakes it */
+    vx_share_set(background, 10, 100, 1);
+    begin(1, 4096, 8, true);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
+    CHECK(units_of(1) >= 499 && units_of(1) <= 510);
+    vx_turn *turn = vx_share_take_turn(background, 8192); /* at once: there is room */
+    vx_turn_end(turn);
+    uint64_t mine[VX_SHARE_FACTS];
+    vx_share_read(background, mine);
+    CHECK(mine[0] == 1 && mine[1] == 1 && mine[6] == 0);
+    begin(0, 4096, 8, true);
+    tear_down(2);
+}
+
+static void the_same_again_is_the_same(void)
+{
+    uint64_t units[2][3];
+    for (unsigned run = 0; run < 2; run++) {
+        set_up(VX_MODEL_HDD, 3, 4, true);
+        for (unsigned i = 0; i < 3; i++) {
+            vx_share_set(shares[i], 10 * i, 0, 1 + i);
+            begin(i, 4096u << i, 4 + i, true);
+        }
+        vx_clock_advance(clock_, vx_clock_now(clock_) + 100 * SECOND);
+        for (unsigned i = 0; i < 3; i++)
+            units[run][i] = units_of(i);
+        tear_down(3);
+    }
+    CHECK(memcmp(units[0], units[1], sizeof units[0]) == 0);
+}
+
+int main(void)
+{
+    a_hard_disk_takes_its_time();
+    a_solid_state_disk_has_channels_and_a_buffer();
+    shares_are_those_of_water_filling();
+    idling_gains_nothing();
+    a_minimum_is_kept_for_an_hour();
+    weights_share_the_time_of_the_disk();
+    nobody_waits_for_a_large_request();
+    limits_and_background_work();
+    the_same_again_is_the_same();
+    return 0;
+}
