@@ -7,6 +7,11 @@ typedef ... vx_clock;
 typedef ... vx_qos;
 typedef ... vx_limits;
 typedef ... vx_meter;
+typedef ... vx_model;
+typedef ... vx_scheduler;
+typedef ... vx_share;
+typedef ... vx_turn;
+typedef ... vx_load;
 
 typedef struct { int32_t code; int32_t os_error; uint32_t operation; uint64_t device;
                  uint64_t offset; ...; } vx_failure;
@@ -112,6 +117,34 @@ void vx_meter_destroy(vx_meter *meter);
 void vx_meter_switch(vx_meter *meter, bool on);
 void vx_meter_read(vx_meter *meter, uint64_t *facts, uint64_t *bins);
 uint64_t vx_meter_bin_start(uint32_t bin);
+
+vx_model *vx_model_create(uint32_t kind, uint64_t capacity, bool write_cache);
+void vx_model_destroy(vx_model *model);
+uint64_t vx_model_serve(vx_model *model, uint32_t operation, uint64_t offset, uint64_t length,
+                        uint64_t now);
+vx_device *vx_delay_create(vx_device *lower, vx_model *model, vx_clock *clock, uint64_t base,
+                           uint64_t identity);
+
+vx_scheduler *vx_scheduler_create(vx_clock *clock, vx_pool *pool, uint32_t unit, uint32_t depth,
+                                  vx_model *model);
+void vx_scheduler_release(vx_scheduler *scheduler);
+void vx_scheduler_read(vx_scheduler *scheduler, uint64_t *facts);
+vx_share *vx_share_create(vx_scheduler *scheduler);
+void vx_share_set(vx_share *share, uint64_t reservation, uint64_t limit, uint64_t weight);
+void vx_share_read(vx_share *share, uint64_t *facts);
+vx_device *vx_schedule_create(vx_device *lower, vx_share *share, uint64_t identity);
+void vx_schedule_set_share(vx_device *device, vx_share *share);
+vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes);
+void vx_turn_end(vx_turn *turn);
+
+typedef struct { uint64_t first; uint64_t span; uint64_t length; uint32_t depth;
+                 uint32_t write_percent; bool in_a_row; uint64_t seed; } vx_load_terms;
+vx_load *vx_load_create(vx_device *device, vx_clock *clock, vx_pool *pool, vx_meter *meter,
+                        const vx_load_terms *terms);
+void vx_load_start(vx_load *load);
+void vx_load_stop(vx_load *load);
+void vx_load_read(vx_load *load, uint64_t *facts);
+void vx_load_destroy(vx_load *load);
 
 typedef struct { uint32_t largest_payload; uint32_t context_id; uint32_t requests_limit;
                  uint32_t slot; uint64_t bytes_limit; bool read_only; bool structured;

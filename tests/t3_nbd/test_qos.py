@@ -160,7 +160,7 @@ def test_content_that_cannot_be_is_the_files_fault(pool, tmp_path, content):
     path = tmp_path / "q"
     path.write_text(pack(content, 1))
     with pytest.raises(vhdx.DamagedError) as caught:
-        Domain(pool, store=Store(path)).add_disk("a", "/a")
+        Domain(pool, store=Store(path)).add_disk("a", "/a", plane.Memory(MIB))
     assert caught.value.path == str(path)
 
 
@@ -175,7 +175,7 @@ def test_a_file_that_is_none_is_refused(tmp_path):
 def test_a_change_that_cannot_be_kept_is_none(pool, tmp_path):
     (tmp_path / "d").mkdir()
     domain = Domain(pool, store=Store(tmp_path / "d" / "q"))
-    domain.add_disk("a", "/a")
+    domain.add_disk("a", "/a", plane.Memory(MIB))
     domain.set_policy(gold := Policy("gold", PolicyKind.DEDICATED, Settings(maximum_iops=5)))
     domain.set_disk("a", {}, "gold")
     shutil.rmtree(tmp_path / "d")
@@ -297,7 +297,7 @@ def test_policies_of_a_domain(pool, tmp_path):
     domain = Domain(pool, store=Store(tmp_path / "q"))
     try:
         for name in ("a", "b"):
-            domain.add_disk(name, f"/{name}")
+            domain.add_disk(name, f"/{name}", plane.Memory(MIB))
         gold = Policy("gold", PolicyKind.DEDICATED, Settings(maximum_iops=500, minimum_iops=50))
         domain.set_policy(gold)
         domain.set_disk("a", {"maximum_iops": 800}, "gold")
@@ -320,7 +320,7 @@ def test_policies_of_a_domain(pool, tmp_path):
     finally:
         domain.close()
     again = Domain(pool, store=Store(tmp_path / "q"))  # its lock is free again
-    again.add_disk("other name", "/a")
+    again.add_disk("other name", "/a", plane.Memory(MIB))
     assert disk_of(again, "other name")["effective"]["maximum_iops"] == 500
     again.close()
 
@@ -328,7 +328,7 @@ def test_policies_of_a_domain(pool, tmp_path):
 def test_thousands_of_policies(pool):
     domain = Domain(pool)
     try:
-        domain.add_disk("a", "/a")
+        domain.add_disk("a", "/a", plane.Memory(MIB))
         for number in range(3000):
             kind = PolicyKind.AGGREGATED if number % 2 else PolicyKind.DEDICATED
             domain.set_policy(Policy(f"p{number}", kind, Settings(maximum_iops=number + 1)))
@@ -358,7 +358,7 @@ def test_thousands_of_policies(pool):
 def test_hostile_changes(pool, body):
     domain = Domain(pool)
     try:
-        domain.add_disk("a", "/a")
+        domain.add_disk("a", "/a", plane.Memory(MIB))
         before = domain.describe()["disks"][0]["settings"]
         with pytest.raises(vhdx.VhdxError):
             change_qos(domain, body)

@@ -141,11 +141,14 @@ def test_settings_come_back_with_the_file(image, tmp_path):  # noqa: F811
     for _ in range(2):
         command = [*VHDX, "serve", image, "--qos", kept]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            process.stdout.readline()
-            if not Path(kept).exists():
-                run("qos", "set", image, "--max-iops", "123")
-            assert "123" in run("qos", "show")
-            assert "another server" in run("serve", image, "--qos", kept, code=4)
-            run("stop", image)
+            try:
+                process.stdout.readline()
+                if not Path(kept).exists():
+                    run("qos", "set", image, "--max-iops", "123")
+                assert "123" in run("qos", "show")
+                assert "another server" in run("serve", image, "--qos", kept, code=4)
+                run("stop", image)
+            finally:
+                process.terminate()
     kept.write_bytes(kept.read_bytes().replace(b"123", b"124"))
     assert "checksum" in run("serve", image, "--qos", kept, code=3)

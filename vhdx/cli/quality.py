@@ -47,6 +47,7 @@ class _Number(click.ParamType):  # type: ignore[type-arg]
 _IOPS, _BYTES = _Number(click.INT, "N"), _Number(SIZE, "SIZE")
 _OPTIONS = {
     "--min-iops": ("minimum_iops", _IOPS, "Alert when a disk that wants as many gets fewer."),
+    "--weight": ("weight", _IOPS, "Its part of what is left, with --keep-minimums. [100]"),
     "--max-iops": ("maximum_iops", _IOPS, "Normalised I/Os a second, at most."),
     "--max-read-iops": ("maximum_read_iops", _IOPS, "Reads of those, at most."),
     "--max-write-iops": ("maximum_write_iops", _IOPS, "Writes of those, at most."),

@@ -26,7 +26,8 @@ from vhdx.cli.output import (
 )
 from vhdx.cli.quality import changes_of, settings_options
 from vhdx.errors import InvalidArgumentError, NotFoundError
-from vhdx.qos import NORMALISED_UNIT, Settings
+from vhdx.plane import DEEPEST, ModelKind
+from vhdx.qos import NORMALISED_UNIT, Scheduling, Settings
 from vhdx.units import format_size
 
 if TYPE_CHECKING:
@@ -77,6 +78,22 @@ def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
     "--qos-unit", type=SIZE, default=NORMALISED_UNIT, show_default=True, help="Bytes of an I/O."
 )
 @click.option("--qos-hook", metavar="CMD", help="Run for each alert, with $VHDX_DISK and others.")
+@click.option("--keep-minimums", is_flag=True, help="Schedule the disks so that each gets its own.")
+@click.option(
+    "--depth",
+    type=click.IntRange(1, DEEPEST),
+    help="Requests under way at a time, with --keep-minimums. [8]",
+)
+@click.option(
+    "--capacity-iops",
+    type=click.IntRange(1),
+    help="What the host device does. [seen, or the model's]",
+)
+@click.option(
+    "--model",
+    type=click.Choice([kind.name.lower() for kind in ModelKind]),
+    help="Be as slow as such a disk that holds all of them.",
+)
 def serve(
     paths: tuple[str, ...],
     listen: str | None,
@@ -89,6 +106,10 @@ def serve(
     qos_file: str | None,
     qos_unit: int,
     qos_hook: str | None,
+    keep_minimums: bool,
+    depth: int | None,
+    capacity_iops: int | None,
+    model: str | None,
     **given: Any,
 ) -> int:
     """Serve images over NBD until SIGTERM or Ctrl-C.
@@ -99,6 +120,14 @@ def serve(
     Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock --max-iops 500
     """
     settings = Settings().changed(changes_of(given))
+    if not keep_minimums and (depth is not None or capacity_iops is not None):
+        raise click.UsageError("--depth and --capacity-iops go with --keep-minimums")
+    scheduling = Scheduling(
+        keep_minimums=keep_minimums,
+        depth=8 if depth is None else depth,
+        capacity_iops=capacity_iops,
+        model=None if model is None else ModelKind[model.upper()],
+    )
     exports = _exports(paths)
     events = _Events()
     limits = nbd.Limits(connections=max_connections, handshake_seconds=handshake_seconds)
@@ -112,6 +141,7 @@ def serve(
         qos_file=qos_file,
         qos_unit=qos_unit,
         qos_hook=qos_hook,
+        scheduling=scheduling,
         on_stop=lambda: os.kill(os.getpid(), signal.SIGTERM),  # as if somebody had
     )
     code = DONE

@@ -29,7 +29,7 @@ from vhdx.control.metrics import METRICS_TYPE, exposition
 from vhdx.control.quality import change_qos
 from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, Reason, VhdxError
 from vhdx.nbd.address import listen_unix, runtime_directory
-from vhdx.qos import NORMALISED_UNIT, Settings
+from vhdx.qos import NORMALISED_UNIT, Scheduling, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping
@@ -426,6 +426,7 @@ def serve(
     qos_file: str | os.PathLike[str] | None = None,
     qos_unit: int = NORMALISED_UNIT,
     qos_hook: str | None = None,
+    scheduling: Scheduling | None = None,
     on_stop: Callable[[], None] | None = None,
 ) -> nbd.Server:
     """Starts to serve disks over NBD; a context manager that stops at its end.
@@ -435,7 +436,7 @@ def serve(
 
     Args:
         exports, listen, read_only, limits, format: as for :class:`vhdx.Server`.
-        qos, qos_file, qos_unit, qos_hook: as there.
+        qos, qos_file, qos_unit, qos_hook, scheduling: as there.
         on_stop: called when ``vhdx stop`` asks; closes the server when None.
 
     Raises:
@@ -452,6 +453,7 @@ def serve(
         qos_file=qos_file,
         qos_unit=qos_unit,
         qos_hook=qos_hook,
+        scheduling=scheduling,
     )
     try:
         Control(server, server.stop if on_stop is None else on_stop)

@@ -24,7 +24,7 @@ from vhdx.image.disk import Disk
 from vhdx.image.opening import open_disk
 from vhdx.nbd.address import bind, parse_address, private_address, uri_of
 from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
-from vhdx.qos import NORMALISED_UNIT, Domain, Flow, Settings, Store
+from vhdx.qos import NORMALISED_UNIT, Domain, Flow, Scheduling, Settings, Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -101,6 +101,7 @@ class Server:
         qos_file: where that is kept, and taken from; see :class:`vhdx.qos.Store`.
         qos_unit: bytes that count as one normalised I/O.
         qos_hook: a command that is run for each alert.
+        scheduling: whether minimums are kept, and how; watched only when None.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Server:
         qos_file: str | os.PathLike[str] | None = None,
         qos_unit: int = NORMALISED_UNIT,
         qos_hook: str | None = None,
+        scheduling: Scheduling | None = None,
     ) -> None:
         if not exports:
             raise InvalidArgumentError("there is nothing to serve")
@@ -132,11 +134,21 @@ class Server:
             self._pool = plane.Pool(byte_limit=self._limits.server_bytes)
             self._cleanup.callback(self._pool.close)
             store = None if qos_file is None else Store(qos_file)
-            self.qos = Domain(self._pool, unit=qos_unit, store=store, hook=qos_hook)
-            self._cleanup.callback(self.qos.close)
+            if store is not None:
+                self._cleanup.callback(store.close)
             for name, source in exports.items():
                 self._add(name, source, read_only=read_only, format=format)
-                self.qos.add_disk(name, self._exports[name].disk.path, (qos or {}).get(name))
+            self.qos = Domain(
+                self._pool,
+                unit=qos_unit,
+                store=store,
+                hook=qos_hook,
+                scheduling=scheduling,
+                sizes=[export.disk.size for export in self._exports.values()],
+            )
+            self._cleanup.callback(self.qos.close)
+            for name, export in self._exports.items():
+                self.qos.add_disk(name, export.disk.path, export.device, (qos or {}).get(name))
             address = (
                 private_address(next(iter(exports)) or "disk")
                 if listen is None
@@ -331,7 +343,7 @@ class Server:
     def _transmit(self, client: _Client, negotiated: Negotiated) -> None:
         export = self._exports[negotiated.export]
         initiator = _name_of(client.socket)
-        flow = self.qos.connect(negotiated.export, export.device, initiator)
+        flow = self.qos.connect(negotiated.export, initiator)
         try:
             self._run(client, negotiated, export, flow)
         finally:
@@ -475,6 +487,7 @@ def serve(
     qos_file: str | os.PathLike[str] | None = None,
     qos_unit: int = NORMALISED_UNIT,
     qos_hook: str | None = None,
+    scheduling: Scheduling | None = None,
 ) -> Server:
     """Starts to serve disks over NBD; a context manager that stops at its end.
 
@@ -494,4 +507,5 @@ def serve(
         qos_file=qos_file,
         qos_unit=qos_unit,
         qos_hook=qos_hook,
+        scheduling=scheduling,
     )

@@ -2,12 +2,23 @@
 """Storage QoS: limits, minimums and what disks really get, in Windows' vocabulary.
 
 :mod:`vhdx.qos.policy` has what is wanted as data, :mod:`vhdx.qos.store` keeps it in a file,
-:mod:`vhdx.qos.domain` applies it to the disks of a server, and :mod:`vhdx.qos.monitor` watches what
-flows get. The data plane's part is ``csrc/throttle.h``.
+:mod:`vhdx.qos.domain` applies it to the disks of a server, :mod:`vhdx.qos.scheduling` keeps
+minimums, and :mod:`vhdx.qos.monitor` watches what flows get. The data plane's part is
+``csrc/throttle.h`` and ``csrc/schedule.h``.
 """
 
 from vhdx.qos.domain import Domain, Flow
 from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
+from vhdx.qos.scheduling import Scheduling
 from vhdx.qos.store import Store
 
-__all__ = ["NORMALISED_UNIT", "Domain", "Flow", "Policy", "PolicyKind", "Settings", "Store"]
+__all__ = [
+    "NORMALISED_UNIT",
+    "Domain",
+    "Flow",
+    "Policy",
+    "PolicyKind",
+    "Scheduling",
+    "Settings",
+    "Store",
+]

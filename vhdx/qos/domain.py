@@ -24,9 +24,10 @@ from vhdx import plane
 from vhdx.errors import ClosedError, ExistsError, InvalidArgumentError, NotFoundError
 from vhdx.qos.monitor import WINDOWS, Alert, History, Status, Watch
 from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
+from vhdx.qos.scheduling import Scheduling, Turns, set_share
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from vhdx.qos.store import Store
 
@@ -62,8 +63,11 @@ class Flow:
 class _DiskState:
     """A disk and what is wanted of it."""
 
-    def __init__(self, path: str, pacing: plane.Pacing, unit: int) -> None:
+    def __init__(
+        self, path: str, device: plane.Device, turns: Turns, pacing: plane.Pacing, unit: int
+    ) -> None:
         self.path = path
+        self.device, self.share = turns.attach(device)
         self.settings = Settings()
         self.policy_id: UUID | None = None
         self.limits = plane.Limits(pacing, unit)
@@ -81,6 +85,9 @@ class Domain:
         unit: bytes of a normalised I/O, 512 to 1 MiB.
         store: where settings are kept, and where they are taken from.
         hook: a command that is run for each alert, with what it is about in the environment.
+        scheduling: whether minimums are kept, and how; watched only when None.
+        sizes: of the disks that will be added, bytes; for a model.
+        clock: a virtual one, for experiments: nothing is sampled but by :meth:`advance`.
     """
 
     def __init__(
@@ -90,13 +97,18 @@ class Domain:
         unit: int = NORMALISED_UNIT,
         store: Store | None = None,
         hook: str | None = None,
+        scheduling: Scheduling | None = None,
+        sizes: Iterable[int] = (),
+        clock: plane.Clock | None = None,
     ) -> None:
         if not 512 <= unit <= 1 << 20:
             raise InvalidArgumentError(
                 f"a normalised I/O of {unit} bytes", hint="choose 512 bytes to 1 MiB"
             )
         self.unit, self._store, self._hook = unit, store, hook
-        self._pacing = plane.Pacing(pool)
+        self._clock = clock
+        self._pacing = plane.Pacing(pool, clock)
+        self._turns = Turns(scheduling or Scheduling(), pool, unit, sizes, clock)
         self._lock = threading.RLock()
         self._change_lock = threading.Lock()
         self._disks: dict[str, _DiskState] = {}
@@ -107,6 +119,7 @@ class Domain:
         self._listeners: list[Callable[[Alert], None]] = []
         self._looked = float("-inf")
         self._sampler: threading.Thread | None = None
+        self._ticks = 0  # of a virtual clock
         self._closing = threading.Event()
         if store is not None:
             with store.believed():
@@ -115,12 +128,19 @@ class Domain:
                     self._check_name(policy)
                     self._keep(policy)
 
+    def _now(self) -> float:
+        """Seconds, of whatever clock counts."""
+        return time.monotonic() if self._clock is None else self._clock.now / 1e9
+
     # ---- disks ----
 
-    def add_disk(self, name: str, path: str, settings: Settings | None = None) -> None:
+    def add_disk(
+        self, name: str, path: str, device: plane.Device, settings: Settings | None = None
+    ) -> None:
         """A disk that is served from now on; ``settings`` count over what the file says."""
         with self._lock:
-            disk = _DiskState(os.path.abspath(path), self._pacing, self.unit)
+            path = os.path.abspath(path)
+            disk = _DiskState(path, device, self._turns, self._pacing, self.unit)
             if self._store is not None:
                 with self._store.believed():
                     kept = self._store.content["disks"].get(disk.path, {})
@@ -133,6 +153,13 @@ class Domain:
                 )
             self._disks[name] = disk
             self._apply(disk, fresh=True)
+            found = self._turns.admission(self._reserved({}, self._policies))
+            if self._turns.keeps_minimums and not found.admitted:
+                _log.warning(
+                    "QoS: minimums of %d normalised IOPS cannot be kept: the device does %.0f",
+                    found.reserved_iops,
+                    found.capacity_iops,
+                )
 
     def set_disk(self, name: str, changes: Mapping[str, Any], policy: str | None = None) -> None:
         """Changes what is wanted of a disk, live.
@@ -153,6 +180,7 @@ class Domain:
             policy_id = disk.policy_id
             if policy is not None:
                 policy_id = self.policy(policy).policy_id if policy else None
+            self._admit({disk.path: (settings, policy_id)}, self._policies)
             self._save({disk.path: (settings, policy_id)}, self._policies)
             with self._lock:
                 disk.settings, disk.policy_id = settings, policy_id
@@ -166,13 +194,47 @@ class Domain:
 
     def _wanted(self, disk: _DiskState) -> Settings:
         """What counts for a disk: its own settings and its policy's, the tighter of each."""
+        return _together(disk.settings, disk.policy_id, self._policies)
+
+    def _reserved(
+        self,
+        changed: Mapping[str, tuple[Settings, UUID | None]],
+        policies: Mapping[UUID, Policy],
+    ) -> int:
+        """The sum of minimums, normalised IOPS, as it would be with these disks and policies."""
+        total, groups = 0, set()
+        for disk in self._disks.values():
+            settings, policy_id = changed.get(disk.path, (disk.settings, disk.policy_id))
+            total += _together(settings, policy_id, policies).minimum_iops or 0
+            policy = None if policy_id is None else policies.get(policy_id)
+            if policy is not None and policy.kind is PolicyKind.AGGREGATED:
+                groups.add(policy.policy_id)
+        return total + sum(policies[each].settings.minimum_iops or 0 for each in groups)
+
+    def _admit(
+        self,
+        changed: Mapping[str, tuple[Settings, UUID | None]],
+        policies: Mapping[UUID, Policy],
+    ) -> None:
+        before = self._reserved({}, self._policies)
+        self._turns.admit(before, self._reserved(changed, policies))
+
+    def _apply_share(self, disk: _DiskState, wanted: Settings) -> None:
+        """A disk waits in its policy's share where that is aggregated, and it has no own minimum."""
+        if disk.share is None:
+            return
+        set_share(disk.share, wanted)
+        share = disk.share
         policy = None if disk.policy_id is None else self._policies.get(disk.policy_id)
-        if policy is None or policy.kind is PolicyKind.AGGREGATED:
-            return disk.settings
-        return disk.settings.within(policy.settings)
+        if policy is not None and policy.kind is PolicyKind.AGGREGATED and not wanted.minimum_iops:
+            share = self._turns.share_of(policy.policy_id, policy.settings) or share
+        assert isinstance(disk.device, plane.Scheduled)
+        disk.device.set_share(share)
 
     def _apply(self, disk: _DiskState, *, fresh: bool = False) -> None:
-        disk.limits.set(self._wanted(disk).limits(), fresh=fresh)
+        wanted = self._wanted(disk)
+        disk.limits.set(wanted.limits(), fresh=fresh)
+        self._apply_share(disk, wanted)
         group = None if disk.policy_id is None else self._groups.get(disk.policy_id)
         for flow in self._flows:
             if self._disks.get(flow.disk) is disk:
@@ -209,7 +271,9 @@ class Domain:
                     hint="make another policy",
                 )
             self._check_name(policy)
-            self._save({}, self._policies | {policy.policy_id: policy})
+            policies = self._policies | {policy.policy_id: policy}
+            self._admit({}, policies)
+            self._save({}, policies)
             with self._lock:
                 self._keep(policy)
                 self._follow(policy.policy_id)
@@ -271,12 +335,12 @@ class Domain:
 
     # ---- flows ----
 
-    def connect(self, name: str, device: plane.Device, initiator: str) -> Flow:
+    def connect(self, name: str, initiator: str) -> Flow:
         """A flow of an initiator to a disk, until :meth:`disconnect`."""
         with self._lock:
             disk = self._disk(name)
             group = None if disk.policy_id is None else self._groups.get(disk.policy_id)
-            throttle = plane.Throttle(device, self._pacing, disk.limits, group)
+            throttle = plane.Throttle(disk.device, self._pacing, disk.limits, group)
             flow = Flow(name, initiator, throttle, plane.Meter(self.unit))
             flow.meter.switch(on=self._measures())
             self._flows.append(flow)
@@ -298,10 +362,11 @@ class Domain:
         with self._lock:
             if self._closing.is_set():
                 raise ClosedError("the server is closing")
-            self._looked = time.monotonic()
+            self._looked = self._now()
             self._begin_sampling()
             return {
                 "unit": self.unit,
+                "scheduling": self._turns.describe(self._reserved({}, self._policies)),
                 "policies": [policy.as_dict() for policy in self._policies.values()],
                 "disks": [self._describe_disk(name) for name in self._disks],
                 "flows": [self._describe_flow(flow) for flow in self._flows],
@@ -351,7 +416,7 @@ class Domain:
                 self._listeners.remove(listener)
 
     def _measures(self) -> bool:
-        if time.monotonic() - self._looked < _LOOKED_SECONDS:
+        if self._now() - self._looked < _LOOKED_SECONDS:
             return True
         return any(self._wanted(disk).minimum_iops is not None for disk in self._disks.values())
 
@@ -362,6 +427,8 @@ class Domain:
             for flow in self._flows:
                 flow.history = History()
                 flow.meter.switch(on=True)
+            if self._clock is not None:
+                return
             self._sampler = threading.Thread(target=self._sample, name="vhdx-qos", daemon=True)
             self._sampler.start()
 
@@ -381,19 +448,40 @@ class Domain:
             now = time.monotonic()
             if now > due:  # the process was stopped: what was missed is not made up for
                 due = now + _TICK_SECONDS
-            with self._lock:
-                for name, disk in self._disks.items():
-                    disk.busy.append(any(f.under_way() > 0 for f in self._flows if f.disk == name))
-                if tick % _TICKS_A_SAMPLE:
-                    continue
-                self._note(now, thin=tick % (_TICKS_A_SAMPLE * 8) == 0)
-                found = self._judge(now)
-                if not self._measures():
-                    for flow in self._flows:
-                        flow.meter.switch(on=False)
-                    return
-            for alert in found:
-                self._tell(alert)
+            if not self._tick(now, tick):
+                return
+
+    def _tick(self, now: float, tick: int) -> bool:
+        """Looks who is busy, and now and then what all got; False: nobody wants to know any more."""
+        with self._lock:
+            for name, disk in self._disks.items():
+                disk.busy.append(any(f.under_way() > 0 for f in self._flows if f.disk == name))
+            if tick % _TICKS_A_SAMPLE:
+                return True
+            self._turns.sample()
+            self._note(now, thin=tick % (_TICKS_A_SAMPLE * 8) == 0)
+            found = self._judge(now)
+            goes_on = self._measures()
+            if not goes_on:
+                for flow in self._flows:
+                    flow.meter.switch(on=False)
+        for alert in found:
+            self._tell(alert)
+        return goes_on
+
+    def advance(self, seconds: float) -> None:
+        """Lets virtual time pass, with the samples and alerts that come in it.
+
+        Raises:
+            InvalidArgumentError: time is real.
+        """
+        if self._clock is None:
+            raise InvalidArgumentError("real time passes by itself")
+        end = self._clock.now + round(seconds * 1e9)
+        while self._clock.now < end:
+            self._ticks += 1
+            self._clock.advance(min(end, self._clock.now + round(_TICK_SECONDS * 1e9)))
+            self._tick(self._now(), self._ticks)
 
     def _note(self, now: float, *, thin: bool) -> None:
         """A sample of each flow and disk."""
@@ -456,6 +544,10 @@ class Domain:
         except (OSError, subprocess.SubprocessError) as error:
             _log.warning("the hook of an alert failed: %s", error)
 
+    def background(self, *, reservation: int, limit: int) -> plane.Share | None:
+        """A share for work that no flow does, normalised IOPS; None where no order is kept."""
+        return self._turns.background(reservation=reservation, limit=limit)
+
     def close(self) -> None:
         """Nothing is sampled, changed or told any more, and the file may be another server's."""
         with self._lock:
@@ -466,3 +558,13 @@ class Domain:
         with self._change_lock:
             if self._store is not None:
                 self._store.close()
+
+
+def _together(
+    settings: Settings, policy_id: UUID | None, policies: Mapping[UUID, Policy]
+) -> Settings:
+    """Settings of a disk, and of its policy where that is dedicated, the tighter of each."""
+    policy = None if policy_id is None else policies.get(policy_id)
+    if policy is None or policy.kind is PolicyKind.AGGREGATED:
+        return settings
+    return settings.within(policy.settings)

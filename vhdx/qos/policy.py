@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 from vhdx.errors import InvalidArgumentError
-from vhdx.plane import LARGEST_RATE, Limit, LimitKind
+from vhdx.plane import LARGEST_RATE, LARGEST_WEIGHT, Limit, LimitKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +40,9 @@ class Settings:
     """Limits and minimum of a disk or policy; None is none. IOPS are normalised.
 
     Attributes:
-        minimum_iops: an alert is raised where a disk that wants as much gets less.
+        minimum_iops: an alert is raised where a disk that wants as much gets less; with scheduling it
+            comes first.
+        weight: with scheduling, its part of what is left, 1 to 10,000; None is 100.
         maximum_iops, maximum_read_iops, maximum_write_iops: a second, 1 to 10**9.
         maximum_bandwidth, maximum_read_bandwidth, maximum_write_bandwidth: bytes a second.
         burst_iops: how many may pass at once, above ``maximum_iops``; 0 keeps it exact at any time.
@@ -49,6 +51,7 @@ class Settings:
     """
 
     minimum_iops: int | None = None
+    weight: int | None = None
     maximum_iops: int | None = None
     maximum_read_iops: int | None = None
     maximum_write_iops: int | None = None
@@ -120,7 +123,10 @@ class Settings:
         rate = base.credit_rate_iops
         if rate is not None and tighter["maximum_iops"] is not None:
             rate = max(rate, tighter["maximum_iops"])
-        return Settings(minimum_iops=minimum, **tighter, **saving, credit_rate_iops=rate)
+        weight = other.weight if self.weight is None else self.weight
+        return Settings(
+            minimum_iops=minimum, weight=weight, **tighter, **saving, credit_rate_iops=rate
+        )
 
     def changed(self, changes: Mapping[str, Any]) -> Settings:
         """With some of them changed.
@@ -142,6 +148,8 @@ class Settings:
 
 
 def _most(name: str) -> int:
+    if name == "weight":
+        return LARGEST_WEIGHT
     return LARGEST_RATE if name.endswith("bandwidth") else LARGEST_IOPS
 
 

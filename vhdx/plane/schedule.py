@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: MIT
+"""Disks as slow as models say, turns at a shared device, and clients for experiments.
+
+The faces of ``csrc/model.h``, ``delay.h``, ``schedule.h`` and ``load.h``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import random
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, NamedTuple
+
+from vhdx.errors import HostIOError, InvalidArgumentError, Reason
+from vhdx.plane import check
+from vhdx.plane._native import ffi, lib
+from vhdx.plane.device import Device, Operation
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+    from vhdx.plane.device import Pool
+    from vhdx.plane.pacing import Clock, Meter
+
+__all__ = [
+    "DEEPEST",
+    "LARGEST_WEIGHT",
+    "Delay",
+    "Load",
+    "Model",
+    "ModelKind",
+    "Scheduled",
+    "Scheduler",
+    "SchedulerFacts",
+    "Share",
+    "ShareFacts",
+]
+
+DEEPEST = 256
+"""Requests that a scheduler may let through at a time."""
+
+LARGEST_WEIGHT = 10_000
+_LARGEST_CAPACITY = 1 << 60
+_CALIBRATION = 2000
+
+
+def _made(handle: Any) -> Any:
+    if handle == ffi.NULL:
+        raise HostIOError("the host is out of memory", reason=Reason.NO_MEMORY)
+    return handle
+
+
+def _clock_of(pool: Pool, clock: Clock | None) -> Any:
+    return lib.vx_pool_clock(pool.handle) if clock is None else clock.handle
+
+
+class ModelKind(IntEnum):
+    """What is modelled; the values are those of ``vx_model_kind``."""
+
+    HDD = 0
+    SSD = 1
+    NVME = 2
+
+
+class Model:
+    """How long a disk would take; ``csrc/model.h`` says how that is reckoned, and where from.
+
+    Args:
+        kind: of disk.
+        capacity: bytes, from 1 MiB; places beyond wrap.
+        write_cache: writes are done when they are in the disk's memory.
+    """
+
+    def __init__(self, kind: ModelKind, capacity: int, *, write_cache: bool = False) -> None:
+        if not 1 << 20 <= capacity <= _LARGEST_CAPACITY:
+            raise InvalidArgumentError(
+                f"a disk of {capacity} bytes cannot be modelled", hint="choose 1 MiB or more"
+            )
+        self.kind, self.capacity, self.write_cache = kind, capacity, write_cache
+        self.handle = ffi.gc(
+            _made(lib.vx_model_create(kind, capacity, write_cache)), lib.vx_model_destroy
+        )
+
+    def serve(self, operation: Operation, offset: int, length: int, now: int) -> int:
+        """When a request that arrives at ``now`` is done; both nanoseconds of the caller's clock."""
+        return int(lib.vx_model_serve(self.handle, operation, offset, length, now))
+
+    def capacity_iops(self, depth: int, length: int = 8192) -> float:
+        """Random reads of ``length`` bytes a second, with ``depth`` always under way."""
+        copy = Model(self.kind, self.capacity, write_cache=self.write_cache)
+        chosen = random.Random(1)  # noqa: S311
+        places = max(1, self.capacity // length)
+        ends = [0] * depth
+        for _ in range(_CALIBRATION):
+            place = chosen.randrange(places) * length
+            done = copy.serve(Operation.READ, place, length, ends[0])
+            heapq.heapreplace(ends, done)
+        return _CALIBRATION / (max(ends) / 1e9)
+
+
+class Delay(Device):
+    """A device that answers when its model says so, and does the I/O at once.
+
+    Args:
+        lower: does the I/O.
+        model: several may share one.
+        pool: whose clock counts when ``clock`` is None.
+        base: where this disk begins on the model, bytes.
+        clock: a virtual one; then nobody waits but who drives it.
+    """
+
+    def __init__(
+        self, lower: Device, model: Model, pool: Pool, *, base: int = 0, clock: Clock | None = None
+    ) -> None:
+        handle = lib.vx_delay_create(
+            lower.handle, model.handle, _clock_of(pool, clock), base, check.new_identity()
+        )
+        super().__init__(handle, lower.path)
+        self._keep = (lower, model, pool, clock)
+
+
+class SchedulerFacts(NamedTuple):
+    """What a scheduler did: time and units while somebody had to wait, and what there is now."""
+
+    contended_ns: int
+    contended_units: int
+    waiting: int
+    below: int
+
+
+class Scheduler:
+    """Lets ``depth`` requests through to a device at a time, in an order that keeps what is reserved.
+
+    Args:
+        pool: runs what may block; its clock counts when ``clock`` is None.
+        unit: bytes of a normalised unit.
+        depth: 1 to DEEPEST.
+        model: of the device, for the cost that weights share; normalised units without it.
+        clock: a virtual one.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        unit: int,
+        depth: int,
+        *,
+        model: Model | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        if not 1 <= depth <= DEEPEST:
+            raise InvalidArgumentError(f"{depth} requests at a time", hint=f"choose 1 to {DEEPEST}")
+        self.depth = depth
+        handle = lib.vx_scheduler_create(
+            _clock_of(pool, clock),
+            pool.handle,
+            unit,
+            depth,
+            ffi.NULL if model is None else model.handle,
+        )
+        self.handle = ffi.gc(_made(handle), lib.vx_scheduler_release)
+        self._keep = (pool, model, clock)
+
+    def read(self) -> SchedulerFacts:
+        """Since it was made; not after its pool was closed."""
+        facts = ffi.new("uint64_t[4]")
+        lib.vx_scheduler_read(self.handle, facts)
+        return SchedulerFacts(*facts)
+
+
+class ShareFacts(NamedTuple):
+    """What a share got, and what waits in it now."""
+
+    requests: int
+    units: int
+    reserved_units: int
+    waiting: int
+    waiting_units: int
+    waited_ns: int
+    below: int
+
+
+class Share:
+    """A client of a scheduler: a disk, a group of disks, or work in the background."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.handle = _made(lib.vx_share_create(scheduler.handle))  # freed with the scheduler
+        self._keep = scheduler
+
+    def set(self, *, reservation: int = 0, limit: int = 0, weight: int = 100) -> None:
+        """What it gets from now on.
+
+        Args:
+            reservation: units a second that come first; 0 is none.
+            limit: units a second at most, reservation included; 0 is none.
+            weight: its part of the rest, 1 to LARGEST_WEIGHT.
+        """
+        if not 1 <= weight <= LARGEST_WEIGHT or min(reservation, limit) < 0:
+            raise InvalidArgumentError(
+                f"a share of weight {weight}, {reservation} to {limit} units a second",
+                hint=f"choose a weight from 1 to {LARGEST_WEIGHT}, and units from 0",
+            )
+        lib.vx_share_set(self.handle, reservation, limit, weight)
+
+    def read(self) -> ShareFacts:
+        """Since it was made."""
+        facts = ffi.new("uint64_t[7]")
+        lib.vx_share_read(self.handle, facts)
+        return ShareFacts(*facts)
+
+    @contextlib.contextmanager
+    def turn(self, size: int) -> Iterator[None]:
+        """Waits until work that does its own I/O may do ``size`` bytes of it, at most 256 KiB."""
+        taken = lib.vx_share_take_turn(self.handle, size)
+        try:
+            yield
+        finally:
+            lib.vx_turn_end(taken)
+
+
+class Scheduled(Device):
+    """A disk whose requests wait for their turn in a share."""
+
+    def __init__(self, lower: Device, share: Share) -> None:
+        handle = lib.vx_schedule_create(lower.handle, share.handle, check.new_identity())
+        super().__init__(handle, lower.path)
+        self._keep = (lower, share)
+
+    def set_share(self, share: Share) -> None:
+        """Which share its requests wait in from now on; one of the same scheduler."""
+        lib.vx_schedule_set_share(self.handle, share.handle)
+
+
+@dataclass(frozen=True)
+class _Counts:
+    answered: int
+    failed: int
+    under_way: int
+
+
+class Load:
+    """A client that keeps ``depth`` requests under way, for experiments and benchmarks.
+
+    Args:
+        device: what it asks; with a virtual clock it must take time (a :class:`Delay` below).
+        pool: whose clock counts when ``clock`` is None, and whose threads do what may block.
+        length: bytes of a request, up to 32 MiB.
+        depth: 1 to 1024, of 256 MiB in all.
+        span: bytes from the beginning in which it works; all when None.
+        write_percent: of the requests.
+        in_a_row: one behind the other, else at random.
+        seed: of what is random.
+        meter: counts what it gets.
+        clock: a virtual one; :meth:`Clock.advance` runs it then.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        pool: Pool,
+        *,
+        length: int,
+        depth: int,
+        span: int | None = None,
+        write_percent: int = 0,
+        in_a_row: bool = False,
+        seed: int = 1,
+        meter: Meter | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        terms = ffi.new("vx_load_terms *")
+        terms.span = device.size if span is None else span
+        terms.length, terms.depth, terms.seed = length, depth, seed
+        terms.write_percent, terms.in_a_row = write_percent, in_a_row
+        handle = lib.vx_load_create(
+            device.handle, _clock_of(pool, clock), pool.handle,
+            ffi.NULL if meter is None else meter.handle, terms,
+        )  # fmt: skip
+        if handle == ffi.NULL:
+            raise InvalidArgumentError(
+                f"{depth} requests of {length} bytes in {terms.span}", hint="see vhdx.plane.Load"
+            )
+        self.handle = ffi.gc(handle, lib.vx_load_destroy)
+        self._keep = (device, pool, meter, clock)
+
+    def start(self) -> None:
+        """Sends the first requests."""
+        lib.vx_load_start(self.handle)
+
+    def stop(self) -> None:
+        """Sends no more, and waits for those under way; a virtual clock has to be advanced then."""
+        lib.vx_load_stop(self.handle)
+
+    def read(self) -> _Counts:
+        """Requests answered so far, those of them that failed, and those under way."""
+        facts = ffi.new("uint64_t[3]")
+        lib.vx_load_read(self.handle, facts)
+        return _Counts(*facts)

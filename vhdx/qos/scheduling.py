@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""Turns of the disks of a server at the device that they share, and what it can carry.
+
+With scheduling, minimums are kept and not only watched: a disk, or an aggregated policy, has a share
+of the device, and dmclock gives it its minimum first. That can be kept only where the sum of minimums
+is less than what the device does; a tenth is left for what nobody has reserved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vhdx import plane
+from vhdx.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from uuid import UUID
+
+    from vhdx.qos.policy import Settings
+
+__all__ = ["Admission", "Scheduling", "Turns"]
+
+DEFAULT_WEIGHT = 100
+_USABLE = 0.9
+_LEAST_CONTENDED_NS = 100_000_000
+_REMEMBERED = 60  # samples of contended time
+
+
+@dataclass(frozen=True)
+class Scheduling:
+    """How the disks of a server share their device.
+
+    Attributes:
+        keep_minimums: dmclock chooses whose turn it is; else minimums are watched only, as in Windows
+            Server 2012 R2.
+        depth: requests that are let through at a time, 1 to 256. A request waits for those before
+            it, so a deep one gives a hard disk more to choose from, and minimums more to wait for.
+        capacity_iops: normalised IOPS that the device does; what the model does, or is seen, when
+            None.
+        model: the disks are as slow as such a device.
+    """
+
+    keep_minimums: bool = False
+    depth: int = 8
+    capacity_iops: int | None = None
+    model: plane.ModelKind | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.depth <= plane.DEEPEST:
+            raise InvalidArgumentError(
+                f"{self.depth} requests at a time", hint=f"choose 1 to {plane.DEEPEST}"
+            )
+        if self.capacity_iops is not None and self.capacity_iops < 1:
+            raise InvalidArgumentError(
+                f"a capacity of {self.capacity_iops} IOPS", hint="choose 1 or more"
+            )
+
+
+@dataclass(frozen=True)
+class Admission:
+    """Whether the device can carry what is reserved.
+
+    Attributes:
+        capacity_iops: of the device, normalised; None while it is not known.
+        measured: it was seen, and not given or modelled.
+        reserved_iops: the sum of minimums.
+        admitted: it is at most nine tenths of the capacity, as far as that is known.
+    """
+
+    capacity_iops: float | None
+    measured: bool
+    reserved_iops: int
+    admitted: bool
+
+
+class Turns:
+    """The scheduler, the model and the shares of one server.
+
+    Not for several threads at once, but for :meth:`sample`.
+    """
+
+    def __init__(
+        self,
+        scheduling: Scheduling,
+        pool: plane.Pool,
+        unit: int,
+        sizes: Iterable[int],
+        clock: plane.Clock | None,
+    ) -> None:
+        self._pool, self._clock = pool, clock
+        self._model: plane.Model | None = None
+        self._scheduler: plane.Scheduler | None = None
+        self._base = 0
+        self._groups: dict[UUID, plane.Share] = {}
+        self._last = (0, 0)
+        self._seen: list[tuple[int, int]] = []
+        self._capacity: float | None = scheduling.capacity_iops
+        if scheduling.model is not None:
+            self._model = plane.Model(scheduling.model, max(1 << 20, sum(sizes)))
+            if self._capacity is None:
+                self._capacity = self._model.capacity_iops(scheduling.depth, unit)
+        if scheduling.keep_minimums:
+            self._scheduler = plane.Scheduler(
+                pool, unit, scheduling.depth, model=self._model, clock=clock
+            )
+
+    @property
+    def keeps_minimums(self) -> bool:
+        """Whether there is a scheduler."""
+        return self._scheduler is not None
+
+    def attach(self, device: plane.Device) -> tuple[plane.Device, plane.Share | None]:
+        """Puts a disk on the shared device: what its flows go to, and its share."""
+        if self._model is not None:
+            size = device.size
+            device = plane.Delay(device, self._model, self._pool, base=self._base, clock=self._clock)
+            self._base += size
+        if self._scheduler is None:
+            return device, None
+        share = plane.Share(self._scheduler)
+        return plane.Scheduled(device, share), share
+
+    def share_of(self, policy_id: UUID, settings: Settings) -> plane.Share | None:
+        """The share of an aggregated policy, as its settings want it now."""
+        if self._scheduler is None:
+            return None
+        share = self._groups.get(policy_id)
+        if share is None:  # kept for good: requests may wait in it
+            share = self._groups[policy_id] = plane.Share(self._scheduler)
+        set_share(share, settings)
+        return share
+
+    def background(self, *, reservation: int, limit: int) -> plane.Share | None:
+        """A share for work in the background, normalised IOPS; None where nobody keeps order."""
+        if self._scheduler is None:
+            return None
+        share = plane.Share(self._scheduler)
+        share.set(reservation=reservation, limit=limit, weight=1)
+        return share
+
+    # ---- what the device can carry ----
+
+    def sample(self) -> None:
+        """Looks how much was done while somebody had to wait."""
+        if self._scheduler is None:
+            return
+        facts = self._scheduler.read()
+        ns = facts.contended_ns - self._last[0]
+        if ns >= _LEAST_CONTENDED_NS:
+            self._seen = [*self._seen[1 - _REMEMBERED :], (ns, facts.contended_units - self._last[1])]
+            self._last = facts.contended_ns, facts.contended_units
+
+    def admission(self, reserved: int) -> Admission:
+        """Whether so many normalised IOPS can be kept."""
+        capacity, measured = self._capacity, False
+        if capacity is None and self._seen:
+            capacity, measured = (
+                sum(u for _, u in self._seen) * 1e9 / sum(n for n, _ in self._seen),
+                True,
+            )
+        return Admission(
+            capacity, measured, reserved, capacity is None or reserved <= _USABLE * capacity
+        )
+
+    def admit(self, before: int, after: int) -> None:
+        """Refuses a change of the sum of minimums that a known capacity cannot carry.
+
+        Raises:
+            InvalidArgumentError: with the figures.
+        """
+        found = self.admission(after)
+        if self._scheduler is None or found.admitted or found.measured or after <= before:
+            return
+        raise InvalidArgumentError(
+            f"minimums of {after} normalised IOPS in all cannot be kept: the device does "
+            f"{found.capacity_iops:.0f}, of which {_USABLE:.0%} can be reserved",
+            hint="lower a minimum",
+        )
+
+    def describe(self, reserved: int) -> dict[str, Any]:
+        """For JSON."""
+        found = self.admission(reserved)
+        facts = None if self._scheduler is None else self._scheduler.read()
+        return {
+            "keeps_minimums": self.keeps_minimums,
+            "depth": None if self._scheduler is None else self._scheduler.depth,
+            "model": None if self._model is None else self._model.kind.name.lower(),
+            "capacity_iops": found.capacity_iops,
+            "capacity_measured": found.measured,
+            "reserved_iops": reserved,
+            "admitted": found.admitted,
+            "waiting": 0 if facts is None else facts.waiting,
+            "below": 0 if facts is None else facts.below,
+        }
+
+
+def set_share(share: plane.Share, settings: Settings) -> None:
+    """Gives a share what settings want."""
+    weight = DEFAULT_WEIGHT if settings.weight is None else settings.weight
+    share.set(reservation=settings.minimum_iops or 0, weight=weight)
