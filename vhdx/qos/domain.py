@@ -119,6 +119,7 @@ class Domain:
         self._listeners: list[Callable[[Alert], None]] = []
         self._looked = float("-inf")
         self._sampler: threading.Thread | None = None
+        self._sampling = False
         self._ticks = 0  # of a virtual clock
         self._closing = threading.Event()
         if store is not None:
@@ -421,12 +422,13 @@ class Domain:
         return any(self._wanted(disk).minimum_iops is not None for disk in self._disks.values())
 
     def _begin_sampling(self) -> None:
-        if self._sampler is None and self._measures() and not self._closing.is_set():
+        if not self._sampling and self._measures() and not self._closing.is_set():
             for disk in self._disks.values():
                 disk.history = History()  # nothing is known of the time in between
             for flow in self._flows:
                 flow.history = History()
                 flow.meter.switch(on=True)
+            self._sampling = True
             if self._clock is not None:
                 return
             self._sampler = threading.Thread(target=self._sample, name="vhdx-qos", daemon=True)
@@ -437,7 +439,7 @@ class Domain:
             self._sample_on()
         finally:
             with self._lock:
-                self._sampler = None
+                self._sampler, self._sampling = None, False
 
     def _sample_on(self) -> None:
         tick = 0
@@ -481,7 +483,8 @@ class Domain:
         while self._clock.now < end:
             self._ticks += 1
             self._clock.advance(min(end, self._clock.now + round(_TICK_SECONDS * 1e9)))
-            self._tick(self._now(), self._ticks)
+            if not self._tick(self._now(), self._ticks):
+                self._sampling = False
 
     def _note(self, now: float, *, thin: bool) -> None:
         """A sample of each flow and disk."""

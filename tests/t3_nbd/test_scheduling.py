@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: MIT
+"""Minimums that are kept: on a modelled disk in virtual time, and through NBD.
+
+The arithmetic is tested against water filling in tests/c/test_schedule.c; here a server's QoS as a
+whole, with its figures and alerts.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import vhdx
+from tests.t3_nbd.client import Client
+from vhdx import plane
+from vhdx.errors import InvalidArgumentError
+from vhdx.plane import ModelKind
+from vhdx.qos import Domain, Policy, PolicyKind, Scheduling, Settings
+from vhdx.units import MIB
+
+GREEDY = 7
+HDD_40 = Settings(minimum_iops=40)
+
+
+class Experiment:
+    """Clients of disks on one modelled device, in virtual time."""
+
+    def __init__(self, pool: plane.Pool, scheduling: Scheduling, wanted: dict[str, Settings]) -> None:
+        self.clock, self.pool = plane.Clock(), pool
+        self.clock.advance(10**12)
+        sizes = [16 * MIB] * len(wanted)
+        self.domain = Domain(pool, scheduling=scheduling, sizes=sizes, clock=self.clock)
+        for name, settings in wanted.items():
+            self.domain.add_disk(name, f"/{name}", plane.Memory(16 * MIB), settings)
+        self.loads: dict[str, plane.Load] = {}
+
+    def begin(self, name: str, *, length: int = 8192, depth: int = 16) -> None:
+        flow = self.domain.connect(name, f"client of {name}")
+        load = plane.Load(
+            flow.throttle, self.pool, length=length, depth=depth, seed=len(self.loads) + 1,
+            meter=flow.meter, clock=self.clock,
+        )  # fmt: skip
+        flow.under_way = lambda: load.read().under_way
+        self.loads[name] = load
+        load.start()
+
+    def iops(self, name: str, window: str = "300") -> float:
+        for disk in self.domain.describe()["disks"]:
+            if disk["disk"] == name:
+                return disk["windows"][window]["normalized_iops"]
+        raise AssertionError(name)
+
+    def status(self, name: str) -> str:
+        return next(d["status"] for d in self.domain.describe()["disks"] if d["disk"] == name)
+
+    def alerts(self) -> list:
+        with self.domain.listening(lambda _: None) as before:
+            return before
+
+    def end(self) -> None:
+        for load in self.loads.values():
+            load.stop()
+        self.clock.advance(self.clock.now + 10**14)
+        assert all(load.read().under_way == 0 for load in self.loads.values())
+        assert not any(load.read().failed for load in self.loads.values())
+        self.domain.close()
+
+
+@pytest.fixture
+def pool():
+    pool = plane.Pool(2)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture
+def experiment(pool):
+    made = []
+
+    def make(scheduling, wanted):
+        made.append(Experiment(pool, scheduling, wanted))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+def noisy(experiment, *, keep):
+    """One disk that is to get 40, and seven that take what they can."""
+    wanted = {"quiet": HDD_40} | {f"greedy{n}": Settings() for n in range(GREEDY)}
+    made = experiment(Scheduling(keep_minimums=keep, model=ModelKind.HDD), wanted)
+    made.domain.describe()
+    for n in range(GREEDY):
+        made.begin(f"greedy{n}", length=(8192, 65536, 262144)[n % 3], depth=32)
+    made.begin("quiet", depth=4)
+    return made
+
+
+@pytest.mark.parametrize("minutes", [2, pytest.param(60, marks=pytest.mark.soak)])
+def test_a_minimum_is_kept_and_the_alert_stays_silent(experiment, minutes):
+    made = noisy(experiment, keep=True)
+    made.domain.advance(5)
+    for _ in range(minutes):
+        made.domain.advance(60)
+        assert made.iops("quiet", "60") >= 0.98 * 40
+    assert made.alerts() == []
+    assert made.status("quiet") == "Ok"
+    assert min(made.iops(f"greedy{n}", "60") for n in range(GREEDY)) > 1
+
+
+def test_without_scheduling_the_alert_comes_and_goes(experiment):
+    made = noisy(experiment, keep=False)
+    began = made.clock.now
+    while not made.alerts():
+        made.domain.advance(0.05)
+        assert made.clock.now - began < 60e9
+    assert made.clock.now - began <= 2e9
+    (alert,) = made.alerts()
+    assert (alert.disk, alert.begins, len(alert.takers)) == ("quiet", True, 3)
+    assert made.status("quiet") == "InsufficientThroughput"
+    for n in range(GREEDY):
+        made.loads[f"greedy{n}"].stop()
+    # What they have under way has to end first: 32 requests each of up to 256 KiB.
+    while any(made.loads[f"greedy{n}"].read().under_way for n in range(GREEDY)):
+        made.domain.advance(0.05)
+    quiet = made.clock.now
+    while len(made.alerts()) < 2:
+        made.domain.advance(0.05)
+        assert made.clock.now - quiet < 60e9
+    assert made.clock.now - quiet <= 5e9
+    assert not made.alerts()[1].begins
+
+
+def test_weights_and_groups(experiment):
+    weights = {"a": 100, "b": 300, "c": None, "d": None}
+    wanted = {name: Settings(weight=weight) for name, weight in weights.items()}
+    made = experiment(Scheduling(keep_minimums=True, model=ModelKind.SSD, depth=16), wanted)
+    made.domain.set_policy(Policy("group", PolicyKind.AGGREGATED, Settings(weight=200)))
+    for name in "cd":
+        made.domain.set_disk(name, {}, "group")
+    made.domain.describe()
+    for name in "abcd":
+        made.begin(name, depth=64)
+    made.domain.advance(20)
+    got = {name: made.iops(name, "1") for name in "abcd"}
+    together = got["c"] + got["d"]
+    assert got["b"] / got["a"] == pytest.approx(3, rel=0.02)
+    assert together / got["a"] == pytest.approx(2, rel=0.02)
+    assert got["c"] / got["d"] == pytest.approx(1, rel=0.05)
+    made.domain.set_disk("a", {"weight": 600}, None)  # live
+    made.domain.advance(20)
+    assert made.iops("a", "1") / made.iops("b", "1") == pytest.approx(2, rel=0.02)
+
+
+def test_what_the_device_cannot_carry_is_refused(experiment):
+    made = experiment(
+        Scheduling(keep_minimums=True, capacity_iops=1000),
+        {"a": Settings(minimum_iops=500), "b": Settings()},
+    )
+    made.domain.set_disk("b", {"minimum_iops": 400})
+    with pytest.raises(InvalidArgumentError, match=r"901 normalised IOPS.*does 1000, of which 90%"):
+        made.domain.set_disk("b", {"minimum_iops": 401})
+    group = Policy("g", PolicyKind.AGGREGATED, Settings(minimum_iops=9))
+    made.domain.set_policy(group)  # of no disk yet
+    with pytest.raises(InvalidArgumentError, match="cannot be kept"):
+        made.domain.set_disk("a", {"minimum_iops": 495}, "g")
+    assert made.domain.describe()["scheduling"]["reserved_iops"] == 900
+    made.domain.set_disk("a", {"minimum_iops": 300}, "g")
+    made.domain.set_disk("a", {"minimum_iops": None})
+    bigger = Policy("g", PolicyKind.AGGREGATED, Settings(minimum_iops=501), group.policy_id)
+    with pytest.raises(InvalidArgumentError, match="cannot be kept"):
+        made.domain.set_policy(bigger)
+    said = made.domain.describe()["scheduling"]
+    assert (said["reserved_iops"], said["admitted"], said["capacity_measured"]) == (409, True, False)
+
+
+def test_what_stands_in_a_file_is_flagged(experiment, caplog):
+    wanted = {"a": Settings(minimum_iops=500), "b": Settings(minimum_iops=700)}
+    made = experiment(Scheduling(keep_minimums=True, capacity_iops=1000), wanted)
+    assert "1200 normalised IOPS cannot be kept" in caplog.text
+    assert not made.domain.describe()["scheduling"]["admitted"]
+    made.domain.set_disk("a", {"minimum_iops": 400})  # better than before
+
+
+def test_capacity_is_seen(experiment):
+    made = experiment(Scheduling(keep_minimums=True, depth=8), {"a": Settings(), "b": Settings()})
+    assert made.domain.describe()["scheduling"]["capacity_iops"] is None
+    model = plane.Model(ModelKind.SSD, 32 * MIB)
+    for disk in made.domain._disks.values():
+        lower = plane.Delay(plane.Memory(16 * MIB), model, made.pool, clock=made.clock)
+        disk.device = plane.Scheduled(lower, disk.share)
+    for name in "ab":
+        made.begin(name, depth=32)
+    made.domain.advance(3)
+    said = made.domain.describe()["scheduling"]
+    assert said["capacity_measured"]
+    assert said["capacity_iops"] == pytest.approx(model.capacity_iops(8), rel=0.1)
+
+
+def test_models_by_their_figures():
+    hdd = plane.Model(ModelKind.HDD, 1 << 40)
+    assert 75 < hdd.capacity_iops(1) < 82
+    assert 1.9 < hdd.capacity_iops(32) / hdd.capacity_iops(1) < 2.1
+    assert 12_000 < plane.Model(ModelKind.SSD, 1 << 40).capacity_iops(1) < 12_600
+    assert plane.Model(ModelKind.NVME, 1 << 40).capacity_iops(64) > 150_000
+    with pytest.raises(InvalidArgumentError):
+        plane.Model(ModelKind.HDD, 1000)
+
+
+# ---- served ----
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("model", [None, ModelKind.NVME])
+def test_scheduled_disks_lose_nothing(fast_path, keep, model):
+    names = ("a", "b", "c")
+    for name in names:
+        vhdx.create(fast_path / f"{name}.vhdx", 64 * MIB, block_size=MIB)
+    failures: list[BaseException] = []
+    scheduling = Scheduling(keep_minimums=keep, depth=3, model=model)
+    wanted = {name: Settings(minimum_iops=50, weight=1 + n) for n, name in enumerate(names)}
+    sources = {name: fast_path / f"{name}.vhdx" for name in names}
+    with vhdx.serve(sources, qos=wanted, scheduling=scheduling) as server:
+
+        def client(name: str, at: int, fill: int) -> None:
+            try:
+                peer = Client(server.socket_path, name)
+                assert peer.ask(1, offset=at, payload=bytes([fill]) * (2 * MIB))[0] == 0
+                assert peer.ask(6, offset=at + MIB, length=4096)[0] == 0
+                assert peer.ask(3)[0] == 0
+                expected = bytearray([fill]) * (2 * MIB)
+                expected[MIB : MIB + 4096] = bytes(4096)
+                assert peer.read(at, 2 * MIB) == expected
+                peer.close()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [
+            threading.Thread(target=client, args=(name, 4 * MIB * n, 1 + n))
+            for name in names
+            for n in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failures == []
+    for name in names:
+        with vhdx.open(sources[name]) as disk:
+            for n in range(4):
+                assert disk.pread(MIB, 4 * MIB * n) == bytes([1 + n]) * MIB
+        assert vhdx.check(sources[name]).findings == []
