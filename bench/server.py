@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Our server with a pure-Python thread that never waits: python -m bench.server PATH --listen URI."""
+"""Our server as benchmarks want it: python -m bench.server [--no-throttle] PATH --listen URI.
+
+With a pure-Python thread that never waits, or, with ``--no-throttle``, without that and with no
+throttle between connections and disks.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ import sys
 import threading
 
 import vhdx
+from vhdx import plane
+from vhdx.plane._native import lib
 
 
 def _spin() -> None:
@@ -16,12 +22,30 @@ def _spin() -> None:
         n += 1
 
 
+class _NoThrottle(plane.Device):
+    """The disk itself, where a throttle would be."""
+
+    def __init__(self, lower: plane.Device, *_: object) -> None:
+        super().__init__(lib.vx_device_reference(lower.handle), lower.path)
+
+    def set_group(self, _: object) -> None:
+        """Nothing is limited."""
+
+    def waiting(self) -> tuple[int, int]:
+        """Nothing waits."""
+        return 0, 0
+
+
 def main() -> None:
-    path, _, uri = sys.argv[1:]
+    *options, path, _, uri = sys.argv[1:]
+    bare = options == ["--no-throttle"]
+    if bare:
+        plane.Throttle = _NoThrottle  # type: ignore[assignment, misc]
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with vhdx.serve({"": path}, listen=uri):
-        threading.Thread(target=_spin, daemon=True).start()
+        if not bare:
+            threading.Thread(target=_spin, daemon=True).start()
         while not stop.wait(0.1):  # the signal may have gone to another thread
             pass
 

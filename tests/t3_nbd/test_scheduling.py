@@ -252,3 +252,23 @@ def test_scheduled_disks_lose_nothing(fast_path, keep, model):
             for n in range(4):
                 assert disk.pread(MIB, 4 * MIB * n) == bytes([1 + n]) * MIB
         assert vhdx.check(sources[name]).findings == []
+
+
+def test_a_compaction_takes_turns(fast_path):
+    image = fast_path / "disk.vhdx"
+    vhdx.create(image, 64 * MIB, block_size=MIB)
+    with vhdx.open(image, "r+") as disk:
+        for n in range(16):
+            disk.pwrite(bytes([n]) * MIB, n * MIB)
+    with vhdx.control.serve(
+        {"disk": image}, scheduling=Scheduling(keep_minimums=True, depth=2)
+    ) as server:
+        client = Client(server.socket_path)
+        for n in range(8):
+            assert client.ask(4, offset=n * MIB, length=MIB)[0] == 0
+        taken = server.qos._turns._background.read().units
+        assert vhdx.compact(image).won >= 8 * MIB
+        moved = server.qos._turns._background.read().units - taken
+        assert moved >= 8 * MIB // 8192
+        assert client.read(15 * MIB, MIB) == bytes([15]) * MIB
+        client.close()

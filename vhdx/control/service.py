@@ -238,7 +238,7 @@ class Control:
             return web.json_response({"error": wire.object_of(error)})
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
-        stream = _Stream(request, response, self._loop)
+        stream = _Stream(request, response, self._loop, self._server.qos.pace)
         with self._lock:
             refused = self._closing
             if not refused:
@@ -294,9 +294,14 @@ class _Stream:
     """The answer to one operation; its thread sends lines through the event loop."""
 
     def __init__(
-        self, request: web.Request, response: web.StreamResponse, loop: asyncio.AbstractEventLoop
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        loop: asyncio.AbstractEventLoop,
+        pace: Callable[[int], None],
     ) -> None:
         self._request, self._response, self._loop = request, response, loop
+        self.pace = pace
         self._next_progress = 0.0
         self._underway: Future[None] | None = None
         self.cancelled = threading.Event()
@@ -391,7 +396,7 @@ def _resize(stream: _Stream, disk: Disk, body: dict[str, Any]) -> None:
 
 def _compact(stream: _Stream, disk: Disk, body: dict[str, Any]) -> Any:
     del body
-    done = disk.compact(progress=stream.progress, cancel=stream.cancelled.is_set)
+    done = disk.compact(progress=stream.progress, cancel=stream.cancelled.is_set, pace=stream.pace)
     return done.as_dict()
 
 

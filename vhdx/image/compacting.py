@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vhdx.image.layout import Progress
 
     Cancel = Callable[[], bool]
+    Pace = Callable[[int], None]
 
 __all__ = ["Compacted", "compact"]
 
@@ -68,7 +69,11 @@ class Compacted:
 
 
 def compact(
-    engine: Engine, switch: plane.Switch, progress: Progress | None, cancel: Cancel | None
+    engine: Engine,
+    switch: plane.Switch,
+    progress: Progress | None,
+    cancel: Cancel | None,
+    pace: Pace | None,
 ) -> Compacted:
     """Compacts the image of ``engine``, which ``switch`` leads to.
 
@@ -78,7 +83,7 @@ def compact(
     """
     if engine.host.read_only:
         raise ReadOnlyError("it is open for reading only", path=engine.host.path)
-    work = _Compaction(engine, switch, progress, cancel)
+    work = _Compaction(engine, switch, progress, cancel, pace)
     done = Compacted(engine.host.leaf.size, allocated_before=engine.host.allocated())
     engine.map.flush()
     parameters = engine.structure.parameters
@@ -101,11 +106,12 @@ class _Compaction:
         switch: plane.Switch,
         progress: Progress | None,
         cancel: Cancel | None,
+        pace: Pace | None,
     ) -> None:
         self._engine, self._switch = engine, switch
         self._leaf, self._map = engine.host.leaf, engine.map
         self._block = engine.structure.geometry.block_size
-        self._progress, self._cancel = progress, cancel
+        self._progress, self._cancel, self._pace = progress, cancel, pace
         self._total = 1
         self._buffer = bytearray(min(_PIECE, self._block))
 
@@ -114,7 +120,8 @@ class _Compaction:
         if self._progress is not None:
             self._progress(self._total, self._total)
 
-    def _step(self, done: int, total: int) -> None:
+    def _step(self, done: int, total: int, size: int) -> None:
+        """Between blocks, with no lock held: about ``size`` bytes of I/O follow."""
         self._total = total
         if self._cancel is not None and self._cancel():
             raise VhdxError(
@@ -122,6 +129,8 @@ class _Compaction:
             )
         if self._progress is not None:
             self._progress(done, total)
+        if self._pace is not None:
+            self._pace(size)
 
     def _loaded(self) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]]:
         """Pages and entries of blocks with a place, some at a time."""
@@ -148,7 +157,7 @@ class _Compaction:
             ):
                 if kind == plane.Kind.DATA and self._is_zero(offset):
                     found += self._give_up(page, entry, offset)
-                self._step(page * self._block, 2 * total)
+                self._step(page * self._block, 2 * total, _PROBE)
         return found
 
     def _is_zero(self, offset: int) -> bool:
@@ -188,7 +197,7 @@ class _Compaction:
         )
         moved = 0
         for number, (offset, page) in enumerate(where):
-            self._step(len(where) + number, 2 * len(where))
+            self._step(len(where) + number, 2 * len(where), self._block)
             with self._engine.structure_lock:
                 target = self._engine.take_place_before(offset)
                 if target is None:

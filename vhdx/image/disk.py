@@ -103,7 +103,12 @@ class Format(Protocol):
     def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
         """Keeps the disk as it is now under another name, and goes on in a child."""
 
-    def compact(self, progress: Progress | None, cancel: Callable[[], bool] | None) -> Compacted:
+    def compact(
+        self,
+        progress: Progress | None,
+        cancel: Callable[[], bool] | None,
+        pace: Callable[[int], None] | None,
+    ) -> Compacted:
         """Gives space back to the host."""
 
     def chain(self) -> list[dict[str, Any]]:
@@ -324,7 +329,11 @@ class Disk:
         return self._image.snapshot(checkpoint)
 
     def compact(
-        self, *, progress: Progress | None = None, cancel: Callable[[], bool] | None = None
+        self,
+        *,
+        progress: Progress | None = None,
+        cancel: Callable[[], bool] | None = None,
+        pace: Callable[[int], None] | None = None,
     ) -> Compacted:
         """Gives space back to the host while the disk is used.
 
@@ -334,12 +343,13 @@ class Disk:
         Args:
             progress: called with what is done and what is to do, in units of its own.
             cancel: asked between blocks; the compaction stops when it answers True.
+            pace: called before each block with the bytes of I/O to come; it may wait.
 
         Raises:
             VhdxError: reason CANCELLED when cancelled.
         """
         self._check_open()
-        return self._image.compact(progress, cancel)
+        return self._image.compact(progress, cancel, pace)
 
     @property
     def chain(self) -> list[dict[str, Any]]:

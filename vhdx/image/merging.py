@@ -395,6 +395,6 @@ def compact(
         raise
     disk = open_layer(host, search=[os.fsdecode(p) for p in parent_search], data_write_guid=guid)
     try:
-        return disk.compact(progress, cancel)
+        return disk.compact(progress, cancel, None)
     finally:
         disk.close()

@@ -69,7 +69,12 @@ class PlainImage:
             f"a {self.name} image has no snapshots here", path=self.path, hint="convert it to VHDX"
         )
 
-    def compact(self, progress: Progress | None, cancel: Callable[[], bool] | None) -> Compacted:
+    def compact(
+        self,
+        progress: Progress | None,
+        cancel: Callable[[], bool] | None,
+        pace: Callable[[int], None] | None,
+    ) -> Compacted:
         """Refused."""
         raise UnsupportedError(
             f"a {self.name} image is not compacted in place",

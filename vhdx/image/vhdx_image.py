@@ -174,13 +174,16 @@ class VhdxImage:
             self._changing.release()
 
     def compact(
-        self, progress: Progress | None, cancel: Callable[[], bool] | None
+        self,
+        progress: Progress | None,
+        cancel: Callable[[], bool] | None,
+        pace: Callable[[int], None] | None,
     ) -> compacting.Compacted:
         """Gives space back to the host while the disk is used; see :meth:`vhdx.Disk.compact`."""
         if self._switch is None:
             raise ReadOnlyError("it is open for reading only", path=self.path)
         with self._alone("compaction"):
-            return compacting.compact(self.engine, self._switch, progress, cancel)
+            return compacting.compact(self.engine, self._switch, progress, cancel, pace)
 
     def chain(self) -> list[dict[str, Any]]:
         """This layer and those below it, for ``vhdx info --chain``."""

@@ -50,6 +50,7 @@ from vhdx.plane.pacing import (
 from vhdx.plane.schedule import (
     DEEPEST,
     LARGEST_WEIGHT,
+    PIECE,
     Delay,
     Load,
     Model,
@@ -69,6 +70,7 @@ __all__ = [
     "LARGEST_RATE",
     "LARGEST_WEIGHT",
     "METER_NUMBERS",
+    "PIECE",
     "TAG_ZERO",
     "ZERO",
     "Backend",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DEEPEST",
     "LARGEST_WEIGHT",
+    "PIECE",
     "Delay",
     "Load",
     "Model",
@@ -43,6 +44,9 @@ DEEPEST = 256
 """Requests that a scheduler may let through at a time."""
 
 LARGEST_WEIGHT = 10_000
+PIECE = 256 << 10
+"""Bytes that go at a time; more of one request waits for another turn."""
+
 _LARGEST_CAPACITY = 1 << 60
 _CALIBRATION = 2000
 

@@ -547,9 +547,9 @@ class Domain:
         except (OSError, subprocess.SubprocessError) as error:
             _log.warning("the hook of an alert failed: %s", error)
 
-    def background(self, *, reservation: int, limit: int) -> plane.Share | None:
-        """A share for work that no flow does, normalised IOPS; None where no order is kept."""
-        return self._turns.background(reservation=reservation, limit=limit)
+    def pace(self, size: int) -> None:
+        """Work in the background waits here until it may do so many bytes of I/O."""
+        self._turns.pace(size)
 
     def close(self) -> None:
         """Nothing is sampled, changed or told any more, and the file may be another server's."""

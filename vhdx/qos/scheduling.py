@@ -24,6 +24,7 @@ __all__ = ["Admission", "Scheduling", "Turns"]
 
 DEFAULT_WEIGHT = 100
 _USABLE = 0.9
+_BACKGROUND_IOPS = 16
 _LEAST_CONTENDED_NS = 100_000_000
 _REMEMBERED = 60  # samples of contended time
 
@@ -92,6 +93,7 @@ class Turns:
         self._pool, self._clock = pool, clock
         self._model: plane.Model | None = None
         self._scheduler: plane.Scheduler | None = None
+        self._background: plane.Share | None = None
         self._base = 0
         self._groups: dict[UUID, plane.Share] = {}
         self._last = (0, 0)
@@ -105,6 +107,9 @@ class Turns:
             self._scheduler = plane.Scheduler(
                 pool, unit, scheduling.depth, model=self._model, clock=clock
             )
+            self._background = plane.Share(self._scheduler)
+            most = 0 if self._capacity is None else max(_BACKGROUND_IOPS, round(self._capacity / 2))
+            self._background.set(reservation=_BACKGROUND_IOPS, limit=most, weight=10)
 
     @property
     def keeps_minimums(self) -> bool:
@@ -132,13 +137,16 @@ class Turns:
         set_share(share, settings)
         return share
 
-    def background(self, *, reservation: int, limit: int) -> plane.Share | None:
-        """A share for work in the background, normalised IOPS; None where nobody keeps order."""
-        if self._scheduler is None:
-            return None
-        share = plane.Share(self._scheduler)
-        share.set(reservation=reservation, limit=limit, weight=1)
-        return share
+    def pace(self, size: int) -> None:
+        """Waits until work in the background may do ``size`` bytes; at once where no order is kept.
+
+        It has a small reservation, so that it goes on, and at most half of the device.
+        """
+        if self._background is None:
+            return
+        for done in range(0, size, plane.PIECE):
+            with self._background.turn(min(plane.PIECE, size - done)):
+                pass
 
     # ---- what the device can carry ----
 
