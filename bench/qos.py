@@ -2,8 +2,8 @@
 """How exactly limits are kept, side by side with QEMU's throttle groups and nbdkit's rate filter.
 
 fio counts what is answered in each 100 ms; the first two seconds are warm-up. The error of a window
-is that of its count, and one request may always be on either side of its edge. QEMU's throttle is that
-of its block layer, the same in qemu-nbd as elsewhere. fio's own rate is asked of our server, unlimited.
+is that of its count, and one request may always be on either side of its edge. QEMU throttles in its
+block layer, the same in qemu-nbd as elsewhere. In a row of its own fio limits itself.
 Minimums beside neighbours and what an idle throttle costs: :mod:`bench.neighbours`.
 """
 

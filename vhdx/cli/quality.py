@@ -46,7 +46,7 @@ class _Number(click.ParamType):  # type: ignore[type-arg]
 
 _IOPS, _BYTES = _Number(click.INT, "N"), _Number(SIZE, "SIZE")
 _OPTIONS = {
-    "--min-iops": ("minimum_iops", _IOPS, "Alert when a disk that wants as many gets fewer."),
+    "--min-iops": ("minimum_iops", _IOPS, "Keep as many (--keep-minimums), or alert."),
     "--weight": ("weight", _IOPS, "Its part of what is left, with --keep-minimums. [100]"),
     "--max-iops": ("maximum_iops", _IOPS, "Normalised I/Os a second, at most."),
     "--max-read-iops": ("maximum_read_iops", _IOPS, "Reads of those, at most."),
@@ -153,6 +153,9 @@ def show(path: str | None, as_json: bool) -> None:
         click.echo("nothing is served")
         return
     print_table(("disk", "status", "min", "max", "bandwidth", "policy", "iops", "mean ms"), rows)
+    for each in found:
+        for line in _scheduling(each["scheduling"]):
+            click.echo(line)
 
 
 def _only(found: dict[str, Any], name: str) -> dict[str, Any]:
@@ -160,6 +163,23 @@ def _only(found: dict[str, Any], name: str) -> dict[str, Any]:
         "disks": [disk for disk in found["disks"] if disk["disk"] == name],
         "flows": [flow for flow in found["flows"] if flow["disk"] == name],
     }
+
+
+def _scheduling(facts: dict[str, Any]) -> list[str]:
+    """What a server says of the device that its disks share; nothing where they take no turns."""
+    if not facts["keeps_minimums"]:
+        return []
+    capacity, kind = facts["capacity_iops"], facts["model"]
+    does = "is not known yet" if capacity is None else f"does {capacity:.0f}"
+    seen = ", as seen lately" if facts["capacity_measured"] else ""
+    lines = [
+        f"minimums are kept: {facts['reserved_iops']} normalised IOPS are reserved, the "
+        f"{'device' if kind is None else f'modelled {kind}'} {does}{seen} "
+        f"({facts['depth']} requests at a time)"
+    ]
+    if not facts["admitted"]:
+        lines.append("more is reserved than it can carry: lower a minimum")
+    return lines
 
 
 def _or_none(value: int | None) -> str:
@@ -416,7 +436,8 @@ def _screen(found: list[dict[str, Any]], window: str) -> Group:
         for each in (row for one in found for row in one[key]):
             table.add_row(*_cells(each, window, key))
         tables.append(table)
-    return Group(*tables)
+    lines = [line for one in found for line in _scheduling(one["scheduling"])]
+    return Group(*tables, *lines)
 
 
 def _cells(each: dict[str, Any], window: str, key: str) -> list[str]:

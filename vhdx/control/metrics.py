@@ -60,7 +60,15 @@ class _Server(Collector):
         yield from (count, requests, moved)
 
     def _disks(self) -> Iterable[Metric]:
-        described = self._server.qos.describe()["disks"]
+        found = self._server.qos.describe()
+        described, device = found["disks"], found["scheduling"]
+        for which, what in (
+            ("capacity_iops", "Normalised I/Os a second that the shared device does."),
+            ("reserved_iops", "The sum of minimums."),
+            ("waiting", "Requests that wait for their turn at the shared device."),
+        ):
+            if device["keeps_minimums"] and device[which] is not None:
+                yield GaugeMetricFamily(f"vhdx_device_{which}", what, value=device[which])
         for name, (what, factor) in _FIGURES.items():
             gauge = GaugeMetricFamily(
                 f"vhdx_disk_{name}", f"Over the last minute: {what}.", labels=["disk"]
