@@ -95,6 +95,12 @@ void vx_request_child(vx_request *child, const vx_request *parent, uint32_t oper
     child->slot = parent->slot;
     child->done = 0;
     child->not_before_ns = 0;
+    child->admitted = false;
+    child->arrived_ns = 0;
+    child->queued_ns = 0;
+    child->owner = parent->owner;
+    child->held_by = NULL;
+    child->held_since = 0;
     child->extents = NULL;
     child->extent_capacity = 0;
     child->extent_count = 0;

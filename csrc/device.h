@@ -128,6 +128,7 @@ struct vx_request {
     bool admitted;       /* a throttle has let it pass, also across a restart */
     uint64_t arrived_ns; /* at a throttle that parked it */
     uint64_t queued_ns;  /* how long it was parked there */
+    const void *owner;   /* who asked; for `drop` */
     vx_device *held_by;  /* the device that keeps it in a queue shared with others */
     uint64_t held_since; /* ns of that device's clock */
 
@@ -149,6 +150,8 @@ typedef struct vx_operations {
     void (*hurry)(vx_device *device, bool drop);
     bool (*is_holding)(vx_device *device); /* throttles: whether something waits */
     bool (*is_limited)(vx_device *device); /* throttles: whether there is any limit */
+    /* What `owner` has waiting in queues fails with CANCELLED: nobody is there to take the answer. */
+    void (*drop)(vx_device *device, const void *owner);
 } vx_operations;
 
 struct vx_device {

@@ -36,14 +36,28 @@ bool vx_dmclock_is_waiting(const vx_dmclock_client *client)
     return client->link != NULL;
 }
 
+/* As many units ahead of now, or behind, as before. */
+static uint64_t retimed(uint64_t tag, uint64_t old_rate, uint64_t new_rate, uint64_t now)
+{
+    if (old_rate == new_rate)
+        return tag;
+    if (old_rate == 0 || new_rate == 0 || tag <= now)
+        return now;
+    wide ahead = (wide)(tag - now) * old_rate / new_rate;
+    return now + (ahead > TICKS_PER_SECOND * 86400u ? TICKS_PER_SECOND * 86400u : (uint64_t)ahead);
+}
+
 void vx_dmclock_set(const vx_dmclock *all, vx_dmclock_client *client, uint64_t reservation,
                     uint64_t limit, uint64_t weight, uint64_t now)
 {
+    client->reserved_at = retimed(client->reserved_at, client->reservation, reservation, now);
+    client->limited_at = retimed(client->limited_at, client->limit, limit, now);
+    /* What a reservation gave would keep it from its share by weight for long. */
+    if (reservation != client->reservation)
+        client->share = all->share;
     client->reservation = reservation;
     client->limit = limit;
     client->weight = weight;
-    client->reserved_at = client->limited_at = now;
-    client->share = all->share;
 }
 
 void vx_dmclock_begin(vx_dmclock *all, vx_dmclock_client *client, uint64_t now)
@@ -69,6 +83,11 @@ void vx_dmclock_end(vx_dmclock_client *client)
     client->link = NULL;
 }
 
+static bool may_go(const vx_dmclock_client *client, uint64_t now)
+{
+    return client->limit == 0 || client->limited_at <= now;
+}
+
 vx_dmclock_client *vx_dmclock_choose(const vx_dmclock *all, uint64_t now, bool *reserved,
                                      uint64_t *when)
 {
@@ -81,26 +100,40 @@ vx_dmclock_client *vx_dmclock_choose(const vx_dmclock *all, uint64_t now, bool *
             if (c->reserved_at < *when)
                 *when = c->reserved_at;
         }
-        bool may = c->limit == 0 || c->limited_at <= now;
-        if (may && (fair == NULL || is_behind(c->share, fair->share)))
+        if (may_go(c, now) && (fair == NULL || is_behind(c->share, fair->share)))
             fair = c;
         if (c->limit != 0 && c->limited_at < *when)
             *when = c->limited_at;
     }
-    *reserved = due != NULL;
-    return due != NULL ? due : fair;
+    /* Where more is reserved than there is, nobody starves for it. */
+    *reserved = due != NULL && (fair == NULL || all->in_a_row < VX_DMCLOCK_RESERVED_IN_A_ROW);
+    return *reserved ? due : fair;
+}
+
+/* Forwards only, to the least share of those that want something: there a client begins. */
+static void move_on(vx_dmclock *all, const vx_dmclock_client *served, uint64_t now)
+{
+    uint64_t least = served->share;
+    for (const vx_dmclock_client *c = all->waiting; c != NULL; c = c->next)
+        if (may_go(c, now) && is_behind(c->share, least))
+            least = c->share;
+    if (is_behind(all->share, least))
+        all->share = least;
 }
 
 void vx_dmclock_serve(vx_dmclock *all, vx_dmclock_client *client, bool reserved, uint64_t units,
                       uint64_t cost, uint64_t now)
 {
+    all->in_a_row = reserved ? all->in_a_row + 1 : 0;
     if (reserved)
         client->reserved_at = later(client->reserved_at, before(now, VX_DMCLOCK_LAG_NS)) +
                               ticks_of(units, client->reservation);
-    else
-        all->share = client->share;
     if (client->limit != 0)
         client->limited_at = later(client->limited_at, before(now, VX_DMCLOCK_LAG_NS)) +
                              ticks_of(units, client->limit);
+    /* Who was kept back by its limit has gained nothing by that. */
+    if (is_behind(client->share, all->share))
+        client->share = all->share;
     client->share += cost * SHARE_SCALE / client->weight;
+    move_on(all, client, now);
 }

@@ -7,7 +7,7 @@
  * want is more than there is, each gets max(reservation, its share by weight), never above its limit.
  *
  *   first    who is behind its reservation: the tag `reserved_at`, which each such service moves by
- *            units / reservation, has passed; the earliest one goes
+ *            units / reservation, has passed; the earliest one goes. But after nine such services in a row one goes by weight, if somebody may
  *   else     by weight: who has had least of cost / weight (start-time fair queueing), and whose tag
  *            `limited_at` has passed. The reservation's tag stays where it is then, or what the weight
  *            gives would be taken from what is reserved
@@ -25,6 +25,7 @@
 
 #define VX_DMCLOCK_IDLE_LAG_NS 100000000u
 #define VX_DMCLOCK_LAG_NS 1000000000u
+#define VX_DMCLOCK_RESERVED_IN_A_ROW 9u
 #define VX_LARGEST_WEIGHT 10000u
 
 typedef struct vx_dmclock_client {
@@ -37,10 +38,11 @@ typedef struct vx_dmclock_client {
 
 typedef struct vx_dmclock {
     vx_dmclock_client *waiting;
-    uint64_t share; /* of who was served last by weight */
+    uint64_t share; /* where a client begins: the least of those that want something */
+    uint32_t in_a_row; /* services by reservation */
 } vx_dmclock;
 
-/* Other figures; what was had so far is forgotten as far as it would hinder or favour the client. */
+/* Other figures, live: what is owed stays, in units. With another reservation it begins anew by weight. */
 void vx_dmclock_set(const vx_dmclock *all, vx_dmclock_client *client, uint64_t reservation,
                     uint64_t limit, uint64_t weight, uint64_t now);
 /* It has a request, after it had none. */
@@ -51,7 +53,7 @@ bool vx_dmclock_is_waiting(const vx_dmclock_client *client);
 /* Who is next; NULL: nobody before *when (UINT64_MAX: nobody waits). */
 vx_dmclock_client *vx_dmclock_choose(const vx_dmclock *all, uint64_t now, bool *reserved,
                                      uint64_t *when);
-/* It is served: `units` for reservation and limit, `cost` (of any kind, below 2^40) for its share. */
+/* It is served: `units` for reservation and limit, `cost` (of any kind, below 2^36) for its share. */
 void vx_dmclock_serve(vx_dmclock *all, vx_dmclock_client *client, bool reserved, uint64_t units,
                       uint64_t cost, uint64_t now);
 

@@ -29,7 +29,7 @@ struct vx_load {
     pthread_mutex_t lock;
     pthread_cond_t idle;
     /* under the lock */
-    bool running;
+    bool running, orphaned;
     uint64_t random, next, answered, failed, under_way;
     uint8_t *buffer; /* `length` of it for each request */
     sent *all;
@@ -61,6 +61,17 @@ static void prepare(vx_load *load, sent *one)
         vx_meter_offer(load->meter, one->request.operation, terms->length);
 }
 
+static void free_load(vx_load *load)
+{
+    if (load->device != NULL)
+        vx_device_release(load->device);
+    pthread_mutex_destroy(&load->lock);
+    pthread_cond_destroy(&load->idle);
+    free(load->buffer);
+    free(load->all);
+    free(load);
+}
+
 static void send(sent *one);
 
 /* Counts what was answered; whether another one is to follow. */
@@ -72,13 +83,16 @@ static bool count(vx_load *load, sent *one)
     if (vx_meter_is_on(load->meter))
         vx_meter_note(load->meter, one->request.operation, one->request.length,
                       vx_clock_now(load->clock) - one->began, one->request.queued_ns);
-    bool more = load->running;
+    bool more = load->running, last = false;
     if (more) {
         prepare(load, one);
     } else if (--load->under_way == 0) {
+        last = load->orphaned;
         pthread_cond_broadcast(&load->idle);
     }
     pthread_mutex_unlock(&load->lock);
+    if (last)
+        free_load(load);
     return more;
 }
 
@@ -175,15 +189,14 @@ void vx_load_read(vx_load *load, uint64_t *facts)
 
 void vx_load_destroy(vx_load *load)
 {
-    if (load == NULL)
-        return;
-    if (load->device != NULL)
-        vx_device_release(load->device);
-    pthread_mutex_destroy(&load->lock);
-    pthread_cond_destroy(&load->idle);
-    free(load->buffer);
-    free(load->all);
-    free(load);
+    pthread_mutex_lock(&load->lock);
+    load->running = false;
+    load->orphaned = load->under_way > 0;
+    load->meter = NULL;
+    bool now = !load->orphaned;
+    pthread_mutex_unlock(&load->lock);
+    if (now)
+        free_load(load);
 }
 
 vx_load *vx_load_create(vx_device *device, vx_clock *clock, vx_pool *pool, vx_meter *meter,
@@ -207,7 +220,7 @@ vx_load *vx_load_create(vx_device *device, vx_clock *clock, vx_pool *pool, vx_me
     load->buffer = calloc(terms->depth, terms->length);
     load->all = calloc(terms->depth, sizeof *load->all);
     if (load->buffer == NULL || load->all == NULL) {
-        vx_load_destroy(load);
+        free_load(load);
         return NULL;
     }
     load->device = vx_device_reference(device);

@@ -33,6 +33,7 @@ void vx_load_start(vx_load *load);
 void vx_load_stop(vx_load *load);
 /* Requests answered, of those failed, under way. */
 void vx_load_read(vx_load *load, uint64_t *facts);
-void vx_load_destroy(vx_load *load); /* stopped, with nothing under way */
+/* No further requests; its memory is freed when the last one is answered. The meter may go at once. */
+void vx_load_destroy(vx_load *load);
 
 #endif

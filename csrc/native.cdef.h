@@ -127,6 +127,7 @@ vx_device *vx_delay_create(vx_device *lower, vx_model *model, vx_clock *clock, u
 
 vx_scheduler *vx_scheduler_create(vx_clock *clock, vx_pool *pool, uint32_t unit, uint32_t depth,
                                   vx_model *model);
+void vx_scheduler_stop(vx_scheduler *scheduler);
 void vx_scheduler_release(vx_scheduler *scheduler);
 void vx_scheduler_read(vx_scheduler *scheduler, uint64_t *facts);
 vx_share *vx_share_create(vx_scheduler *scheduler);

@@ -71,7 +71,7 @@ static bool wait_for_events(vx_nbd_connection *c)
         return receive(c, true);
     short events = (short)((input ? POLLIN : 0) | (c->output.bytes > 0 ? POLLOUT : 0));
     /* Of a client whose requests a throttle holds up: whether it is still there. */
-    bool look = events != 0 || (nbd_is_holding(c) && !c->hurried);
+    bool look = events != 0 || (nbd_is_paced(c) && c->under_way > 0 && !c->dropped);
     struct pollfd fds[2] = {{.fd = c->wake, .events = POLLIN},
                             {.fd = look && !c->gone ? c->fd : -1, .events = events}};
     /* Other connections' requests hold the memory: nobody wakes this one, so it looks again. */
@@ -119,6 +119,8 @@ int vx_nbd_serve(vx_nbd_connection *c)
             c->hurried = true; /* nobody is to wait for what is held up */
             c->device->operations->hurry(c->device, !atomic_load(&c->stopping));
         }
+        if (c->gone && !c->dropped)
+            nbd_drop(c);
         if (c->disconnecting && c->under_way == 0 && c->output.bytes == 0)
             return c->result;
         /* Room came up since the front request was refused: no event will say so again. */

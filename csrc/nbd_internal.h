@@ -39,6 +39,7 @@ typedef struct operation {
     size_t capacity; /* of buffer */
     uint64_t charged;
     uint64_t began_ns; /* 0: not metered */
+    struct operation *later, **later_link; /* of the connection's list */
     vx_extent extents[READ_HOLES];
     vx_extent *status; /* BLOCK_STATUS */
 } operation;
@@ -69,6 +70,7 @@ struct vx_nbd_connection {
 
     pthread_mutex_t lock;
     operation *completed; /* under lock, newest first */
+    operation *later;     /* under lock: done, and kept until a device's time for them has come */
     bool signalled;       /* under lock: a byte is in `wake` */
     _Atomic bool stopping;
 
@@ -78,6 +80,7 @@ struct vx_nbd_connection {
     vx_nbd_counters counters;
     vx_meter *meter; /* or NULL */
     bool hurried;    /* the device was told to hold up nothing */
+    bool dropped;    /* and to forget what waits */
 };
 
 static inline void nbd_count(_Atomic uint64_t *counter, uint64_t by)
@@ -106,6 +109,8 @@ bool nbd_try_operation(vx_nbd_connection *c, operation *op);
 /* Whether the device may hold requests up (a throttle), and whether it does. */
 bool nbd_is_paced(const vx_nbd_connection *c);
 bool nbd_is_holding(const vx_nbd_connection *c);
+/* Nobody takes answers any more: what waits in queues, or for its time, comes back at once. */
+void nbd_drop(vx_nbd_connection *c);
 
 /* ---- nbd_request.c ---- */
 

@@ -112,6 +112,7 @@ void nbd_prepare(const vx_nbd_connection *c, vx_request *request, const nbd_requ
     memset(request, 0, offsetof(vx_request, failure));
     request->operation = nbd_operation_of(wire->command);
     request->slot = c->terms.slot;
+    request->owner = c;
     if (request->operation == VX_FLUSH)
         return;
     request->offset = wire->offset;
@@ -140,18 +141,48 @@ static void hand_back(operation *op)
 
 static void delayed(vx_job *job)
 {
-    hand_back((operation *)job);
+    operation *op = (operation *)job;
+    vx_nbd_connection *c = op->connection;
+    pthread_mutex_lock(&c->lock);
+    *op->later_link = op->later;
+    if (op->later != NULL)
+        op->later->later_link = op->later_link;
+    pthread_mutex_unlock(&c->lock);
+    hand_back(op);
 }
 
 static void completed(vx_request *request)
 {
     operation *op = request->context;
+    vx_nbd_connection *c = op->connection;
+    bool waits = false;
     if (request->not_before_ns > vx_now_ns()) {
-        op->job.run = delayed;
-        vx_pool_push_at(op->connection->pool, &op->job, request->not_before_ns);
-    } else {
-        hand_back(op);
+        pthread_mutex_lock(&c->lock);
+        waits = !c->dropped;
+        if (waits) {
+            op->later = c->later;
+            op->later_link = &c->later;
+            if (op->later != NULL)
+                op->later->later_link = &op->later;
+            c->later = op;
+            op->job.run = delayed;
+            vx_pool_push_at(c->pool, &op->job, request->not_before_ns);
+        }
+        pthread_mutex_unlock(&c->lock);
     }
+    if (!waits)
+        hand_back(op);
+}
+
+void nbd_drop(vx_nbd_connection *c)
+{
+    pthread_mutex_lock(&c->lock);
+    c->dropped = true;
+    for (operation *op = c->later; op != NULL; op = op->later)
+        vx_pool_hasten(c->pool, &op->job);
+    pthread_mutex_unlock(&c->lock);
+    if (c->device->operations->drop != NULL)
+        c->device->operations->drop(c->device, c);
 }
 
 static void run_operation(vx_job *job)

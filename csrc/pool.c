@@ -121,6 +121,12 @@ void vx_pool_push_at(vx_pool *pool, vx_job *job, uint64_t when_ns)
         vx_pool_push(pool, job); /* early rather than never */
 }
 
+void vx_pool_hasten(vx_pool *pool, vx_job *job)
+{
+    if (vx_clock_cancel(pool->clock, &job->timer))
+        vx_pool_push(pool, job);
+}
+
 vx_clock *vx_pool_clock(vx_pool *pool)
 {
     return pool->clock;

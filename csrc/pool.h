@@ -34,6 +34,8 @@ vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit); /* NULL: no memo
 void vx_pool_destroy(vx_pool *pool);
 void vx_pool_push(vx_pool *pool, vx_job *job);
 void vx_pool_push_at(vx_pool *pool, vx_job *job, uint64_t when_ns);
+/* A job that waits for its time, or is about to run, or runs: now, if it waits. */
+void vx_pool_hasten(vx_pool *pool, vx_job *job);
 bool vx_pool_charge(vx_pool *pool, uint64_t bytes, bool held_up);
 void vx_pool_discharge(vx_pool *pool, uint64_t bytes);
 uint64_t vx_pool_charged(vx_pool *pool);

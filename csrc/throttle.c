@@ -11,7 +11,6 @@
 
 #define BUCKETS (2u * VX_LIMIT_KINDS) /* for each kind its rate, and the rate of spending credit */
 #define SETS 2u
-#define LARGEST_ON_CLOCK 65536u /* bytes of a request that passes on the clock's thread */
 
 typedef struct flow flow;
 
@@ -89,13 +88,9 @@ static uint32_t active_of(const vx_limits *limits, uint32_t operation)
                                                  memory_order_relaxed);
 }
 
-/* The most that is paid for at once, bytes: whole units, so that pieces cost what the whole costs. */
 static uint64_t piece_of(const flow *f, uint32_t operation)
 {
-    uint64_t unit = atomic_load_explicit(&f->sets[0], memory_order_relaxed)->unit;
-    if (operation == VX_ZERO || operation == VX_TRIM)
-        return VX_ZERO_PIECE;
-    return unit > VX_PIECE ? unit : VX_PIECE / unit * unit;
+    return vx_piece_of(operation, atomic_load_explicit(&f->sets[0], memory_order_relaxed)->unit);
 }
 
 /* ---- without a lock ---- */
@@ -382,6 +377,13 @@ static void throttle_hurry(vx_device *device, bool drop)
     pthread_mutex_unlock(&f->qos->lock);
 }
 
+static void throttle_drop(vx_device *device, const void *owner)
+{
+    vx_device *lower = ((flow *)device)->lower;
+    if (lower->operations->drop != NULL)
+        lower->operations->drop(lower, owner);
+}
+
 static bool throttle_is_holding(vx_device *device)
 {
     const flow *f = (flow *)device;
@@ -398,7 +400,9 @@ static bool throttle_is_limited(vx_device *device)
         const vx_limits *limits = atomic_load(&f->sets[s]);
         active |= active_of(limits, VX_READ) | active_of(limits, VX_WRITE);
     }
-    return active != 0;
+    if (active != 0)
+        return true;
+    return f->lower->operations->is_limited != NULL && f->lower->operations->is_limited(f->lower);
 }
 
 void vx_throttle_waiting(vx_device *device, uint64_t *requests, uint64_t *units)
@@ -500,6 +504,7 @@ static const vx_operations throttle_operations = {.kind = "throttle",
                                                   .submit = throttle_submit,
                                                   .destroy = throttle_destroy,
                                                   .hurry = throttle_hurry,
+                                                  .drop = throttle_drop,
                                                   .is_holding = throttle_is_holding,
                                                   .is_limited = throttle_is_limited};
 
@@ -536,7 +541,7 @@ vx_qos *vx_qos_create(vx_clock *clock, vx_pool *pool)
     qos->clock = clock;
     qos->pool = pool;
     /* In virtual time everything happens on the thread that advances it. */
-    qos->largest_on_clock = vx_clock_is_virtual(clock) ? UINT64_MAX : LARGEST_ON_CLOCK;
+    qos->largest_on_clock = vx_clock_is_virtual(clock) ? UINT64_MAX : VX_QUICK_BYTES;
     pthread_mutex_init(&qos->lock, NULL);
     return qos;
 }

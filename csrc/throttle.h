@@ -30,9 +30,6 @@
 #include "device.h"
 #include "pool.h"
 
-#define VX_PIECE 262144u
-#define VX_ZERO_PIECE (32u << 20)
-
 enum vx_limit_kind {
     VX_LIMIT_UNITS = 0,
     VX_LIMIT_UNITS_READ = 1,

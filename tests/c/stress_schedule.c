@@ -10,6 +10,7 @@
 #include "load.h"
 #include "memory.h"
 #include "schedule.h"
+#include "switch.h"
 #include "throttle.h"
 
 #define DISKS 4u
@@ -18,7 +19,7 @@
 static vx_pool *pool;
 static vx_scheduler *scheduler;
 static vx_share *shares[DISKS + 1];
-static vx_device *tops[DISKS];
+static vx_device *tops[DISKS], *paused;
 static _Atomic bool stopping;
 
 static uint32_t next_random(uint32_t *state)
@@ -37,6 +38,11 @@ static void *change(void *unused)
         uint64_t limit = next_random(&state) % 3 ? 0 : 1 + next_random(&state) % 5000;
         vx_share_set(shares[which], next_random(&state) % 2000, limit, 1 + next_random(&state) % 100);
         vx_schedule_set_share(tops[which], shares[next_random(&state) % DISKS]);
+        if (next_random(&state) % 20 == 0) {
+            vx_switch_pause(paused);
+            nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
+            vx_switch_resume(paused);
+        }
         vx_share_read(shares[which], facts);
         vx_scheduler_read(scheduler, facts);
         nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
@@ -75,6 +81,11 @@ int main(int count, char **arguments)
             vx_device *memory = vx_memory_create(MIB, MIB, i);
             vx_device *slow = i % 2 ? vx_delay_create(memory, model, clock, i * MIB, i)
                                     : vx_device_reference(memory);
+            if (i == 2) {
+                paused = vx_switch_create(slow, pool, 77);
+                vx_device_release(slow);
+                slow = vx_device_reference(paused);
+            }
             tops[i] = vx_schedule_create(slow, shares[i], i);
             vx_device *flow = vx_throttle_create(tops[i], qos, limits, i);
             meters[i] = vx_meter_create(8192);
@@ -104,12 +115,15 @@ int main(int count, char **arguments)
             vx_load_destroy(loads[i]);
             vx_device_release(tops[i]);
         }
+        vx_device_release(paused);
         for (unsigned i = 0; i < DISKS; i++)
             vx_meter_destroy(meters[i]);
     }
     uint64_t found[VX_SCHEDULER_FACTS];
     vx_scheduler_read(scheduler, found);
     CHECK(found[2] == 0 && found[3] == 0);
+    vx_scheduler_stop(scheduler);
+    CHECK(vx_share_take_turn(shares[DISKS], 1) == NULL);
     vx_scheduler_release(scheduler);
     vx_pool_destroy(pool);
     vx_qos_destroy(qos);

@@ -3,6 +3,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "bucket.h"
 #include "check.h"
@@ -11,6 +12,7 @@
 #include "load.h"
 #include "memory.h"
 #include "schedule.h"
+#include "switch.h"
 #include "throttle.h"
 
 #define MS ((uint64_t)1000000u)
@@ -176,7 +178,7 @@ static void serve_all(const wish *wishes, unsigned count, double capacity, uint6
             continue;
         }
         uint64_t units = 1 + (largest > 1 ? random_below(largest) : 0);
-        vx_dmclock_serve(&all, c, reserved, units, units << 16, now);
+        vx_dmclock_serve(&all, c, reserved, units, units << 4, now);
         if (now >= begins)
             served[c - clients] += (double)units / seconds;
         now += (uint64_t)((double)units / capacity * 64e9);
@@ -236,12 +238,12 @@ static void idling_gains_nothing(void)
     vx_dmclock_begin(&all, &b, now);
     bool reserved;
     for (unsigned i = 0; i < 10000; i++, now += vx_ticks(MS))
-        vx_dmclock_serve(&all, &b, false, 1, 1 << 16, now);
+        vx_dmclock_serve(&all, &b, false, 1, 1 << 4, now);
     vx_dmclock_begin(&all, &a, now);
     unsigned first = 0, by_reservation = 0;
     for (unsigned i = 0; i < 1000; i++, now += vx_ticks(MS)) {
         vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
-        vx_dmclock_serve(&all, c, reserved, 1, 1 << 16, now);
+        vx_dmclock_serve(&all, c, reserved, 1, 1 << 4, now);
         first += c == &a;
         by_reservation += reserved;
     }
@@ -250,16 +252,86 @@ static void idling_gains_nothing(void)
     vx_dmclock_set(&all, &a, 900, 0, 1, now);
     for (unsigned i = 0; i < 5000; i++, now += vx_ticks(MS)) {
         vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
-        vx_dmclock_serve(&all, c, reserved, 1, 1 << 16, now);
+        vx_dmclock_serve(&all, c, reserved, 1, 1 << 4, now);
     }
     vx_dmclock_set(&all, &a, 0, 0, 1, now); /* what it had counts no more */
     first = 0;
     for (unsigned i = 0; i < 1000; i++, now += vx_ticks(MS)) {
         vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
-        vx_dmclock_serve(&all, c, reserved, 1, 1 << 16, now);
+        vx_dmclock_serve(&all, c, reserved, 1, 1 << 4, now);
         first += c == &a;
     }
     CHECK(first >= 495 && first <= 505);
+}
+
+static void share_time(vx_dmclock *all, uint64_t *now, uint64_t steps, uint64_t step_ns,
+                       vx_dmclock_client *clients, unsigned count, double *served)
+{
+    bool reserved;
+    uint64_t when;
+    for (unsigned i = 0; i < count; i++)
+        served[i] = 0;
+    for (uint64_t i = 0; i < steps; i++, *now += vx_ticks(step_ns)) {
+        vx_dmclock_client *c = vx_dmclock_choose(all, *now, &reserved, &when);
+        if (c == NULL)
+            continue;
+        vx_dmclock_serve(all, c, reserved, 1, 16, *now);
+        served[c - clients]++;
+    }
+}
+
+/* What somebody had while others wanted nothing is not held against him, and who was kept back by a
+ * limit has no claim on what others had meanwhile. */
+static void the_past_counts_for_nothing(void)
+{
+    vx_dmclock all = {0};
+    vx_dmclock_client c[3];
+    double served[3];
+    uint64_t now = vx_ticks(SECOND);
+    memset(c, 0, sizeof c);
+    vx_dmclock_set(&all, &c[0], 500, 0, 100, now);
+    vx_dmclock_set(&all, &c[1], 0, 0, 100, now);
+    vx_dmclock_begin(&all, &c[0], now);
+    share_time(&all, &now, 8 * 3600 * 450, SECOND / 450, c, 2, served); /* a night alone */
+    vx_dmclock_begin(&all, &c[1], now);
+    share_time(&all, &now, 30000, SECOND / 3000, c, 2, served);
+    CHECK(fabs(served[0] - served[1]) < 100);
+
+    memset(c, 0, sizeof c);
+    all = (vx_dmclock){0};
+    vx_dmclock_set(&all, &c[0], 0, 100, 100, now);
+    vx_dmclock_set(&all, &c[1], 0, 0, 100, now);
+    vx_dmclock_set(&all, &c[2], 0, 0, 100, now);
+    vx_dmclock_begin(&all, &c[0], now);
+    vx_dmclock_begin(&all, &c[1], now);
+    share_time(&all, &now, 3600 * 1000, MS, c, 2, served);
+    CHECK(fabs(served[0] - 360000) < 100);
+    for (unsigned i = 0; i < 50; i++) { /* begins at any moment, also right after a service of it */
+        share_time(&all, &now, 7, MS, c, 2, served);
+        vx_dmclock_begin(&all, &c[2], now);
+        share_time(&all, &now, 500, MS, c, 3, served);
+        CHECK(served[1] > 200 && served[2] > 200);
+        vx_dmclock_end(&c[2]);
+    }
+}
+
+static void setting_again_gains_nothing(void)
+{
+    vx_dmclock all = {0};
+    vx_dmclock_client c[2];
+    double served[2], sum = 0;
+    uint64_t now = vx_ticks(SECOND);
+    memset(c, 0, sizeof c);
+    vx_dmclock_set(&all, &c[0], 5, 10, 1, now);
+    vx_dmclock_set(&all, &c[1], 0, 0, 10000, now);
+    vx_dmclock_begin(&all, &c[0], now);
+    vx_dmclock_begin(&all, &c[1], now);
+    for (unsigned i = 0; i < 1000; i++) {
+        vx_dmclock_set(&all, &c[0], 5, i % 2 ? 10 : 11, 1, now);
+        share_time(&all, &now, 10, MS, c, 2, served);
+        sum += served[0];
+    }
+    CHECK(sum >= 49 && sum <= 60); /* in ten seconds */
 }
 
 /* ---- the scheduler, above a modelled disk ---- */
@@ -413,6 +485,91 @@ static void limits_and_background_work(void)
     tear_down(2);
 }
 
+static void count_completed(vx_request *request)
+{
+    CHECK(request->result == 0);
+    ++*(unsigned *)request->context;
+}
+
+/* What a paused disk has below takes no place from others. */
+static void a_paused_disk_holds_up_nobody(void)
+{
+    set_up(VX_MODEL_SSD, 2, 1, false);
+    vx_device *paused = vx_switch_create(disks[0], pool, 5);
+    vx_device *top = vx_schedule_create(paused, shares[0], 6);
+    uint8_t data[4096];
+    vx_request one = {.operation = VX_READ, .flags = VX_NOWAIT | VX_MAY_PARK, .length = 4096,
+                      .buffer = data, .complete = count_completed};
+    unsigned completions = 0;
+    one.context = &completions;
+    vx_switch_pause(paused);
+    CHECK(vx_submit(top, &one) == VX_PARKED);
+    begin(0, 8192, 1, true);
+    begin(1, 8192, 4, true);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
+    CHECK(completions == 0 && units_of(1) > 5000);
+    vx_switch_resume(paused);
+    for (unsigned i = 0; i < 100; i++) { /* by a thread of the pool */
+        nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+        uint64_t facts[VX_SHARE_FACTS];
+        vx_share_read(shares[0], facts);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + MS);
+    }
+    CHECK(completions == 1);
+    vx_device_release(top);
+    vx_device_release(paused);
+    tear_down(2);
+}
+
+/* A minimum is kept beside large writes that are to be durable, and units of any size cost the same. */
+static void large_units_and_durable_writes(void)
+{
+    set_up(VX_MODEL_HDD, 2, 8, true);
+    vx_share_set(shares[0], 40, 0, 100);
+    vx_share_set(shares[1], 0, 0, 100);
+    vx_request writes[16];
+    unsigned completions = 0;
+    uint8_t *data = calloc(1, 32u << 20);
+    begin(0, 8192, 4, true);
+    begin(1, 8192, 1, true);
+    for (unsigned i = 0; i < 16; i++) {
+        memset(&writes[i], 0, sizeof writes[i]);
+        writes[i].operation = VX_WRITE;
+        writes[i].flags = VX_NOWAIT | VX_MAY_PARK | VX_FUA;
+        writes[i].length = 32u << 20;
+        writes[i].buffer = data;
+        writes[i].complete = count_completed;
+        writes[i].context = &completions;
+        CHECK(vx_submit(tops[1], &writes[i]) == VX_PARKED);
+    }
+    uint64_t before = units_of(0);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 2 * SECOND);
+    CHECK(units_of(0) - before >= 78);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 100 * SECOND);
+    CHECK(completions == 16);
+    free(data);
+    tear_down(2);
+
+    set_up(VX_MODEL_SSD, 1, 8, false);
+    vx_scheduler *other = vx_scheduler_create(clock_, pool, 1u << 20, 8, NULL);
+    vx_share *share = vx_share_create(other);
+    vx_share_set(share, 0, 40, 1);
+    vx_device *top = vx_schedule_create(disks[0], share, 9);
+    vx_load_terms terms = {.span = 64u << 20, .length = 1u << 20, .depth = 2, .seed = 1};
+    vx_load *load = vx_load_create(top, clock_, pool, NULL, &terms);
+    vx_load_start(load);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
+    uint64_t facts[3];
+    vx_load_read(load, facts);
+    CHECK(facts[0] >= 395 && facts[0] <= 403);
+    vx_load_stop(load);
+    begin(0, 8192, 1, true);
+    tear_down(1);
+    vx_load_destroy(load);
+    vx_device_release(top);
+    vx_scheduler_release(other);
+}
+
 static void the_same_again_is_the_same(void)
 {
     uint64_t units[2][3];
@@ -436,10 +593,14 @@ int main(void)
     a_solid_state_disk_has_channels_and_a_buffer();
     shares_are_those_of_water_filling();
     idling_gains_nothing();
+    the_past_counts_for_nothing();
+    setting_again_gains_nothing();
     a_minimum_is_kept_for_an_hour();
     weights_share_the_time_of_the_disk();
     nobody_waits_for_a_large_request();
     limits_and_background_work();
+    a_paused_disk_holds_up_nobody();
+    large_units_and_durable_writes();
     the_same_again_is_the_same();
     return 0;
 }

@@ -8,6 +8,7 @@ whole, with its figures and alerts.
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -179,9 +180,39 @@ def test_what_the_device_cannot_carry_is_refused(experiment):
 def test_what_stands_in_a_file_is_flagged(experiment, caplog):
     wanted = {"a": Settings(minimum_iops=500), "b": Settings(minimum_iops=700)}
     made = experiment(Scheduling(keep_minimums=True, capacity_iops=1000), wanted)
-    assert "1200 normalised IOPS cannot be kept" in caplog.text
+    assert not caplog.text
+    made.domain.warn()
+    assert "1200 normalised IOPS in all cannot be kept" in caplog.text
     assert not made.domain.describe()["scheduling"]["admitted"]
     made.domain.set_disk("a", {"minimum_iops": 400})  # better than before
+
+
+def test_more_than_there_is_starves_nobody(experiment):
+    wanted = {"a": Settings(minimum_iops=500), "b": Settings(), "c": Settings()}
+    made = experiment(Scheduling(keep_minimums=True, model=ModelKind.HDD), wanted)
+    made.domain.describe()
+    for name in "abc":
+        made.begin(name, depth=32)
+    made.domain.advance(60)
+    a, b, c = (made.iops(name) for name in "abc")
+    assert b == pytest.approx(c, rel=0.1)
+    assert (b + c) / (a + b + c) == pytest.approx(0.1, rel=0.1)
+    assert made.status("a") == "InsufficientThroughput"
+
+
+def test_the_minimum_of_a_group_is_watched(experiment):
+    made = experiment(Scheduling(model=ModelKind.HDD), {n: Settings() for n in "abc"})
+    made.domain.set_policy(Policy("pair", PolicyKind.AGGREGATED, Settings(minimum_iops=70)))
+    for name in "ab":
+        made.domain.set_disk(name, {}, "pair")
+        made.begin(name, depth=4)
+    made.domain.advance(10)
+    assert made.alerts() == []
+    made.begin("c", depth=64)
+    made.domain.advance(10)
+    (alert,) = made.alerts()
+    assert (alert.disk, [name for name, _ in alert.takers]) == ("policy pair", ["c"])
+    assert [made.status(name) for name in "abc"] == ["InsufficientThroughput"] * 2 + ["Ok"]
 
 
 def test_capacity_is_seen(experiment):
@@ -197,6 +228,8 @@ def test_capacity_is_seen(experiment):
     said = made.domain.describe()["scheduling"]
     assert said["capacity_measured"]
     assert said["capacity_iops"] == pytest.approx(model.capacity_iops(8), rel=0.1)
+    assert "has done" in (made.domain.set_disk("a", {"minimum_iops": 10**9}) or "")
+    assert made.domain.set_disk("a", {"minimum_iops": 100}) is None
 
 
 def test_models_by_their_figures():
@@ -252,6 +285,28 @@ def test_scheduled_disks_lose_nothing(fast_path, keep, model):
             for n in range(4):
                 assert disk.pread(MIB, 4 * MIB * n) == bytes([1 + n]) * MIB
         assert vhdx.check(sources[name]).findings == []
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_what_a_client_that_is_gone_asked_for_is_dropped(fast_path, keep):
+    image = fast_path / "disk.vhdx"
+    vhdx.create(image, 256 * MIB)
+    scheduling = Scheduling(keep_minimums=keep, depth=2, model=ModelKind.HDD)
+    with vhdx.serve({"disk": image}, scheduling=scheduling) as server:
+        clients = [Client(server.socket_path) for _ in range(20)]
+        for client in clients:
+            for n in range(60):
+                client.send(0, cookie=n, offset=n * 4 * MIB, length=4096)
+        while server.totals()["disk"].reads < 20 * 60:
+            time.sleep(0.01)
+        for client in clients:
+            client.close()
+        began = time.monotonic()
+        while server.connections:
+            time.sleep(0.01)
+            assert time.monotonic() - began < 60  # all of it would take eight seconds and more
+        waiting = server.qos.describe()["scheduling"]["waiting"]
+        assert waiting == 0
 
 
 def test_a_compaction_takes_turns(fast_path):

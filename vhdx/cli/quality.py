@@ -127,7 +127,13 @@ def set_(path: str, policy: str | None, **given: Any) -> None:
     if not changes and policy is None:
         raise click.UsageError("say what to change; --max-iops none takes a limit away")
     server, name = _server_of(path)
-    server.change_qos({"change": "disk", "name": name, "settings": changes, "policy": policy})
+    body = {"change": "disk", "name": name, "settings": changes, "policy": policy}
+    _warn(server.change_qos(body))
+
+
+def _warn(answer: dict[str, Any]) -> None:
+    if answer["warning"] is not None:
+        click.echo(f"vhdx: {answer['warning']}", err=True)
 
 
 @qos.command()
@@ -232,6 +238,7 @@ def policy_set(
         body = {"change": "policy", "name": name, "kind": kind, "policy_id": made_id}
         made = server.change_qos(body | {"settings": changes_of(given)})
         made_id = made["policy_id"]  # the same in every server
+        _warn(made)
     click.echo(made_id)
 
 
@@ -417,6 +424,7 @@ def top(window: str, once: bool, as_json: bool) -> int:
 
 def _settled() -> list[dict[str, Any]]:
     """With figures of a second that was measured: looking is what begins it."""
+    _refuse_stuck(control.servers())
     _described()
     time.sleep(1.3)
     return _described()
@@ -430,7 +438,7 @@ def _screen(found: list[dict[str, Any]], window: str) -> Group:
         table.add_column("status" if key == "disks" else "initiator", no_wrap=True)
         for name in ("IOPS", "offered", "MB/s", "mean ms", "p99 ms", "queue ms"):
             table.add_column(name, justify="right")
-        extra = ("min", "max") if key == "disks" else ("waiting",)
+        extra = ("min", "max", "waiting") if key == "disks" else ("waiting",)
         for name in extra:
             table.add_column(name, justify="right")
         for each in (row for one in found for row in one[key]):
@@ -458,6 +466,4 @@ def _cells(each: dict[str, Any], window: str, key: str) -> list[str]:
     if key == "disks":
         wanted = each["effective"]
         cells += [_or_none(wanted["minimum_iops"]), _or_none(wanted["maximum_iops"])]
-    else:
-        cells.append(str(each["waiting"]))
-    return cells
+    return [*cells, str(each["waiting"])]

@@ -27,7 +27,7 @@ from vhdx.cli.output import (
 from vhdx.cli.quality import changes_of, settings_options
 from vhdx.errors import InvalidArgumentError, NotFoundError
 from vhdx.plane import DEEPEST, ModelKind
-from vhdx.qos import NORMALISED_UNIT, Scheduling, Settings
+from vhdx.qos import LARGEST_IOPS, NORMALISED_UNIT, Scheduling, Settings
 from vhdx.units import format_size
 
 if TYPE_CHECKING:
@@ -82,11 +82,11 @@ def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
 @click.option(
     "--depth",
     type=click.IntRange(1, DEEPEST),
-    help="Requests under way at a time, with --keep-minimums. [8]",
+    help="Requests under way at a time, with --keep-minimums; each waits for as many. [8]",
 )
 @click.option(
     "--capacity-iops",
-    type=click.IntRange(1),
+    type=click.IntRange(1, LARGEST_IOPS),
     help="What the host device does. [seen, or the model's]",
 )
 @click.option(
@@ -120,8 +120,9 @@ def serve(
     Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock --max-iops 500
     """
     settings = Settings().changed(changes_of(given))
-    if not keep_minimums and (depth is not None or capacity_iops is not None):
-        raise click.UsageError("--depth and --capacity-iops go with --keep-minimums")
+    only_then = (depth, capacity_iops, given["weight"])
+    if not keep_minimums and any(each is not None for each in only_then):
+        raise click.UsageError("--depth, --capacity-iops and --weight go with --keep-minimums")
     scheduling = Scheduling(
         keep_minimums=keep_minimums,
         depth=8 if depth is None else depth,

@@ -35,8 +35,7 @@ def change_qos(domain: Domain, body: Any) -> Any:
         policy = body.get("policy")
         if policy is not None and not isinstance(policy, str):
             raise InvalidArgumentError("policy must be a name")
-        domain.set_disk(name, settings, policy)
-        return None
+        return {"warning": domain.set_disk(name, settings, policy)}
     if what == "policy":
         return _set_policy(domain, name, settings, body.get("kind"), body.get("policy_id"))
     if what == "remove_policy":
@@ -72,5 +71,5 @@ def _set_policy(
                 f"policy {name!r} is {old.kind}, and that cannot change", hint="make another policy"
             )
         policy = replace(old, settings=old.settings.changed(settings))
-    domain.set_policy(policy)
-    return policy.as_dict()
+    warning = domain.set_policy(policy)
+    return policy.as_dict() | {"warning": warning}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
-from vhdx.errors import HostIOError, InvalidArgumentError, Reason
+from vhdx.errors import ClosedError, HostIOError, InvalidArgumentError, Reason
 from vhdx.plane import check
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.device import Device, Operation
@@ -47,6 +47,7 @@ LARGEST_WEIGHT = 10_000
 PIECE = 256 << 10
 """Bytes that go at a time; more of one request waits for another turn."""
 
+_LEAST_UNIT, _LARGEST_UNIT = 512, 1 << 30
 _LARGEST_CAPACITY = 1 << 60
 _CALIBRATION = 2000
 
@@ -140,7 +141,7 @@ class Scheduler:
 
     Args:
         pool: runs what may block; its clock counts when ``clock`` is None.
-        unit: bytes of a normalised unit.
+        unit: bytes of a normalised unit, 512 to 1 GiB.
         depth: 1 to DEEPEST.
         model: of the device, for the cost that weights share; normalised units without it.
         clock: a virtual one.
@@ -157,7 +158,11 @@ class Scheduler:
     ) -> None:
         if not 1 <= depth <= DEEPEST:
             raise InvalidArgumentError(f"{depth} requests at a time", hint=f"choose 1 to {DEEPEST}")
-        self.depth = depth
+        if not _LEAST_UNIT <= unit <= _LARGEST_UNIT:
+            raise InvalidArgumentError(
+                f"units of {unit} bytes", hint=f"choose {_LEAST_UNIT} to {_LARGEST_UNIT}"
+            )
+        self.depth, self.piece = depth, max(PIECE // unit, 1) * unit
         handle = lib.vx_scheduler_create(
             _clock_of(pool, clock),
             pool.handle,
@@ -167,6 +172,10 @@ class Scheduler:
         )
         self.handle = ffi.gc(_made(handle), lib.vx_scheduler_release)
         self._keep = (pool, model, clock)
+
+    def stop(self) -> None:
+        """Nobody waits for a turn any more; before its pool is closed."""
+        lib.vx_scheduler_stop(self.handle)
 
     def read(self) -> SchedulerFacts:
         """Since it was made; not after its pool was closed."""
@@ -217,8 +226,14 @@ class Share:
 
     @contextlib.contextmanager
     def turn(self, size: int) -> Iterator[None]:
-        """Waits until work that does its own I/O may do ``size`` bytes of it, at most 256 KiB."""
+        """Waits until work that does its own I/O may do ``size`` bytes of it, at most a piece.
+
+        Raises:
+            ClosedError: the scheduler has stopped.
+        """
         taken = lib.vx_share_take_turn(self.handle, size)
+        if taken == ffi.NULL:
+            raise ClosedError("nobody takes turns any more")
         try:
             yield
         finally:

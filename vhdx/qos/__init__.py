@@ -8,11 +8,12 @@ minimums, and :mod:`vhdx.qos.monitor` watches what flows get. The data plane's p
 """
 
 from vhdx.qos.domain import Domain, Flow
-from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
+from vhdx.qos.policy import LARGEST_IOPS, NORMALISED_UNIT, Policy, PolicyKind, Settings
 from vhdx.qos.scheduling import Scheduling
 from vhdx.qos.store import Store
 
 __all__ = [
+    "LARGEST_IOPS",
     "NORMALISED_UNIT",
     "Domain",
     "Flow",

@@ -22,7 +22,7 @@ from uuid import UUID
 
 from vhdx import plane
 from vhdx.errors import ClosedError, ExistsError, InvalidArgumentError, NotFoundError
-from vhdx.qos.monitor import WINDOWS, Alert, History, Status, Watch
+from vhdx.qos.monitor import WINDOWS, Alert, History, Status, Watch, together
 from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
 from vhdx.qos.scheduling import Scheduling, Turns, set_share
 
@@ -115,6 +115,7 @@ class Domain:
         self._policies: dict[UUID, Policy] = {}
         self._groups: dict[UUID, plane.Limits] = {}
         self._flows: list[Flow] = []
+        self._group_watches: dict[UUID, Watch] = {}
         self._alerts: deque[Alert] = deque(maxlen=_KEPT_ALERTS)
         self._listeners: list[Callable[[Alert], None]] = []
         self._looked = float("-inf")
@@ -154,21 +155,25 @@ class Domain:
                 )
             self._disks[name] = disk
             self._apply(disk, fresh=True)
-            found = self._turns.admission(self._reserved({}, self._policies))
-            if self._turns.keeps_minimums and not found.admitted:
-                _log.warning(
-                    "QoS: minimums of %d normalised IOPS cannot be kept: the device does %.0f",
-                    found.reserved_iops,
-                    found.capacity_iops,
-                )
 
-    def set_disk(self, name: str, changes: Mapping[str, Any], policy: str | None = None) -> None:
+    def warn(self) -> None:
+        """Says so where the minimums of the disks that were added cannot all be kept."""
+        said = self._turns.warning(self._reserved({}, self._policies))
+        if said is not None:
+            _log.warning("QoS: %s", said)
+
+    def set_disk(
+        self, name: str, changes: Mapping[str, Any], policy: str | None = None
+    ) -> str | None:
         """Changes what is wanted of a disk, live.
 
         Args:
             name: of the disk.
             changes: settings by name; None takes one away.
             policy: name or id of its policy; "" for none, None leaves it.
+
+        Returns:
+            What to say where the minimums cannot all be kept, by the capacity that was seen.
 
         Raises:
             NotFoundError: no such disk or policy.
@@ -181,11 +186,12 @@ class Domain:
             policy_id = disk.policy_id
             if policy is not None:
                 policy_id = self.policy(policy).policy_id if policy else None
-            self._admit({disk.path: (settings, policy_id)}, self._policies)
+            said = self._admit({disk.path: (settings, policy_id)}, self._policies)
             self._save({disk.path: (settings, policy_id)}, self._policies)
             with self._lock:
                 disk.settings, disk.policy_id = settings, policy_id
                 self._apply(disk)
+            return said
 
     def _disk(self, name: str) -> _DiskState:
         disk = self._disks.get(name)
@@ -216,9 +222,12 @@ class Domain:
         self,
         changed: Mapping[str, tuple[Settings, UUID | None]],
         policies: Mapping[UUID, Policy],
-    ) -> None:
+    ) -> str | None:
         before = self._reserved({}, self._policies)
-        self._turns.admit(before, self._reserved(changed, policies))
+        said = self._turns.admit(before, self._reserved(changed, policies))
+        if said is not None:
+            _log.warning("QoS: %s", said)
+        return said
 
     def _apply_share(self, disk: _DiskState, wanted: Settings) -> None:
         """A disk waits in its policy's share where that is aggregated, and it has no own minimum."""
@@ -256,8 +265,11 @@ class Domain:
                     return policy
         raise NotFoundError(f"there is no policy {name!r}", hint="see vhdx qos policy list")
 
-    def set_policy(self, policy: Policy) -> None:
+    def set_policy(self, policy: Policy) -> str | None:
         """Makes a policy, or changes one with the same id; disks that name it follow at once.
+
+        Returns:
+            As :meth:`set_disk`.
 
         Raises:
             ExistsError: another policy has this name.
@@ -273,11 +285,12 @@ class Domain:
                 )
             self._check_name(policy)
             policies = self._policies | {policy.policy_id: policy}
-            self._admit({}, policies)
+            said = self._admit({}, policies)
             self._save({}, policies)
             with self._lock:
                 self._keep(policy)
                 self._follow(policy.policy_id)
+            return said
 
     def remove_policy(self, name: str) -> list[str]:
         """Takes a policy away; its disks have their own limits only, until it comes back.
@@ -288,6 +301,9 @@ class Domain:
         with self._change_lock:
             policy = self.policy(name)
             left = {key: each for key, each in self._policies.items() if each is not policy}
+            said = self._turns.warning(self._reserved({}, left))
+            if said is not None:  # it held minimums down, and is taken away nevertheless
+                _log.warning("QoS: %s", said)
             self._save({}, left)
             with self._lock:
                 del self._policies[policy.policy_id]
@@ -376,7 +392,9 @@ class Domain:
     def _status(self, disk: _DiskState) -> Status:
         if disk.policy_id is not None and disk.policy_id not in self._policies:
             return Status.UNKNOWN_POLICY
-        return Status.INSUFFICIENT if disk.watch.insufficient else Status.OK
+        group = None if disk.policy_id is None else self._group_watches.get(disk.policy_id)
+        short = disk.watch.insufficient or (group is not None and group.insufficient)
+        return Status.INSUFFICIENT if short else Status.OK
 
     def _describe_disk(self, name: str) -> dict[str, Any]:
         disk = self._disks[name]
@@ -389,6 +407,8 @@ class Domain:
             "status": self._status(disk).value,
             "settings": disk.settings.as_dict(),
             "effective": wanted.as_dict(),
+            "waiting": sum(flow.throttle.waiting()[0] for flow in self._flows if flow.disk == name)
+            + (0 if disk.share is None else disk.share.read().waiting),
             "credits": {kind.name.lower(): levels[kind] for kind in wanted.limits()},
             "windows": {f"{window:g}": asdict(disk.history.figures(window)) for window in WINDOWS},
         }
@@ -419,7 +439,7 @@ class Domain:
     def _measures(self) -> bool:
         if self._now() - self._looked < _LOOKED_SECONDS:
             return True
-        return any(self._wanted(disk).minimum_iops is not None for disk in self._disks.values())
+        return any(minimum is not None for _, _, minimum, _ in self._watched())
 
     def _begin_sampling(self) -> None:
         if not self._sampling and self._measures() and not self._closing.is_set():
@@ -505,19 +525,29 @@ class Domain:
     def _judge(self, now: float) -> list[Alert]:
         found = []
         last = {name: disk.history.figures(1.0) for name, disk in self._disks.items()}
-        for name, disk in self._disks.items():
-            minimum = self._wanted(disk).minimum_iops
-            busy = sum(disk.busy) / max(1, len(disk.busy))
-            begins = disk.watch.judge(now, minimum, last[name], busy)
+        for what, names, minimum, watch in self._watched():
+            got = together([last[name] for name in names])
+            busy = max(sum(d.busy) / max(1, len(d.busy)) for d in map(self._disks.get, names) if d)
+            begins = watch.judge(now, minimum, got, busy)
             if begins is None:
                 continue
-            others = [(other, f.normalized_iops) for other, f in last.items() if other != name]
+            others = [(other, f.normalized_iops) for other, f in last.items() if other not in names]
             takers = sorted((each for each in others if each[1] > 0), key=lambda each: -each[1])
-            iops = last[name].normalized_iops
             top = tuple(takers[:_MOST_TAKERS])
-            found.append(Alert(time.time(), name, begins, minimum or 0, iops, top))
+            found.append(Alert(time.time(), what, begins, minimum or 0, got.normalized_iops, top))
         self._alerts.extend(found)
         return found
+
+    def _watched(self) -> Iterator[tuple[str, list[str], int | None, Watch]]:
+        """Each disk, and each aggregated policy that has disks: its minimum, and who watches it."""
+        for name, disk in self._disks.items():
+            yield name, [name], self._wanted(disk).minimum_iops, disk.watch
+        for policy in self._policies.values():
+            if policy.kind is PolicyKind.AGGREGATED and policy.settings.minimum_iops:
+                mine = [n for n, d in self._disks.items() if d.policy_id == policy.policy_id]
+                watch = self._group_watches.setdefault(policy.policy_id, Watch())
+                if mine:
+                    yield f"policy {policy.name}", mine, policy.settings.minimum_iops, watch
 
     def _tell(self, alert: Alert) -> None:
         (_log.warning if alert.begins else _log.info)("QoS: %s", alert)
@@ -556,6 +586,7 @@ class Domain:
         with self._lock:
             self._closing.set()
             sampler = self._sampler
+        self._turns.close()
         if sampler is not None and sampler is not threading.current_thread():
             sampler.join()
         with self._change_lock:

@@ -28,7 +28,8 @@ WINDOWS = (1.0, 60.0, 300.0)
 _KEPT_SECONDS = 301.0
 _ENOUGH = 0.98  # of the minimum
 _BUSY = 0.9  # of the samples: who always has something under way would take more
-_RAISE_AFTER, _CLEAR_AFTER = 1.0, 2.0  # seconds for which it must have been so
+_EDGES = 0.1  # of the minimum, at most, for what falls on the edges of a window
+_RAISE_AFTER, _CLEAR_AFTER = 0.5, 2.0  # seconds for which it must have been so
 
 
 class Status(StrEnum):
@@ -95,6 +96,13 @@ def figures_of(first: Sampled, last: Sampled) -> Figures:
         latency_p999=quantile(bins, 0.999) / 1e6,
         queue_time=sum(queued) / count / 1e6,
     )
+
+
+def together(several: Sequence[Figures]) -> Figures:
+    """What several got in one window: their sums, without latencies."""
+    names = ("normalized_iops", "iops", "bandwidth", "read_iops", "write_iops", "offered_iops")
+    sums = {name: sum(getattr(each, name) for each in several) for name in names}
+    return Figures(seconds=max(each.seconds for each in several), **sums)
 
 
 class History:
@@ -195,7 +203,7 @@ class Watch:
             busy: share of that second in which it had something under way.
         """
         wants = minimum is not None and (figures.offered_iops >= minimum or busy >= _BUSY)
-        short = wants and figures.normalized_iops < _ENOUGH * (minimum or 0)
+        short = wants and figures.normalized_iops < _enough(minimum or 0, figures)
         if short == self.insufficient:
             self._since = None
             return None
@@ -205,3 +213,10 @@ class Watch:
             return None
         self.insufficient, self._since = short, None
         return short
+
+
+def _enough(minimum: int, figures: Figures) -> float:
+    """What need not be reported: a request at either edge of a window counts for its neighbour."""
+    units = figures.normalized_iops / figures.iops if figures.iops else 0.0
+    edges = 2 * units / figures.seconds if figures.seconds else 0.0
+    return _ENOUGH * minimum - min(edges, _EDGES * minimum)

@@ -79,7 +79,8 @@ class Admission:
 class Turns:
     """The scheduler, the model and the shares of one server.
 
-    Not for several threads at once, but for :meth:`sample`.
+    Who calls it holds the lock of the domain, but for :meth:`pace`, and for what only asks: samples
+    are replaced as a whole.
     """
 
     def __init__(
@@ -142,11 +143,16 @@ class Turns:
 
         It has a small reservation, so that it goes on, and at most half of the device.
         """
-        if self._background is None:
+        if self._scheduler is None or self._background is None:
             return
-        for done in range(0, size, plane.PIECE):
-            with self._background.turn(min(plane.PIECE, size - done)):
+        for done in range(0, size, self._scheduler.piece):
+            with self._background.turn(min(self._scheduler.piece, size - done)):
                 pass
+
+    def close(self) -> None:
+        """Nobody waits for a turn any more."""
+        if self._scheduler is not None:
+            self._scheduler.stop()
 
     # ---- what the device can carry ----
 
@@ -172,20 +178,30 @@ class Turns:
             capacity, measured, reserved, capacity is None or reserved <= _USABLE * capacity
         )
 
-    def admit(self, before: int, after: int) -> None:
+    def warning(self, reserved: int) -> str | None:
+        """What to say where so many normalised IOPS cannot be kept; None where they can."""
+        found = self.admission(reserved)
+        if self._scheduler is None or found.admitted:
+            return None
+        does = "has done" if found.measured else "does"
+        return (
+            f"minimums of {reserved} normalised IOPS in all cannot be kept: the device {does} "
+            f"{found.capacity_iops:.0f}, of which {_USABLE:.0%} can be reserved"
+        )
+
+    def admit(self, before: int, after: int) -> str | None:
         """Refuses a change of the sum of minimums that a known capacity cannot carry.
+
+        Returns:
+            What to say where it is done although the capacity, as it was seen, cannot carry it.
 
         Raises:
             InvalidArgumentError: with the figures.
         """
-        found = self.admission(after)
-        if self._scheduler is None or found.admitted or found.measured or after <= before:
-            return
-        raise InvalidArgumentError(
-            f"minimums of {after} normalised IOPS in all cannot be kept: the device does "
-            f"{found.capacity_iops:.0f}, of which {_USABLE:.0%} can be reserved",
-            hint="lower a minimum",
-        )
+        said = self.warning(after)
+        if said is not None and after > before and not self.admission(after).measured:
+            raise InvalidArgumentError(said, hint="lower a minimum")
+        return said
 
     def describe(self, reserved: int) -> dict[str, Any]:
         """For JSON."""
