@@ -1,86 +1,24 @@
 /* SPDX-License-Identifier: MIT */
 #include "schedule.h"
 
-#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 
 #include "bucket.h"
-#include "dmclock.h"
 #include "run.h"
-#include "units.h"
+#include "schedule_internal.h"
 
-#define NO_MEMORY_NS 1000000u /* after which it is tried again */
-#define STARTS_HERE 16u     /* pieces that one thread starts in a row */
+#define STARTS_HERE 16u /* pieces that one thread starts in a row */
 
-typedef struct scheduled scheduled;
-
-struct vx_share {
-    vx_dmclock_client client;
-    vx_scheduler *scheduler;
-    vx_share *next;
-    vx_request *head, *tail;
-    const vx_device *last_device; /* of its latest piece, */
-    uint64_t last_end;            /* and where that ended */
-    uint64_t facts[VX_SHARE_FACTS];
-    _Atomic uint32_t waiting; /* requests; changed under the lock */
-    _Atomic bool has_reservation;
-};
-
-enum share_fact { REQUESTS, UNITS, RESERVED_UNITS, WAITING, WAITING_UNITS, WAITED_NS, BELOW };
-
-/* A piece of a request on its way below, or a turn of work that does its own I/O. */
-typedef struct vx_turn place;
-
-struct vx_turn {
-    vx_request piece;
-    vx_job job;
-    vx_timer timer;
-    vx_request *request; /* NULL: work that does its own I/O */
-    vx_share *share;
-    vx_scheduler *scheduler;
-    place *next; /* free */
-    /* under the lock */
-    uint32_t submitters; /* threads that hand the piece down, and still look at this */
-    bool ended;          /* the last of them frees it */
-    bool counts;         /* as one of those below; what is parked there does not */
-};
-
-struct vx_scheduler {
-    pthread_mutex_t lock;
-    _Atomic uint32_t references;
-    vx_clock *clock;
-    vx_pool *pool;
-    vx_model *model;
-    uint64_t unit;
-    uint32_t depth, below;
-    bool is_virtual;
-
-    /* under the lock */
-    vx_dmclock all;
-    vx_share *shares;
-    place *free;
-    bool dispatching, again; /* some thread starts pieces; another one found a reason to look again */
-    bool handed_over;        /* the job is the pool's */
-    bool stopping;
-    uint64_t armed_for;      /* ns: when the timer runs; 0: it is not set */
-    vx_timer timer;          /* looks again */
-    vx_job job;              /* starts further pieces */
-    uint64_t waiting;                        /* requests */
-    uint64_t contended_since, contended_ns;  /* somebody waits for a place since; and did before */
-    uint64_t contended_units;
-};
-
-struct scheduled {
+typedef struct scheduled {
     vx_device device;
     vx_device *lower;
     _Atomic(vx_share *) share;
-};
+} scheduled;
 
 static void dispatch(vx_scheduler *s);
 static void run_piece(vx_job *job);
 static void completed(vx_request *piece);
-static void on_piece_time(vx_timer *timer);
 
 /* ---- life of a scheduler ---- */
 
@@ -102,175 +40,6 @@ void vx_scheduler_release(vx_scheduler *s)
     free(s);
 }
 
-static vx_scheduler *keep(vx_scheduler *s)
-{
-    atomic_fetch_add(&s->references, 1);
-    return s;
-}
-
-/* ---- queues, under the lock ---- */
-
-static uint64_t units_left(const vx_scheduler *s, const vx_request *request)
-{
-    return vx_units_of(request->operation, request->length - request->done, s->unit);
-}
-
-static void note_contention(vx_scheduler *s, uint64_t now)
-{
-    if (s->contended_since != 0 && now > s->contended_since)
-        s->contended_ns += now - s->contended_since;
-    s->contended_since = s->waiting > 0 && s->below >= s->depth ? now : 0;
-}
-
-static void enqueue(vx_scheduler *s, vx_share *share, vx_request *request, bool front, uint64_t now)
-{
-    bool was_idle = share->head == NULL;
-    if (front) {
-        request->next = share->head;
-        share->head = request;
-        if (share->tail == NULL)
-            share->tail = request;
-    } else {
-        request->next = NULL;
-        if (was_idle)
-            share->head = request;
-        else
-            share->tail->next = request;
-        share->tail = request;
-    }
-    share->facts[WAITING]++;
-    atomic_fetch_add_explicit(&share->waiting, 1, memory_order_relaxed);
-    share->facts[WAITING_UNITS] += units_left(s, request);
-    request->held_since = now;
-    s->waiting++;
-    note_contention(s, now);
-    if (was_idle)
-        vx_dmclock_begin(&s->all, &share->client, vx_ticks(now));
-}
-
-static vx_request *take(vx_scheduler *s, vx_share *share, uint64_t now)
-{
-    vx_request *request = share->head;
-    share->head = request->next;
-    if (share->head == NULL) {
-        share->tail = NULL;
-        vx_dmclock_end(&share->client);
-    }
-    request->next = NULL;
-    share->facts[WAITING]--;
-    atomic_fetch_sub_explicit(&share->waiting, 1, memory_order_relaxed);
-    share->facts[WAITING_UNITS] -= units_left(s, request);
-    uint64_t waited = now > request->held_since ? now - request->held_since : 0;
-    share->facts[WAITED_NS] += waited;
-    request->queued_ns += waited;
-    s->waiting--;
-    note_contention(s, now);
-    return request;
-}
-
-static uint64_t piece_length(const vx_scheduler *s, const vx_request *request)
-{
-    uint64_t left = request->length - request->done;
-    uint64_t most = vx_piece_of(request->operation, s->unit);
-    return left <= most ? left : most;
-}
-
-/* A write with FUA that is cut goes without, and a flush follows its last piece. */
-static bool is_flushed_after(const vx_scheduler *s, const vx_request *request)
-{
-    return request->flags & VX_FUA && request->length > vx_piece_of(request->operation, s->unit);
-}
-
-static uint64_t cost_of(const vx_scheduler *s, const vx_share *share, const vx_device *device,
-                        const vx_request *piece, uint64_t units)
-{
-    if (s->model == NULL)
-        return units << 4;
-    bool in_a_row = device == share->last_device && piece->offset == share->last_end;
-    return vx_model_cost(s->model, piece->operation, piece->length, in_a_row, s->below - 1) >> 6;
-}
-
-static void charge(vx_scheduler *s, vx_share *share, bool reserved, const vx_device *device,
-                   const vx_request *piece, uint64_t now)
-{
-    uint64_t units = vx_units_of(piece->operation, piece->length, s->unit);
-    uint64_t cost = cost_of(s, share, device, piece, units);
-    share->last_device = device;
-    share->last_end = piece->offset + piece->length;
-    share->facts[UNITS] += units;
-    share->facts[RESERVED_UNITS] += reserved ? units : 0;
-    share->facts[BELOW]++;
-    vx_dmclock_serve(&s->all, &share->client, reserved, units, cost, vx_ticks(now));
-}
-
-/* A timer that is set has a reference, and its run gives it back. */
-static void look_again_at(vx_scheduler *s, uint64_t when)
-{
-    if (s->armed_for != 0 && s->armed_for <= when)
-        return; /* it sets the next one then */
-    bool was_set = vx_clock_cancel(s->clock, &s->timer);
-    bool is_set = vx_clock_set(s->clock, &s->timer, when);
-    s->armed_for = is_set ? when : 0;
-    if (is_set && !was_set)
-        keep(s);
-    else if (was_set && !is_set)
-        atomic_fetch_sub(&s->references, 1); /* never the last one: the caller has one */
-    /* Without memory for it the next completion or request looks. */
-}
-
-static place *take_place(vx_scheduler *s)
-{
-    place *p = s->free;
-    if (p != NULL) {
-        s->free = p->next;
-        return p;
-    }
-    p = calloc(1, sizeof *p);
-    if (p != NULL) {
-        p->scheduler = s;
-        p->job.run = run_piece;
-        p->timer.run = on_piece_time;
-    }
-    return p;
-}
-
-/* The next piece that may go, in its place; NULL: none now. */
-static place *next_piece(vx_scheduler *s)
-{
-    bool reserved;
-    uint64_t now = vx_clock_now(s->clock), when;
-    if (s->below >= s->depth)
-        return NULL;
-    vx_dmclock_client *client = vx_dmclock_choose(&s->all, vx_ticks(now), &reserved, &when);
-    if (client == NULL) {
-        if (when != UINT64_MAX)
-            look_again_at(s, vx_ns_of_ticks(when));
-        return NULL;
-    }
-    place *p = take_place(s);
-    if (p == NULL) {
-        look_again_at(s, now + NO_MEMORY_NS);
-        return NULL;
-    }
-    vx_share *share = (vx_share *)client;
-    s->below++;
-    vx_request *request = take(s, share, now);
-    uint64_t length = piece_length(s, request);
-    bool moves = request->operation <= VX_WRITE;
-    vx_request_child(&p->piece, request, request->operation, request->offset + request->done, length,
-                     moves ? request->buffer + request->done : NULL);
-    if (is_flushed_after(s, request))
-        p->piece.flags &= ~(uint32_t)VX_FUA;
-    p->piece.memo = NULL; /* it belonged to whoever submitted the request */
-    p->request = request;
-    p->share = share;
-    p->submitters = 1;
-    p->counts = true;
-    p->ended = false;
-    charge(s, share, reserved, request->held_by, &p->piece, now);
-    return p;
-}
-
 /* ---- pieces, without the lock ---- */
 
 enum rest { NOTHING, MORE, A_FLUSH };
@@ -288,25 +57,13 @@ static enum rest adopt(place *p)
         return NOTHING;
     if (request->done < request->length)
         return MORE;
-    return is_flushed_after(p->scheduler, request) ? A_FLUSH : NOTHING;
+    return schedule_flushes_after(p->scheduler, request) ? A_FLUSH : NOTHING;
 }
 
 static void give_back(vx_scheduler *s, place *p)
 {
     p->next = s->free;
     s->free = p;
-}
-
-/* Frees its place for another one, once. Under the lock. */
-static void leave(vx_scheduler *s, place *p, uint64_t now)
-{
-    if (!p->counts)
-        return;
-    if (s->waiting > 0 && s->below >= s->depth)
-        s->contended_units += vx_units_of(p->piece.operation, p->piece.length, s->unit);
-    p->counts = false;
-    s->below--;
-    note_contention(s, now);
 }
 
 /* Makes durable what was written by pieces; on the pool. */
@@ -337,9 +94,9 @@ static void end(place *p)
     }
     uint64_t now = vx_clock_now(s->clock);
     p->share->facts[BELOW]--;
-    leave(s, p, now);
+    schedule_leave(s, p, now);
     if (rest == MORE)
-        enqueue(s, p->share, request, true, now);
+        schedule_enqueue(s, p->share, request, true, now);
     else
         p->share->facts[REQUESTS]++;
     if (p->submitters > 0)
@@ -384,14 +141,14 @@ static void let_go(place *p, bool parked)
     if (p->ended && p->submitters == 0)
         give_back(s, p);
     else if (parked && !p->ended)
-        leave(s, p, vx_clock_now(s->clock));
+        schedule_leave(s, p, vx_clock_now(s->clock));
     pthread_mutex_unlock(&s->lock);
 }
 
 static void run_piece(vx_job *job)
 {
     place *p = (place *)((char *)job - offsetof(place, job));
-    vx_scheduler *s = keep(p->scheduler);
+    vx_scheduler *s = schedule_keep(p->scheduler);
     vx_device *device = vx_device_reference(p->request->held_by);
     p->piece.flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
     bool parked = vx_run(((scheduled *)device)->lower, &p->piece) == VX_PARKED;
@@ -422,6 +179,8 @@ static void start(place *p)
         return;
     }
     vx_device *device = vx_device_reference(p->request->held_by);
+    p->job.run = run_piece;
+    p->timer.run = on_piece_time;
     p->piece.complete = completed;
     p->piece.context = p;
     p->piece.flags |= VX_NOWAIT | VX_MAY_PARK;
@@ -469,8 +228,8 @@ static void dispatch(vx_scheduler *s)
     while (s->again && !hands_over) {
         place *p;
         s->again = false;
-        while (!hands_over && (p = next_piece(s)) != NULL) {
-            keep(s); /* until the piece ends */
+        while (!hands_over && (p = schedule_next(s)) != NULL) {
+            schedule_keep(s); /* until the piece ends */
             pthread_mutex_unlock(&s->lock);
             start(p);
             pthread_mutex_lock(&s->lock);
@@ -482,7 +241,7 @@ static void dispatch(vx_scheduler *s)
     s->handed_over |= push;
     pthread_mutex_unlock(&s->lock);
     if (push) {
-        keep(s);
+        schedule_keep(s);
         vx_pool_push(s->pool, &s->job);
     }
 }
@@ -498,31 +257,6 @@ static void on_time(vx_timer *timer)
 }
 
 /* ---- devices ---- */
-
-/* Takes what is meant out of a queue, and puts it before `found`. Under the lock. */
-static vx_request *take_out(vx_scheduler *s, vx_share *share,
-                            bool (*is_meant)(const vx_request *, const void *), const void *owner,
-                            vx_request *found)
-{
-    vx_request *kept = NULL, **last = &kept;
-    uint64_t now = vx_clock_now(s->clock);
-    while (share->head != NULL) {
-        vx_request *request = take(s, share, now);
-        if (is_meant(request, owner)) {
-            request->next = found;
-            found = request;
-        } else {
-            *last = request;
-            last = &request->next;
-        }
-    }
-    while (kept != NULL) {
-        vx_request *request = kept;
-        kept = request->next;
-        enqueue(s, share, request, false, now);
-    }
-    return found;
-}
 
 static bool is_of(const vx_request *request, const void *owner)
 {
@@ -542,7 +276,7 @@ static void schedule_drop(vx_device *device, const void *owner)
     pthread_mutex_lock(&s->lock);
     vx_request *found = NULL;
     for (share = s->shares; share != NULL; share = share->next) /* it may have changed meanwhile */
-        found = take_out(s, share, is_of, owner, found);
+        found = schedule_take_out(s, share, is_of, owner, found);
     pthread_mutex_unlock(&s->lock);
     while (found != NULL) {
         vx_request *request = found;
@@ -566,9 +300,9 @@ static int schedule_submit(vx_device *device, vx_request *request)
     request->done = 0;
     request->extent_count = 0;
     vx_share *share = atomic_load(&d->share);
-    vx_scheduler *s = keep(share->scheduler);
+    vx_scheduler *s = schedule_keep(share->scheduler);
     pthread_mutex_lock(&s->lock);
-    enqueue(s, share, request, false, vx_clock_now(s->clock));
+    schedule_enqueue(s, share, request, false, vx_clock_now(s->clock));
     pthread_mutex_unlock(&s->lock);
     dispatch(s);
     vx_scheduler_release(s);
@@ -610,7 +344,7 @@ vx_device *vx_schedule_create(vx_device *lower, vx_share *share, uint64_t identi
     vx_device_initialise(&d->device, &schedule_operations, identity, NULL, 0);
     d->device.sized_by = lower;
     d->lower = vx_device_reference(lower);
-    keep(share->scheduler);
+    schedule_keep(share->scheduler);
     atomic_init(&d->share, share);
     return &d->device;
 }
@@ -649,7 +383,7 @@ vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes)
     pthread_mutex_lock(&s->lock);
     bool stopping = s->stopping;
     if (!stopping)
-        enqueue(s, share, &t.request, false, vx_clock_now(s->clock));
+        schedule_enqueue(s, share, &t.request, false, vx_clock_now(s->clock));
     pthread_mutex_unlock(&s->lock);
     if (!stopping) {
         dispatch(s);
@@ -674,7 +408,7 @@ void vx_scheduler_stop(vx_scheduler *s)
     pthread_mutex_lock(&s->lock);
     s->stopping = true;
     for (vx_share *share = s->shares; share != NULL; share = share->next)
-        found = take_out(s, share, is_turn, NULL, found);
+        found = schedule_take_out(s, share, is_turn, NULL, found);
     pthread_mutex_unlock(&s->lock);
     while (found != NULL) {
         vx_request *request = found;
@@ -720,7 +454,7 @@ void vx_share_read(vx_share *share, uint64_t *facts)
 void vx_scheduler_read(vx_scheduler *s, uint64_t *facts)
 {
     pthread_mutex_lock(&s->lock);
-    note_contention(s, vx_clock_now(s->clock));
+    schedule_note_contention(s, vx_clock_now(s->clock));
     facts[0] = s->contended_ns;
     facts[1] = s->contended_units;
     facts[2] = s->waiting;
