@@ -9,6 +9,7 @@
 #include "check.h"
 #include "delay.h"
 #include "dmclock.h"
+#include "hold.h"
 #include "load.h"
 #include "memory.h"
 #include "schedule.h"
@@ -315,6 +316,23 @@ static void the_past_counts_for_nothing(void)
     }
 }
 
+/* What the weight gave is not taken from what is reserved. */
+static void a_reservation_outlives_good_times(void)
+{
+    vx_dmclock all = {0};
+    vx_dmclock_client c[2];
+    double served[2];
+    uint64_t now = vx_ticks(SECOND);
+    memset(c, 0, sizeof c);
+    vx_dmclock_set(&all, &c[0], 500, 0, 1, now);
+    vx_dmclock_set(&all, &c[1], 0, 0, 100, now);
+    vx_dmclock_begin(&all, &c[0], now);
+    share_time(&all, &now, 30000, SECOND / 3000, c, 2, served); /* alone, far above it */
+    vx_dmclock_begin(&all, &c[1], now);
+    share_time(&all, &now, 1000, MS, c, 2, served);
+    CHECK(served[0] >= 490 && served[0] <= 560);
+}
+
 static void setting_again_gains_nothing(void)
 {
     vx_dmclock all = {0};
@@ -570,6 +588,36 @@ static void large_units_and_durable_writes(void)
     vx_scheduler_release(other);
 }
 
+static void note_result(vx_request *request)
+{
+    *(int32_t *)request->context = request->result;
+}
+
+/* A write that is to be durable is done when a flush is, whether it was cut or not. */
+static void a_cut_write_is_flushed(void)
+{
+    set_up(VX_MODEL_SSD, 1, 8, false);
+    vx_device *hold = vx_hold_create(disks[0], pool, 5);
+    vx_device *top = vx_schedule_create(hold, shares[0], 6);
+    uint8_t *data = calloc(1, 1 << 20);
+    for (unsigned fails = 0; fails < 2; fails++) {
+        vx_hold_settings settings = {.fail_mask = fails << VX_FLUSH, .fail_code = VX_E_IO};
+        vx_hold_set(hold, &settings);
+        int32_t result = 1;
+        vx_request one = {.operation = VX_WRITE, .flags = VX_NOWAIT | VX_MAY_PARK | VX_FUA,
+                          .length = 1 << 20, .buffer = data, .complete = note_result,
+                          .context = &result};
+        CHECK(vx_submit(top, &one) == VX_PARKED);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
+        CHECK(result == (fails ? VX_E_IO : VX_OK));
+    }
+    free(data);
+    begin(0, 8192, 1, true);
+    vx_device_release(top);
+    vx_device_release(hold);
+    tear_down(1);
+}
+
 static void the_same_again_is_the_same(void)
 {
     uint64_t units[2][3];
@@ -594,12 +642,14 @@ int main(void)
     shares_are_those_of_water_filling();
     idling_gains_nothing();
     the_past_counts_for_nothing();
+    a_reservation_outlives_good_times();
     setting_again_gains_nothing();
     a_minimum_is_kept_for_an_hour();
     weights_share_the_time_of_the_disk();
     nobody_waits_for_a_large_request();
     limits_and_background_work();
     a_paused_disk_holds_up_nobody();
+    a_cut_write_is_flushed();
     large_units_and_durable_writes();
     the_same_again_is_the_same();
     return 0;
