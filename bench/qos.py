@@ -9,7 +9,6 @@ Minimums beside neighbours and what an idle throttle costs: :mod:`bench.neighbou
 
 from __future__ import annotations
 
-import statistics
 import sys
 import threading
 import time
@@ -28,6 +27,7 @@ WARM_SECONDS = 2
 UNIT = 8 * KIB
 RESULTS = Path(__file__).parent / "results"
 Curve = list[tuple[float, float]]
+Counted = list[tuple[float, float]]
 RATES = {
     "4k": (100, 1000, 25000),
     "8k": (100, 1000, 25000),
@@ -61,8 +61,8 @@ def _nbdkit(raw: Path, work: Path, bytes_a_second: int) -> Target:
     return start("nbdkit rate", command, socket, f"nbd+unix:///?socket={socket}", SERVER_CPU)
 
 
-def _counted(target: Target, work: Path, size: int, seconds: int, *options: str) -> list[float]:
-    """Requests answered in each 100 ms after the warm-up."""
+def _counted(target: Target, work: Path, size: int, seconds: int, *options: str) -> Counted:
+    """After the warm-up, when each window of about 100 ms ended, s, and requests answered in it."""
     log = work / "fio"
     for old in work.glob("fio_*"):
         old.unlink()
@@ -71,33 +71,44 @@ def _counted(target: Target, work: Path, size: int, seconds: int, *options: str)
         "--time_based", f"--runtime={seconds + WARM_SECONDS + 1}", f"--write_iops_log={log}",
         "--log_avg_msec=100", *options,
     )  # fmt: skip
-    counts = [0.0] * (10 * seconds)
-    for line in (work / "fio_iops.1.log").read_text().splitlines():
-        moment, rate, *_ = line.split(",")  # the end of a window, ms, and requests a second in it
-        at = round(float(moment) / 100) - 1 - 10 * WARM_SECONDS
-        if 0 <= at < len(counts):
-            counts[at] = float(rate) / 10
-    return counts
+    lines = [line.split(",") for line in (work / "fio_iops.1.log").read_text().splitlines()]
+    # fio gives tenths of a second's worth, whatever the window took; nothing where it was empty.
+    found = [(int(moment) / 1000, int(rate) / 10) for moment, rate, *_ in lines]
+    first = next(i for i, (moment, _) in enumerate(found) if moment > WARM_SECONDS)
+    return [each for each in found[first:] if each[0] <= found[first][0] + seconds + 0.05]
 
 
-def _windows(counts: list[float], of: int) -> list[float]:
-    return [sum(counts[at : at + of]) for at in range(0, len(counts) - of + 1, of)]
+def _windows(counted: Counted, seconds: float) -> list[tuple[float, float]]:
+    """Windows of about ``seconds``: what each took, and requests in it."""
+    found, began, count = [], counted[0][0], 0.0
+    for moment, n in counted[1:]:
+        count += n
+        if moment - began >= seconds - 0.01:
+            found.append((moment - began, count))
+            began, count = moment, 0.0
+    return found
 
 
-def _row(target: Target, wanted: float, counts: list[float]) -> dict[str, Any]:
-    """Errors in percent; those of a second also in requests, of which one is allowed."""
-    seconds = _windows(counts, 10)
-    worst = max(abs(count - wanted) for count in seconds)
-    mean = statistics.mean(seconds)
+def _worst(windows: list[tuple[float, float]], wanted: float) -> tuple[float, float]:
+    """The greatest error of a window, in percent and in requests."""
+    found = [(abs(n - wanted * took), wanted * took) for took, n in windows]
+    return max((100 * off / due, off) for off, due in found)
+
+
+def _row(target: Target, wanted: float, counted: Counted) -> dict[str, Any]:
+    """Errors in percent and in requests, of which one is allowed."""
+    everything = counted[-1][0] - counted[0][0], sum(n for _, n in counted[1:])
+    whole = _worst([everything], wanted)
+    second, tenth = (_worst(_windows(counted, of), wanted) for of in (1.0, 0.1))
     return {
         "server": target.name,
-        "wanted_requests_s": wanted,
-        "mean": mean,
-        "error_10s_percent": 100 * abs(mean / wanted - 1),
-        "error_10s_requests": abs(mean - wanted) * len(seconds),
-        "worst_1s_percent": 100 * worst / wanted,
-        "worst_1s_requests": worst,
-        "worst_100ms_percent": 1000 * max(abs(c - wanted / 10) for c in counts) / wanted,
+        "wanted_s": wanted,
+        "mean_s": everything[1] / everything[0],
+        "all_percent": whole[0],
+        "all_requests": whole[1],
+        "worst_1s_percent": second[0],
+        "worst_1s_requests": second[1],
+        "worst_100ms_percent": tenth[0],
     }
 
 
