@@ -9,10 +9,8 @@ A thread takes samples while somebody looks, or a disk has a minimum; otherwise 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import subprocess
 import threading
 import time
 from collections import deque
@@ -22,11 +20,13 @@ from uuid import UUID
 
 from vhdx import plane
 from vhdx.errors import ClosedError, ExistsError, InvalidArgumentError, NotFoundError
+from vhdx.qos.alerts import Alerts
 from vhdx.qos.monitor import WINDOWS, Alert, History, Status, Watch, together
 from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
 from vhdx.qos.scheduling import Scheduling, Turns, set_share
 
 if TYPE_CHECKING:
+    import contextlib
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from vhdx.qos.store import Store
@@ -36,9 +36,7 @@ __all__ = ["Domain", "Flow"]
 _log = logging.getLogger(__name__)
 _TICK_SECONDS, _TICKS_A_SAMPLE = 0.05, 5
 _LOOKED_SECONDS = 310.0  # longer than the longest window, and than Prometheus waits
-_KEPT_ALERTS = 1000
 _MOST_TAKERS = 3
-_HOOK_SECONDS = 60.0
 
 
 class Flow:
@@ -105,7 +103,7 @@ class Domain:
             raise InvalidArgumentError(
                 f"a normalised I/O of {unit} bytes", hint="choose 512 bytes to 1 MiB"
             )
-        self.unit, self._store, self._hook = unit, store, hook
+        self.unit, self._store = unit, store
         self._clock = clock
         self._pacing = plane.Pacing(pool, clock)
         self._turns = Turns(scheduling or Scheduling(), pool, unit, sizes, clock)
@@ -116,8 +114,7 @@ class Domain:
         self._groups: dict[UUID, plane.Limits] = {}
         self._flows: list[Flow] = []
         self._group_watches: dict[UUID, Watch] = {}
-        self._alerts: deque[Alert] = deque(maxlen=_KEPT_ALERTS)
-        self._listeners: list[Callable[[Alert], None]] = []
+        self._alerts = Alerts(hook)
         self._looked = float("-inf")
         self._sampler: threading.Thread | None = None
         self._sampling = False
@@ -424,17 +421,11 @@ class Domain:
             "windows": {f"{w:g}": asdict(flow.history.figures(w)) for w in WINDOWS},
         }
 
-    @contextlib.contextmanager
-    def listening(self, listener: Callable[[Alert], None]) -> Iterator[list[Alert]]:
-        """The alerts of before; ``listener`` is called with each that comes until the block ends."""
-        with self._lock:  # those of before, and none twice
-            before = list(self._alerts)
-            self._listeners.append(listener)
-        try:
-            yield before
-        finally:
-            with self._lock:
-                self._listeners.remove(listener)
+    def listening(
+        self, listener: Callable[[Alert], None]
+    ) -> contextlib.AbstractContextManager[list[Alert]]:
+        """See :meth:`Alerts.listening`."""
+        return self._alerts.listening(listener)
 
     def _measures(self) -> bool:
         if self._now() - self._looked < _LOOKED_SECONDS:
@@ -488,7 +479,7 @@ class Domain:
                 for flow in self._flows:
                     flow.meter.switch(on=False)
         for alert in found:
-            self._tell(alert)
+            self._alerts.tell(alert)
         return goes_on
 
     def advance(self, seconds: float) -> None:
@@ -535,7 +526,6 @@ class Domain:
             takers = sorted((each for each in others if each[1] > 0), key=lambda each: -each[1])
             top = tuple(takers[:_MOST_TAKERS])
             found.append(Alert(time.time(), what, begins, minimum or 0, got.normalized_iops, top))
-        self._alerts.extend(found)
         return found
 
     def _watched(self) -> Iterator[tuple[str, list[str], int | None, Watch]]:
@@ -548,34 +538,6 @@ class Domain:
                 watch = self._group_watches.setdefault(policy.policy_id, Watch())
                 if mine:
                     yield f"policy {policy.name}", mine, policy.settings.minimum_iops, watch
-
-    def _tell(self, alert: Alert) -> None:
-        (_log.warning if alert.begins else _log.info)("QoS: %s", alert)
-        with self._lock:
-            listeners = list(self._listeners)
-        for listener in listeners:
-            with contextlib.suppress(Exception):
-                listener(alert)
-        if self._hook is not None:
-            try:
-                threading.Thread(target=self._run_hook, args=(alert,), daemon=True).start()
-            except RuntimeError as error:
-                _log.warning("the hook of an alert cannot be started: %s", error)
-
-    def _run_hook(self, alert: Alert) -> None:
-        assert self._hook is not None
-        facts = {
-            "VHDX_EVENT": "InsufficientThroughput" if alert.begins else "Ok",
-            "VHDX_DISK": alert.disk,
-            "VHDX_MINIMUM_IOPS": str(alert.minimum_iops),
-            "VHDX_ACHIEVED_IOPS": f"{alert.achieved_iops:.0f}",
-            "VHDX_MESSAGE": str(alert),
-        }
-        try:
-            command = ["/bin/sh", "-c", self._hook]  # it is the user's
-            subprocess.run(command, env=os.environ | facts, timeout=_HOOK_SECONDS, check=True)
-        except (OSError, subprocess.SubprocessError) as error:
-            _log.warning("the hook of an alert failed: %s", error)
 
     def pace(self, size: int) -> None:
         """Work in the background waits here until it may do so many bytes of I/O."""

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: MIT
+"""Where alerts go: the log, who listens, and a command of the user's.
+
+Any thread may call anything here. No lock is held while a listener or the command runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import threading
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from vhdx.qos.monitor import Alert
+
+__all__ = ["Alerts"]
+
+_log = logging.getLogger(__name__)
+_KEPT_ALERTS = 1000
+_HOOK_SECONDS = 60.0
+
+
+class Alerts:
+    """The alerts of one server, the latest ones kept.
+
+    Args:
+        hook: a command that is run for each, with what it is about in the environment.
+    """
+
+    def __init__(self, hook: str | None) -> None:
+        self._hook = hook
+        self._lock = threading.Lock()
+        self._kept: deque[Alert] = deque(maxlen=_KEPT_ALERTS)
+        self._listeners: list[Callable[[Alert], None]] = []
+
+    @contextlib.contextmanager
+    def listening(self, listener: Callable[[Alert], None]) -> Iterator[list[Alert]]:
+        """The alerts of before; ``listener`` is called with each that comes until the block ends."""
+        with self._lock:  # those of before, and none twice
+            before = list(self._kept)
+            self._listeners.append(listener)
+        try:
+            yield before
+        finally:
+            with self._lock:
+                self._listeners.remove(listener)
+
+    def tell(self, alert: Alert) -> None:
+        """Keeps it, and tells everybody."""
+        with self._lock:
+            self._kept.append(alert)
+            listeners = list(self._listeners)
+        (_log.warning if alert.begins else _log.info)("QoS: %s", alert)
+        for listener in listeners:
+            with contextlib.suppress(Exception):
+                listener(alert)
+        if self._hook is not None:
+            run = threading.Thread(target=_run_hook, args=(self._hook, alert), daemon=True)
+            try:
+                run.start()
+            except RuntimeError as error:
+                _log.warning("the hook of an alert cannot be started: %s", error)
+
+
+def _run_hook(hook: str, alert: Alert) -> None:
+    facts = {
+        "VHDX_EVENT": "InsufficientThroughput" if alert.begins else "Ok",
+        "VHDX_DISK": alert.disk,
+        "VHDX_MINIMUM_IOPS": str(alert.minimum_iops),
+        "VHDX_ACHIEVED_IOPS": f"{alert.achieved_iops:.0f}",
+        "VHDX_MESSAGE": str(alert),
+    }
+    try:
+        command = ["/bin/sh", "-c", hook]  # it is the user's
+        subprocess.run(command, env=os.environ | facts, timeout=_HOOK_SECONDS, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        _log.warning("the hook of an alert failed: %s", error)
