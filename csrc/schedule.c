@@ -32,7 +32,7 @@ void vx_scheduler_release(vx_scheduler *s)
         free(share);
     }
     while (s->free != NULL) {
-        place *p = s->free;
+        vx_turn *p = s->free;
         s->free = p->next;
         free(p);
     }
@@ -45,7 +45,7 @@ void vx_scheduler_release(vx_scheduler *s)
 enum rest { NOTHING, MORE, A_FLUSH };
 
 /* Takes what a piece brought into its request; what has yet to go. */
-static enum rest adopt(place *p)
+static enum rest adopt(vx_turn *p)
 {
     vx_request *request = p->request;
     if (request == NULL)
@@ -60,14 +60,14 @@ static enum rest adopt(place *p)
     return schedule_flushes_after(p->scheduler, request) ? A_FLUSH : NOTHING;
 }
 
-static void give_back(vx_scheduler *s, place *p)
+static void give_back(vx_scheduler *s, vx_turn *p)
 {
     p->next = s->free;
     s->free = p;
 }
 
 /* Makes durable what was written by pieces; on the pool. */
-static void flush_after(place *p)
+static void flush_after(vx_turn *p)
 {
     vx_request_child(&p->piece, p->request, VX_FLUSH, 0, 0, NULL);
     p->piece.memo = NULL;
@@ -80,7 +80,7 @@ static void flush_after(place *p)
 }
 
 /* Its place is free; the rest of its request waits again, or the request is done. */
-static void end(place *p)
+static void end(vx_turn *p)
 {
     vx_scheduler *s = p->scheduler;
     vx_request *request = p->request;
@@ -115,10 +115,10 @@ static void end(place *p)
 
 static void on_piece_time(vx_timer *timer)
 {
-    end((place *)((char *)timer - offsetof(place, timer)));
+    end((vx_turn *)((char *)timer - offsetof(vx_turn, timer)));
 }
 
-static void answered(place *p)
+static void answered(vx_turn *p)
 {
     vx_scheduler *s = p->scheduler;
     uint64_t until = p->piece.not_before_ns;
@@ -133,7 +133,7 @@ static void completed(vx_request *piece)
 
 /* The thread has handed the piece down. What is parked there waits for its own disk (a pause, a
  * commit), and holds up no other one meanwhile. */
-static void let_go(place *p, bool parked)
+static void let_go(vx_turn *p, bool parked)
 {
     vx_scheduler *s = p->scheduler;
     pthread_mutex_lock(&s->lock);
@@ -147,7 +147,7 @@ static void let_go(place *p, bool parked)
 
 static void run_piece(vx_job *job)
 {
-    place *p = (place *)((char *)job - offsetof(place, job));
+    vx_turn *p = (vx_turn *)((char *)job - offsetof(vx_turn, job));
     vx_scheduler *s = schedule_keep(p->scheduler);
     vx_device *device = vx_device_reference(p->request->held_by);
     p->piece.flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
@@ -162,7 +162,7 @@ static void run_piece(vx_job *job)
 }
 
 /* A turn has come: its owner does the I/O, and ends it. */
-static void start_turn(place *p)
+static void start_turn(vx_turn *p)
 {
     vx_request *waiting = p->request;
     p->request = NULL;
@@ -171,7 +171,7 @@ static void start_turn(place *p)
     let_go(p, false);
 }
 
-static void start(place *p)
+static void start(vx_turn *p)
 {
     vx_scheduler *s = p->scheduler;
     if (p->request->held_by == NULL) {
@@ -226,7 +226,7 @@ static void dispatch(vx_scheduler *s)
     }
     s->dispatching = true;
     while (s->again && !hands_over) {
-        place *p;
+        vx_turn *p;
         s->again = false;
         while (!hands_over && (p = schedule_next(s)) != NULL) {
             schedule_keep(s); /* until the piece ends */

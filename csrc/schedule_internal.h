@@ -27,9 +27,7 @@ struct vx_share {
 
 enum share_fact { REQUESTS, UNITS, RESERVED_UNITS, WAITING, WAITING_UNITS, WAITED_NS, BELOW };
 
-/* A piece of a request on its way below, or a turn of work that does its own I/O. */
-typedef struct vx_turn place;
-
+/* A place below: of a piece of a request, or of work that does its own I/O. */
 struct vx_turn {
     vx_request piece;
     vx_job job;
@@ -37,7 +35,7 @@ struct vx_turn {
     vx_request *request; /* NULL: work that does its own I/O */
     vx_share *share;
     vx_scheduler *scheduler;
-    place *next; /* free */
+    vx_turn *next; /* free */
     /* under the lock */
     uint32_t submitters; /* threads that hand the piece down, and still look at this */
     bool ended;          /* the last of them frees it */
@@ -57,7 +55,7 @@ struct vx_scheduler {
     /* under the lock */
     vx_dmclock all;
     vx_share *shares;
-    place *free;
+    vx_turn *free;
     bool dispatching, again; /* some thread starts pieces; another one found a reason to look again */
     bool handed_over;        /* the job is the pool's */
     bool stopping;
@@ -89,9 +87,9 @@ vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
                               bool (*is_meant)(const vx_request *, const void *),
                               const void *owner, vx_request *found);
 /* The next piece that may go, in its place; NULL: none now. The timer is set where one may later. */
-place *schedule_next(vx_scheduler *s);
+vx_turn *schedule_next(vx_scheduler *s);
 /* Frees a place for another piece, once. */
-void schedule_leave(vx_scheduler *s, place *p, uint64_t now);
+void schedule_leave(vx_scheduler *s, vx_turn *p, uint64_t now);
 void schedule_note_contention(vx_scheduler *s, uint64_t now);
 
 #endif

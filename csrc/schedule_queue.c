@@ -109,9 +109,9 @@ static void look_again_at(vx_scheduler *s, uint64_t when)
     /* Without memory for it the next completion or request looks. */
 }
 
-static place *take_place(vx_scheduler *s)
+static vx_turn *take_place(vx_scheduler *s)
 {
-    place *p = s->free;
+    vx_turn *p = s->free;
     if (p != NULL) {
         s->free = p->next;
         return p;
@@ -122,7 +122,7 @@ static place *take_place(vx_scheduler *s)
     return p;
 }
 
-place *schedule_next(vx_scheduler *s)
+vx_turn *schedule_next(vx_scheduler *s)
 {
     bool reserved;
     uint64_t now = vx_clock_now(s->clock), when;
@@ -134,7 +134,7 @@ place *schedule_next(vx_scheduler *s)
             look_again_at(s, vx_ns_of_ticks(when));
         return NULL;
     }
-    place *p = take_place(s);
+    vx_turn *p = take_place(s);
     if (p == NULL) {
         look_again_at(s, now + NO_MEMORY_NS);
         return NULL;
@@ -182,7 +182,7 @@ vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
     return found;
 }
 
-void schedule_leave(vx_scheduler *s, place *p, uint64_t now)
+void schedule_leave(vx_scheduler *s, vx_turn *p, uint64_t now)
 {
     if (!p->counts)
         return;
