@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import api, chain, convert, nbd, qos, stall
-from bench.conditions import machine
+from bench.conditions import Places, machine
 
 HERE = Path(__file__).parent
 BENCHMARKS = {
@@ -48,10 +48,10 @@ def main() -> None:
     arguments = parser.parse_args()
     module = BENCHMARKS[arguments.what]
     run: Callable[..., dict[str, Any]] = module.run
-    report = run(quick=arguments.quick, fast=arguments.fast, disk=arguments.disk)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    report = run(Places(arguments.fast, arguments.disk, arguments.out), quick=arguments.quick)
     about = machine() | {"quick": arguments.quick}
     text = markdown(arguments.what, report, about)
-    arguments.out.mkdir(exist_ok=True)
     (arguments.out / f"{arguments.what}.json").write_text(
         json.dumps({"machine": about, "report": report}, indent=2)
     )

@@ -16,6 +16,7 @@ from typing import Any
 import vhdx
 from bench.conditions import (
     CLIENT_CPU,
+    Places,
     fill_with_random_data,
     median_ratio,
     pinned,
@@ -119,12 +120,11 @@ def readers(size: int, rounds: int, seconds: float, base: Path) -> list[dict[str
     return rows
 
 
-def run(*, quick: bool, fast: Path, disk: Path) -> dict[str, Any]:
-    """All benchmarks of the Python interface; see :func:`bench.nbd.run` for the arguments."""
-    del disk
+def run(places: Places, *, quick: bool) -> dict[str, Any]:
+    """All benchmarks of the Python interface."""
     size, rounds, seconds = (GIB // 2, 3, 0.5) if quick else (2 * GIB, 5, 3.0)
-    report: dict[str, Any] = {"random 4k reads": readers(size, rounds, seconds, fast)}
-    with work_directory(fast) as work:
+    report: dict[str, Any] = {"random 4k reads": readers(size, rounds, seconds, places.fast)}
+    with work_directory(places.fast) as work:
         path = work / "large.vhdx"
         vhdx.create(path, 64 << 40, block_size=1 << 20)
         runs = [_python(_LARGE, str(path)) for _ in range(3)]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import vhdx
-from bench.conditions import work_directory
+from bench.conditions import Places, work_directory
 from vhdx import plane
 
 if TYPE_CHECKING:
@@ -96,12 +96,11 @@ def _row(name: str, base: list[float], ours: list[float]) -> dict[str, Any]:
     }
 
 
-def run(*, quick: bool, fast: Path, disk: Path) -> dict[str, Any]:
-    """The report; ``disk`` is not used."""
-    del disk
+def run(places: Places, *, quick: bool) -> dict[str, Any]:
+    """The report."""
     size, rounds, count = (128 * MIB, 2, 50_000) if quick else (512 * MIB, 5, 200_000)
     data = os.urandom(BLOCK)
-    with work_directory(fast) as work:
+    with work_directory(places.fast) as work:
         flat, chain = work / "flat.vhdx", work / "chain.vhdx"
         _flat(flat, size, data)
         _chain(chain, size, data)

@@ -50,6 +50,21 @@ def pinned(cpu: int | None, command: Sequence[str]) -> list[str]:
     return list(command) if cpu is None else ["taskset", "-c", str(cpu), *command]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Directories of a benchmark.
+
+    Attributes:
+        fast: on tmpfs.
+        disk: on the disk's file system.
+        results: for reports and plots.
+    """
+
+    fast: Path
+    disk: Path
+    results: Path
+
+
 @dataclass
 class Target:
     """A running server to measure.

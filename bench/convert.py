@@ -15,6 +15,7 @@ from typing import Any
 
 import vhdx
 from bench.conditions import (
+    Places,
     back_free_memory,
     fill_with_random_data,
     median_ratio,
@@ -104,12 +105,11 @@ def _moves(size: int, work: Path) -> dict[str, Any]:
     }
 
 
-def run(*, quick: bool, fast: Path, disk: Path) -> dict[str, Any]:
-    """The report; ``fast`` is not used."""
-    del fast
+def run(places: Places, *, quick: bool) -> dict[str, Any]:
+    """The report."""
     require("qemu-img")
     size, rounds = (512 * MIB, 2) if quick else (4 * GIB, 3)
-    with work_directory(disk) as work:
+    with work_directory(places.disk) as work:
         raw, image = work / "full.raw", work / "full.vhdx"
         fill_with_random_data(raw, size)
         vhdx.convert(raw, image)

@@ -20,6 +20,7 @@ import vhdx
 from bench.conditions import (
     CLIENT_CPU,
     SERVER_CPU,
+    Places,
     Target,
     fill_with_random_data,
     fio,
@@ -165,28 +166,22 @@ def summarise(results: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]
     return rows
 
 
-def run(*, quick: bool, fast: Path, disk: Path) -> dict[str, Any]:
-    """All NBD benchmarks.
-
-    Args:
-        quick: a short form, for a look.
-        fast: a directory on tmpfs.
-        disk: a directory on the disk's file system.
-    """
+def run(places: Places, *, quick: bool) -> dict[str, Any]:
+    """All NBD benchmarks."""
     require("fio", "qemu-nbd", "qemu-img", "nbdkit", "nbdcopy", "taskset")
     size, rounds, seconds = (1 * GIB, 3, 2.0) if quick else (4 * GIB, 5, 10.0)
     report: dict[str, Any] = {}
-    free = shutil.disk_usage(disk).free
-    place = disk if free > 6 * size else fast
+    free = shutil.disk_usage(places.disk).free
+    place = places.disk if free > 6 * size else places.fast
     for pinned in (True, False):
         found = steady(size, rounds, seconds, place, pinned=pinned)
         for name, results in found.items():
             report[f"{name}, {'pinned' if pinned else 'unpinned'}"] = summarise(results)
     requests = 50_000 if quick else 200_000
     report["fresh 4k writes QD16, tmpfs, pinned"] = summarise(
-        fresh(rounds, requests, fast, fsync=0, pinned=True)
+        fresh(rounds, requests, places.fast, fsync=0, pinned=True)
     )
     report["fresh 4k writes QD16, fsync=64, disk, pinned"] = summarise(
-        fresh(rounds, requests // 4, disk, fsync=64, pinned=True)
+        fresh(rounds, requests // 4, places.disk, fsync=64, pinned=True)
     )
     return report

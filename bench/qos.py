@@ -3,7 +3,13 @@
 
 fio counts what is answered in each 100 ms; the first two seconds are warm-up. The error of a window
 is that of its count, and one request may always be on either side of its edge. QEMU throttles in its
-block layer, the same in qemu-nbd as elsewhere. In a row of its own fio limits itself.
+block layer, the same in qemu-nbd as elsewhere. nbdkit's filter lets two seconds' worth pass at once
+unless told otherwise, so it is also told a burst of one request. In a row of its own fio limits
+itself.
+
+Without a burst what a client does not ask for in time is gone, so the server is measured only while
+the client always waits: it has 16 requests under way, and from 5,000 a second on 64, so that it may
+be off the CPU for some milliseconds. Rows with 16 at the highest rate stand beside.
 Minimums beside neighbours and what an idle throttle costs: :mod:`bench.neighbours`.
 """
 
@@ -19,13 +25,22 @@ from typing import Any
 
 import vhdx
 from bench import neighbours
-from bench.conditions import CLIENT_CPU, SERVER_CPU, Target, fio, require, start, work_directory
+from bench.conditions import (
+    CLIENT_CPU,
+    SERVER_CPU,
+    Places,
+    Target,
+    fio,
+    require,
+    start,
+    work_directory,
+)
 from vhdx import plane
 from vhdx.units import GIB, KIB, MIB
 
 WARM_SECONDS = 2
 UNIT = 8 * KIB
-RESULTS = Path(__file__).parent / "results"
+DEPTH, FAST_DEPTH, FAST = 16, 64, 5000  # requests under way; from so many a second on
 Curve = list[tuple[float, float]]
 Counted = list[tuple[float, float]]
 RATES = {
@@ -54,22 +69,25 @@ def _qemu(raw: Path, work: Path, limit: str) -> Target:
     return start("qemu-nbd", command, socket, f"nbd+unix:///?socket={socket}", SERVER_CPU)
 
 
-def _nbdkit(raw: Path, work: Path, bytes_a_second: int) -> Target:
+def _nbdkit(raw: Path, work: Path, bytes_a_second: int, *options: str) -> Target:
     socket = work / "nbdkit.sock"
     command = ["nbdkit", "-f", "-U", str(socket), "--filter=rate", "file", str(raw)]
-    command += [f"rate={bytes_a_second * 8}"]
-    return start("nbdkit rate", command, socket, f"nbd+unix:///?socket={socket}", SERVER_CPU)
+    command += [f"rate={bytes_a_second * 8}", *options]
+    name = " ".join(["nbdkit rate", *options])
+    return start(name, command, socket, f"nbd+unix:///?socket={socket}", SERVER_CPU)
 
 
-def _counted(target: Target, work: Path, size: int, seconds: int, *options: str) -> Counted:
+def _counted(
+    target: Target, work: Path, size: int, depth: int, seconds: int, *options: str
+) -> Counted:
     """After the warm-up, when each window of about 100 ms ended, s, and requests answered in it."""
     log = work / "fio"
     for old in work.glob("fio_*"):
         old.unlink()
     fio(
-        target.uri, CLIENT_CPU, "--rw=randread", f"--bs={size}", "--iodepth=16", "--size=1g",
-        "--time_based", f"--runtime={seconds + WARM_SECONDS + 1}", f"--write_iops_log={log}",
-        "--log_avg_msec=100", *options,
+        target.uri, CLIENT_CPU, "--rw=randread", f"--bs={size}", f"--iodepth={depth}",
+        "--size=1g", "--time_based", f"--runtime={seconds + WARM_SECONDS + 1}",
+        f"--write_iops_log={log}", "--log_avg_msec=100", *options,
     )  # fmt: skip
     lines = [line.split(",") for line in (work / "fio_iops.1.log").read_text().splitlines()]
     # fio gives tenths of a second's worth, whatever the window took; nothing where it was empty.
@@ -95,6 +113,11 @@ def _worst(windows: list[tuple[float, float]], wanted: float) -> tuple[float, fl
     return max((100 * off / due, off) for off, due in found)
 
 
+def _depth(wanted: float) -> int:
+    """Requests under way, of a client that is to ask ``wanted`` times a second."""
+    return DEPTH if wanted < FAST else FAST_DEPTH
+
+
 def _row(target: Target, wanted: float, counted: Counted) -> dict[str, Any]:
     """Errors in percent and in requests, of which one is allowed."""
     everything = counted[-1][0] - counted[0][0], sum(n for _, n in counted[1:])
@@ -113,13 +136,20 @@ def _row(target: Target, wanted: float, counted: Counted) -> dict[str, Any]:
 
 
 def _measured(
-    makers: list[Callable[[], Target]], wanted: float, work: Path, size: int, seconds: int
+    makers: list[Callable[[], Target]],
+    wanted: float,
+    work: Path,
+    size: int,
+    seconds: int,
+    depth: int | None = None,
 ) -> list[dict[str, Any]]:
     rows = []
     for make in makers:
         target = make()
         try:
-            rows.append(_row(target, wanted, _counted(target, work, size, seconds)))
+            under_way = depth or _depth(wanted)
+            row = _row(target, wanted, _counted(target, work, size, under_way, seconds))
+            rows.append(row | {"depth": under_way})
         finally:
             target.stop()
     return rows
@@ -139,12 +169,16 @@ def _accuracy(image: Path, raw: Path, work: Path, seconds: int) -> dict[str, Any
             if rate / units >= 1:
                 rows.append(_fio_itself(image, work, rate / units, size, seconds))
             report[f"{rate} normalised IOPS at {name}"] = rows
+            if _depth(rate / units) != DEPTH:
+                rows = _measured(makers, rate / units, work, size, seconds, DEPTH)
+                report[f"{rate} normalised IOPS at {name}, {DEPTH} under way"] = rows
     for megabytes in MEGABYTES:
         rate = megabytes * 1_000_000
         makers = [
             partial(_ours, image, work, "--max-bandwidth", str(rate)),
             partial(_qemu, raw, work, f"x-bps-total={rate}"),
             partial(_nbdkit, raw, work, rate),
+            partial(_nbdkit, raw, work, rate, f"burstiness={64 * KIB / rate:.6f}"),
         ]
         wanted = rate / (64 * KIB)
         report[f"{megabytes} MB/s at 64k"] = _measured(makers, wanted, work, 64 * KIB, seconds)
@@ -155,8 +189,9 @@ def _fio_itself(image: Path, work: Path, wanted: float, size: int, seconds: int)
     target = _ours(image, work)
     try:
         limit = f"--rate_iops={round(wanted)}"
-        row = _row(target, round(wanted), _counted(target, work, size, seconds, limit))
-        return row | {"server": "fio's rate"}
+        depth = _depth(wanted)
+        counted = _counted(target, work, size, depth, seconds, limit)
+        return _row(target, round(wanted), counted) | {"server": "fio's rate", "depth": depth}
     finally:
         target.stop()
 
@@ -187,7 +222,7 @@ def _fairness(image: Path, work: Path, seconds: int) -> list[dict[str, Any]]:
 
 
 def _in_process(seconds: int) -> list[dict[str, Any]]:
-    """Limits above memory, asked by a client in C with eight requests under way."""
+    """Limits above memory, asked by a client in C that always waits."""
     rows = []
     for rate in (100, 1_000, 10_000, 50_000, 100_000, 200_000):
         pool = plane.Pool(2)
@@ -195,7 +230,7 @@ def _in_process(seconds: int) -> list[dict[str, Any]]:
         limits = plane.Limits(pacing, UNIT)
         limits.set({plane.LimitKind.UNITS: plane.Limit(rate)})
         throttle = plane.Throttle(plane.Memory(MIB), pacing, limits)
-        load = plane.Load(throttle, pool, length=4096, depth=8)
+        load = plane.Load(throttle, pool, length=4096, depth=FAST_DEPTH)
         load.start()
         time.sleep(0.5)
         marks = [(time.perf_counter(), load.read().answered)]
@@ -242,12 +277,11 @@ def _plot(report: dict[str, Any], kept: Curve, watched: Curve, path: Path) -> No
     figure.savefig(path)
 
 
-def run(*, quick: bool, fast: Path, disk: Path) -> dict[str, Any]:
-    """The report; ``disk`` is not used."""
-    del disk
+def run(places: Places, *, quick: bool) -> dict[str, Any]:
+    """The report."""
     require("fio", "qemu-nbd", "nbdkit")
     seconds, pairs = (4, 4) if quick else (10, 30)
-    with work_directory(fast) as work:
+    with work_directory(places.fast) as work:
         image, raw = work / "disk.vhdx", work / "disk.raw"
         vhdx.create(image, GIB, block_size=MIB)
         with vhdx.open(image, "r+") as opened:
@@ -262,6 +296,5 @@ def run(*, quick: bool, fast: Path, disk: Path) -> dict[str, Any]:
         report["minimum kept, seven greedy neighbours on a hard disk"] = rows
         rows, watched = neighbours.watched(work)
         report["minimum watched, neighbours come and go"] = rows
-    RESULTS.mkdir(exist_ok=True)
-    _plot(report, kept, watched, RESULTS / "qos.png")
+    _plot(report, kept, watched, places.results / "qos.png")
     return report

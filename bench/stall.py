@@ -17,11 +17,17 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import vhdx
-from bench.conditions import CLIENT_CPU, SERVER_CPU, pinned, wait_for_socket, work_directory
+from bench.conditions import (
+    CLIENT_CPU,
+    SERVER_CPU,
+    Places,
+    pinned,
+    wait_for_socket,
+    work_directory,
+)
 from vhdx import plane
 
 DEPTH = 16
@@ -122,12 +128,11 @@ def client(path: str, seconds: float, stalls: bool, first_cold: int) -> None:
     print(done / seconds, latencies[done // 2] * 1e6, latencies[done * 99 // 100] * 1e6)
 
 
-def run(*, quick: bool, fast: Path, disk: Path) -> dict[str, Any]:
+def run(places: Places, *, quick: bool) -> dict[str, Any]:
     """Pairs of rounds, quiet and with stalls."""
-    del disk
     rounds, seconds = (2, 2.0) if quick else (5, 5.0)
     figures: dict[bool, list[list[float]]] = {False: [], True: []}
-    with work_directory(fast) as work:
+    with work_directory(places.fast) as work:
         image, path = work / "disk.vhdx", work / "s.sock"
         vhdx.create(image, 16 << 40, block_size=1 << 20)
         with vhdx.open(image, "r+") as opened:
