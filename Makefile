@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.py) setup.py pyproject.toml
 # What a build needs, and the peers that the tests and benchmarks run against.
 BUILD_PACKAGES := gcc python3-dev python3-venv libc6-dev
-PEER_PACKAGES := fdisk qemu-utils libnbd-bin nbdkit fio libvhdi-utils e2fsprogs fuse3
+PEER_PACKAGES := curl fdisk qemu-utils libnbd-bin nbdkit fio libvhdi-utils e2fsprogs fuse3
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The README's QoS section, run against a served disk; and what the commands say."""
+"""What the QoS commands say and keep."""
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import os
 import signal
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -16,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.t4_cli.test_control import VHDX, image, run, runtime  # noqa: F401 - fixtures
-from vhdx import control
 
 
 @pytest.fixture
@@ -30,55 +26,8 @@ def limited(image):  # noqa: F811
             process.kill()
 
 
-@pytest.fixture
-def get():
-    """Call it with a control socket and a target: what is behind it, to be read."""
-    with contextlib.ExitStack() as stack:
-
-        def ask(path, target):
-            connection = stack.enter_context(
-                contextlib.closing(http.client.HTTPConnection("vhdx", timeout=30))
-            )
-            connection.sock = socket.socket(socket.AF_UNIX)
-            connection.sock.connect(str(path))
-            connection.request("GET", target)
-            return stack.enter_context(connection.getresponse())
-
-        yield ask
-
-
-@pytest.mark.usefixtures("runtime")
-def test_the_section_of_the_readme(limited, image, peer, get, tmp_path):  # noqa: F811
-    peer("fio")
-    (server,) = control.servers()
-    events = get(server.socket, "/events")
-    command = ["fio", "--name=job", "--ioengine=nbd", f"--uri={limited.uri}", "--rw=randwrite"]
-    command += ["--bs=4k", "--iodepth=8", "--size=32m", "--time_based", "--runtime=12"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=tmp_path) as client:
-        try:
-            while (
-                json.loads(run("qos", "show", image, "--json"))["disks"][0]["windows"]["1"][
-                    "normalized_iops"
-                ]
-                < 300
-            ):
-                time.sleep(0.2)
-            # What takes the throughput away here is a limit: the minimum is below it, then above.
-            run("qos", "set", image, "--max-iops", "none", "--max-bandwidth", "400K")
-            found = json.loads(events.readline())
-            assert (found["event"], found["disk"]) == ("InsufficientThroughput", "disk")
-            shown = run("qos", "show")
-            assert "InsufficientThroughput" in shown
-            assert "InsufficientThroughput" in run("top", "--once")
-            metrics = get(server.socket, "/metrics").read().decode()
-            assert 'vhdx_disk_status{disk="disk",status="InsufficientThroughput"} 1.0' in metrics
-            assert 'vhdx_disk_maximum_bandwidth{disk="disk"} 409600.0' in metrics
-            assert 'vhdx_requests_total{disk="disk",kind="writes"}' in metrics
-            run("qos", "set", image, "--max-bandwidth", "none")
-            found = json.loads(events.readline())
-            assert (found["event"], found["disk"]) == ("Ok", "disk")
-        finally:
-            client.terminate()
+@pytest.mark.usefixtures("runtime", "limited")
+def test_a_run_is_written_and_drawn(tmp_path):
     picture = tmp_path / "run.svg"
     assert "disk" in run("qos", "watch", "--seconds", "1", "--plot", picture)
     assert picture.read_text().startswith("<?xml")

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: MIT
+"""The README's QoS section, run line by line as a script while fio asks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import vhdx
+from tests.t4_cli.test_control import runtime  # noqa: F401 - a fixture that counts by itself
+from vhdx.units import GIB
+
+README = Path(__file__).parents[2] / "README.md"
+REFUSED = 2
+
+
+def blocks(title):
+    """The commands of each block of a section, without what is said about them."""
+    text = README.read_text().split(f"### {title}\n")[1].split("From Python,")[0]
+    for block in re.findall(r"```\n((?:vhdx|curl).*?)```", text, re.DOTALL):
+        yield [line.split("  #")[0].strip() for line in block.splitlines()]
+
+
+class Script:
+    """A directory with images, and the shell that runs commands there."""
+
+    def __init__(self, base, fast_path, seconds):
+        self.base, self.seconds = base, seconds
+        self.environment = os.environ | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "COLUMNS": "100",
+        }
+        for name in ("disk", "a", "b", "c"):
+            image = fast_path / f"{name}.vhdx"
+            vhdx.create(image, GIB)
+            (base / image.name).symlink_to(image)
+
+    def here(self, line):
+        """The line, with sockets of this directory and shorter runs."""
+        run = f"{os.environ['XDG_RUNTIME_DIR']}/vhdx"
+        line = line.replace("/run/vhdx", run).replace("--seconds 60", f"--seconds {self.seconds}")
+        return line + f" --max-time {self.seconds}" * line.endswith("/events")
+
+    def run(self, line, codes=(0,)):
+        done = subprocess.run(
+            self.here(line), shell=True, cwd=self.base, env=self.environment, text=True,
+            capture_output=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode in codes, (line, done.returncode, done.stdout, done.stderr)
+        return done.stdout + done.stderr
+
+    @contextlib.contextmanager
+    def serving(self, line, clients):
+        """A server, and fio at some of its disks."""
+        command = f"exec {line}"
+        with contextlib.ExitStack() as stack:
+            server = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    shell=True,
+                    cwd=self.base,
+                    env=self.environment,
+                    text=True,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
+            stack.callback(server.terminate)
+            uri = server.stdout.readline().strip()
+            for name in clients:
+                at = re.sub(r"///\w+", f"///{name}", uri)
+                fio = ["fio", "--name=job", "--ioengine=nbd", f"--uri={at}", "--rw=randwrite"]
+                fio += ["--bs=4k", "--iodepth=8", "--size=64m", "--time_based", "--runtime=60"]
+                process = subprocess.Popen(fio, stdout=subprocess.DEVNULL, cwd=self.base)
+                stack.enter_context(process)
+                stack.callback(process.terminate)
+            yield
+
+
+@pytest.fixture
+def script(tmp_path, fast_path):
+    return Script(tmp_path, fast_path, 2)
+
+
+@pytest.fixture
+def written():
+    limits, minimums, control = blocks("Storage QoS")
+    return limits, minimums, control
+
+
+def test_limits_and_alerts(script, written, peer):
+    """Limits change live; the alert is seen in ``/events``, its state in ``top`` and ``/metrics``."""
+    peer("fio", "curl")
+    (serve, tighten, show, top, *others), _, (events, metrics) = written
+    assert serve.startswith("vhdx serve")
+    with script.serving(serve, ["disk"]):
+        assert re.search(r"disk +Ok +(39\d|40\d) ", script.run(f"sleep 2; {top}"))
+        heard = script.run(f"({events} --max-time 4 & sleep 0.5; {tighten}; wait)", codes=(0, 28))
+        alert = json.loads(heard[heard.index("{") :].splitlines()[0])
+        assert (alert["event"], alert["disk"]) == ("InsufficientThroughput", "disk")
+        assert re.search(r"disk +InsufficientThroughput +300 +- +400 KiB/s", script.run(show))
+        assert re.search(r"disk +InsufficientThroughput +(99|10\d) ", script.run(top))
+        told = script.run(metrics)
+        assert 'vhdx_disk_status{disk="disk",status="InsufficientThroughput"} 1.0' in told
+        assert 'vhdx_disk_maximum_bandwidth{disk="disk"} 409600.0' in told
+        for line in others:
+            script.run(line)
+        assert (script.base / "run.png").read_bytes().startswith(b"\x89PNG")
+        assert re.search("disk +.* gold ", script.run(show))
+        heard = script.run(
+            f"({events} --max-time 4 & sleep 0.5; vhdx qos set disk.vhdx --max-bandwidth none; wait)"
+        )
+        assert '"Ok"' in heard
+
+
+def test_minimums(script, written, peer):
+    """What the device can carry is taken, what it cannot is refused with the figures."""
+    peer("fio")
+    _, (serve, carried, refused, show), _ = written
+    with script.serving(serve, "abc"):
+        script.run(carried)
+        said = script.run(refused, codes=(REFUSED,))
+        assert re.search(r"minimums of \d+ normalised IOPS in all cannot be kept", said)
+        assert re.search("minimums are kept: 110 normalised IOPS are reserved", script.run(show))
