@@ -112,6 +112,14 @@ void vx_request_child(vx_request *child, const vx_request *parent, uint32_t oper
     child->next = NULL;
 }
 
+void vx_request_again(vx_request *request, uint64_t done)
+{
+    request->flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
+    request->done = done;
+    request->extent_count = 0;
+    request->not_before_ns = 0;
+}
+
 void vx_request_adopt(vx_request *parent, const vx_request *child)
 {
     parent->result = child->result;

@@ -188,6 +188,9 @@ int vx_submit(vx_device *device, vx_request *request);
 void vx_request_child(vx_request *child, const vx_request *parent, uint32_t operation,
                       uint64_t offset, uint64_t length, uint8_t *buffer);
 /* Copies outcome, failure, fault and delay of a child that was answered into its parent. */
+/* Makes ready for another attempt, which may block, a request whose attempt did not end; `done`: bytes
+ * of its front that it need not repeat. */
+void vx_request_again(vx_request *request, uint64_t done);
 void vx_request_adopt(vx_request *parent, const vx_request *child);
 
 /* Fails `request` here: sets result and failure, and returns VX_DONE. */

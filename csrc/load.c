@@ -119,7 +119,6 @@ static void completed(vx_request *request)
 static void run_sent(vx_job *job)
 {
     sent *one = (sent *)((char *)job - offsetof(sent, job));
-    one->request.flags = 0;
     if (vx_run(one->load->device, &one->request) == VX_DONE)
         completed(&one->request);
 }
@@ -142,11 +141,8 @@ static void send(sent *one)
         completed(&one->request);
         return;
     }
-    if (!done) {
-        one->request.done = 0;
-        one->request.extent_count = 0;
-        one->request.not_before_ns = 0;
-    }
+    if (!done)
+        vx_request_again(&one->request, 0);
     one->job.run = done ? run_answered : run_sent; /* not from here: the stack would grow */
     if (load->is_virtual)
         run_sent(&one->job);

@@ -208,10 +208,7 @@ static bool park_operation(vx_nbd_connection *c, operation *op)
         completed(&op->request);
         return true;
     }
-    op->request.flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
-    op->request.done = done;
-    op->request.extent_count = 0;
-    op->request.not_before_ns = 0;
+    vx_request_again(&op->request, done);
     return false;
 }
 
@@ -229,9 +226,6 @@ bool nbd_try_operation(vx_nbd_connection *c, operation *op)
     op->request.flags |= VX_NOWAIT;
     if (vx_submit(c->device, &op->request) == VX_DONE && op->request.not_before_ns == 0)
         return true;
-    op->request.flags &= ~(uint32_t)VX_NOWAIT;
-    op->request.done = 0;
-    op->request.extent_count = 0;
-    op->request.not_before_ns = 0;
+    vx_request_again(&op->request, 0);
     return false;
 }

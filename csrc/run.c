@@ -156,9 +156,8 @@ int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *
                 *failure = request.failure;
             return request.result;
         }
+        vx_request_again(&request, 0);
         request.flags = flags;
-        request.done = 0;
-        request.not_before_ns = 0;
     }
     if (vx_wait(device, &request) != 0)
         *failure = request.failure;

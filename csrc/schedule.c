@@ -192,8 +192,7 @@ static void start(vx_turn *p)
     if (answer == VX_DONE) {
         answered(p);
     } else if (answer != VX_PARKED) { /* this thread's hand on it goes to the pool's */
-        p->piece.done = 0;
-        p->piece.not_before_ns = 0;
+        vx_request_again(&p->piece, 0);
         if (s->is_virtual)
             run_piece(&p->job);
         else

@@ -309,10 +309,7 @@ static void pass_on(flow *f, vx_request *request)
         if (answer == VX_DONE) {
             request->complete(request);
         } else if (answer != VX_PARKED) {
-            request->flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
-            request->done = done;
-            request->extent_count = 0;
-            request->not_before_ns = 0;
+            vx_request_again(request, done);
             released *work = malloc(sizeof *work);
             if (work != NULL) {
                 *work = (released){.job.run = run_released, .flow = f, .request = request};

@@ -9,6 +9,7 @@ import socket
 import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -170,6 +171,12 @@ def test_disk_object_is_coherent_and_cannot_be_closed_while_served(image):
         assert disk.pread(11, 100) == b"from client"
 
 
+def timer_of(addresses):
+    """The timer of a connection: 01 while something is not acknowledged."""
+    lines = Path("/proc/net/tcp").read_text().splitlines()
+    return next(line.split()[5][:2] for line in lines if addresses in line)
+
+
 def test_many_exports_and_tcp(image, fast_path):
     other = fast_path / "other.raw"
     other.write_bytes(b"raw bytes" + bytes(4096 - 9))
@@ -177,10 +184,14 @@ def test_many_exports_and_tcp(image, fast_path):
         assert list(server.uris) == ["a", "b"]
         assert server.uri.startswith("nbd://127.0.0.1:")
         assert server.socket_path is None
-        with socket.create_connection(
-            ("127.0.0.1", int(server.uri.split(":")[2].split("/")[0]))
-        ) as s:
+        port = int(server.uri.split(":")[2].split("/")[0])
+        with socket.create_connection(("127.0.0.1", port)) as s:
             assert s.recv(8) == b"NBDMAGIC"
+            ours = f"0100007F:{port:04X} 0100007F:{s.getsockname()[1]:04X}"
+            deadline = time.monotonic() + 10
+            while (timer := timer_of(ours)) == "01" and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert timer == "02"  # keep-alive's
     with vhdx.serve({"a": image, "b": other}) as server:
         client = Client(server.socket_path, "b")
         assert client.read(0, 9) == b"raw bytes"

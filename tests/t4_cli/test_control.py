@@ -233,6 +233,7 @@ def test_garbage_is_refused_and_changes_nothing(image, body):
                 + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
             )
             answer = b"".join(iter(lambda: client.recv(4096), b""))
+        assert answer.startswith(b"HTTP/1.1 4")
         assert b'{"error": ' in answer
         assert server.exports()["disk"].size == 64 * MIB
 

@@ -25,6 +25,7 @@ __all__ = ["Owner", "ServerInfo", "find_owner", "owners", "servers"]
 
 _ANSWER_SECONDS = 5.0
 _LONGEST_LINE = 16 << 20
+_JSON = "application/json"
 
 
 @dataclass(frozen=True)
@@ -205,9 +206,9 @@ def _answer(
     connection = _Connection(path, seconds)
     try:
         data = None if body is None else json.dumps(body)
-        connection.request(method, target, data, {"Content-Type": "application/json"})
+        connection.request(method, target, data, {"Content-Type": _JSON})
         answer = connection.getresponse()
-        if answer.status != 200:
+        if answer.status != 200 and answer.getheader("Content-Type", "").partition(";")[0] != _JSON:
             text = answer.read(200).decode(errors="replace")
             raise ProtocolError(f"the server answered {answer.status}: {text}", path=path)
         yield _lines(answer)

@@ -183,7 +183,7 @@ class Control:
         try:
             found = await self._loop.run_in_executor(self._executor, self._server.qos.describe)
         except ClosedError as error:
-            return web.json_response({"error": wire.object_of(error)})
+            return _refusal(error)
         return web.json_response({"pid": os.getpid(), **found})
 
     async def _change_qos(self, request: web.Request) -> web.Response:
@@ -193,7 +193,7 @@ class Control:
             change = functools.partial(change_qos, self._server.qos, body)
             result = await self._loop.run_in_executor(self._executor, change)
         except VhdxError as error:
-            return web.json_response({"error": wire.object_of(error)})
+            return _refusal(error)
         return web.json_response({"result": result})
 
     async def _metrics(self, request: web.Request) -> web.Response:
@@ -235,7 +235,7 @@ class Control:
         try:
             work, disk, arguments = self._asked(request, await _body(request))
         except VhdxError as error:
-            return web.json_response({"error": wire.object_of(error)})
+            return _refusal(error)
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
         stream = _Stream(request, response, self._loop, self._server.qos.pace)
@@ -281,6 +281,20 @@ class Control:
         if disk is None:
             raise NotFoundError(f"there is no export {body.get('export')!r}")
         return _OPERATIONS[operation], disk, body.get("arguments", {})
+
+
+_STATUS = {
+    Reason.NOT_FOUND: 404,
+    Reason.IN_USE: 409,
+    Reason.INTERNAL: 500,
+    Reason.CLOSED: 503,
+    Reason.NO_SPACE: 507,
+}
+
+
+def _refusal(error: VhdxError) -> web.Response:
+    """What is said of a request before anything was done for it."""
+    return web.json_response({"error": wire.object_of(error)}, status=_STATUS.get(error.reason, 400))
 
 
 async def _body(request: web.Request) -> Any:

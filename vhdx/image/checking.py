@@ -351,7 +351,12 @@ def _entries(report: Report, host: HostFile, structure: Structure) -> None:
         )
     report.leaked = taken.free_bytes(size)
     if report.leaked:
-        report.add("leaked", NOTE, None, f"{report.leaked} bytes of the file belong to nothing")
+        report.add(
+            "leaked",
+            NOTE,
+            None,
+            f"{report.leaked} bytes of the file are free: blocks to come or a compaction take them",
+        )
 
 
 def _shifted(report: Report, host: HostFile, structure: Structure) -> bool:

@@ -34,6 +34,7 @@ __all__ = ["Limits", "Server", "serve"]
 
 _log = logging.getLogger(__name__)
 _SEND_BUFFER = 2 << 20
+_KEEPALIVE_SECONDS = 60
 _LONGEST_NAME = 4096
 _NOTHING = [0] * len(plane.ConnectionCounters._fields)
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
@@ -317,6 +318,11 @@ class Server:
         assert peer is not None
         if peer.family != socket.AF_UNIX:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A client whose host went down says no goodbye: it is gone after about two minutes.
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_SECONDS // 6)
+            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         deadline = time.monotonic() + self._limits.handshake_seconds
         handshake = Handshake(
