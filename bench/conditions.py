@@ -127,8 +127,8 @@ def start_ours(image: Path, work: Path, cpu: int | None, *, spin: bool = False) 
     """Our server, with a Python thread that never waits beside it when ``spin``."""
     socket = work / f"ours{'-spin' if spin else ''}.sock"
     uri = f"nbd+unix:///?socket={socket}"
-    program = [sys.executable, "-m", "bench.server" if spin else "vhdx.cli"]
-    command = [*program, *([] if spin else ["serve"]), f"{image}", "--listen", uri]
+    program = ["bench.server", "--spin"] if spin else ["vhdx.cli", "serve"]
+    command = [sys.executable, "-m", *program, f"{image}", "--listen", uri]
     return start("vhdx, spinning thread" if spin else "vhdx", command, socket, uri, cpu)
 
 

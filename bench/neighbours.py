@@ -27,6 +27,7 @@ GREEDY = 7
 MINIMUM = 40
 SIZES = ("8k", "64k", "256k")  # of the greedy ones
 _PAIR_SECONDS = 2
+_PAIRS_A_SERVER = 3
 
 
 def _server(work: Path, *options: str) -> Target:
@@ -172,40 +173,47 @@ def _set_minimum(work: Path) -> None:
 
 
 @contextlib.contextmanager
-def _running(image: Path, work: Path, name: str, *program: str) -> Iterator[Target]:
-    socket = work / f"{name}.sock"
+def _running(image: Path, work: Path, *options: str) -> Iterator[Target]:
+    socket = work / f"{image.stem}.sock"
     uri = f"nbd+unix:///?socket={socket}"
-    target = start(
-        name, [sys.executable, *program, str(image), "--listen", uri], socket, uri, SERVER_CPU
-    )
+    command = [sys.executable, "-m", "bench.server", *options, str(image), "--listen", uri]
+    target = start(image.stem, command, socket, uri, SERVER_CPU)
     try:
+        fio(target.uri, CLIENT_CPU, "--rw=read", "--bs=1m", "--size=1g")
         yield target
     finally:
         target.stop()
 
 
+def _microseconds_a_read(target: Target) -> float:
+    before = target.cpu_seconds()
+    job = fio(
+        target.uri, CLIENT_CPU, "--rw=randread", "--bs=4k", "--iodepth=16", "--size=1g",
+        "--time_based", f"--runtime={_PAIR_SECONDS}",
+    )  # fmt: skip
+    used: float = (target.cpu_seconds() - before) * 1e6 / job["read"]["total_ios"]
+    return used
+
+
 def idle_throttle(image: Path, work: Path, pairs: int) -> list[dict[str, Any]]:
-    """Server CPU a read of 4 KiB, with a throttle that limits nothing and with none at all."""
-    copy = work / "copy.vhdx"
-    copy.write_bytes(image.read_bytes())
+    """Server CPU a read of 4 KiB, with a throttle that limits nothing and with none at all.
+
+    Two servers of the same program on the same data may differ by two percent, by where their memory
+    happens to lie. So they begin anew after a few pairs, with their images exchanged.
+    """
+    images = [image, work / "copy.vhdx"]
+    images[1].write_bytes(image.read_bytes())
     costs: dict[str, list[float]] = {"throttle": [], "none": []}
-    with (
-        _running(image, work, "throttle", "-m", "vhdx.cli", "serve") as first,
-        _running(copy, work, "none", "-m", "bench.server", "--no-throttle") as second,
-    ):
-        targets = {"throttle": first, "none": second}
-        for target in targets.values():
-            fio(target.uri, CLIENT_CPU, "--rw=read", "--bs=1m", "--size=1g")
-        for pair in range(pairs):
-            for name in list(targets)[:: 1 if pair % 2 else -1]:
-                target = targets[name]
-                before = target.cpu_seconds()
-                job = fio(
-                    target.uri, CLIENT_CPU, "--rw=randread", "--bs=4k", "--iodepth=16", "--size=1g",
-                    "--time_based", f"--runtime={_PAIR_SECONDS}",
-                )  # fmt: skip
-                used = target.cpu_seconds() - before
-                costs[name].append(used * 1e6 / job["read"]["total_ios"])
+    for first in range(0, pairs, _PAIRS_A_SERVER):
+        with (
+            _running(images[0], work) as throttle,
+            _running(images[1], work, "--no-throttle") as none,
+        ):
+            targets = {"throttle": throttle, "none": none}
+            for pair in range(first, min(first + _PAIRS_A_SERVER, pairs)):
+                for name in list(targets)[:: 1 if pair % 2 else -1]:
+                    costs[name].append(_microseconds_a_read(targets[name]))
+        images.reverse()
     ratios = [a / b for a, b in zip(costs["throttle"], costs["none"], strict=True)]
     return [
         {

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Our server as benchmarks want it: python -m bench.server [--no-throttle] PATH --listen URI.
+"""Our server as benchmarks want it: python -m bench.server [OPTION] PATH --listen URI.
 
-With a pure-Python thread that never waits, or, with ``--no-throttle``, without that and with no
-throttle between connections and disks.
+With ``--spin`` a pure-Python thread beside it never waits; with ``--no-throttle`` no throttle is
+between connections and disks.
 """
 
 from __future__ import annotations
@@ -38,13 +38,12 @@ class _NoThrottle(plane.Device):
 
 def main() -> None:
     *options, path, _, uri = sys.argv[1:]
-    bare = options == ["--no-throttle"]
-    if bare:
+    if "--no-throttle" in options:
         plane.Throttle = _NoThrottle  # type: ignore[assignment, misc]
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with vhdx.serve({"": path}, listen=uri):
-        if not bare:
+        if "--spin" in options:
             threading.Thread(target=_spin, daemon=True).start()
         while not stop.wait(0.1):  # the signal may have gone to another thread
             pass
