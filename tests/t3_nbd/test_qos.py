@@ -42,6 +42,7 @@ from vhdx.units import MIB
         {"maximum_bandwidth": 0},
         {"minimum_iops": 200, "maximum_iops": 100},
         {"minimum_iops": 200, "maximum_write_iops": 100},
+        {"minimum_iops": 200, "maximum_read_bandwidth": 200 * 512 - 1},
         {"burst_iops": 5},
         {"credit_iops": -1, "maximum_iops": 5},
         {"maximum_iops": 100, "credit_iops": 10, "credit_rate_iops": 50},
@@ -59,10 +60,13 @@ numbers = st.one_of(st.none(), st.integers(1, 10**9))
 
 @given(st.tuples(numbers, numbers, numbers), st.tuples(numbers, numbers, numbers))
 def test_of_two_settings_the_tighter_limits_count(first, second):
+    def possible(minimum, maximum, bandwidth):
+        most = [maximum, None if bandwidth is None else bandwidth // 512]
+        return minimum and min([minimum, *(each for each in most if each is not None)]) or None
+
     def made(values):
         maximum, bandwidth, minimum = values
-        if None not in (maximum, minimum):
-            minimum = min(minimum, maximum)
+        minimum = possible(minimum, maximum, bandwidth)
         return Settings(maximum_iops=maximum, maximum_bandwidth=bandwidth, minimum_iops=minimum)
 
     a, b = made(first), made(second)
@@ -71,9 +75,7 @@ def test_of_two_settings_the_tighter_limits_count(first, second):
         values = [v for v in (getattr(a, name), getattr(b, name)) if v is not None]
         assert getattr(both, name) == min(values, default=None)
     wanted = a.minimum_iops if a.minimum_iops is not None else b.minimum_iops
-    if wanted is not None and both.maximum_iops is not None:
-        wanted = min(wanted, both.maximum_iops)
-    assert both.minimum_iops == wanted
+    assert both.minimum_iops == possible(wanted, both.maximum_iops, both.maximum_bandwidth)
 
 
 def test_policies_are_what_they_say():

@@ -62,6 +62,7 @@ def test_policies_from_the_command_line(image):  # noqa: F811
         (["--max-iops", "-4"], 2, "maximum iops is -4"),
         (["--max-iops", "many"], 2, "not a valid integer"),
         (["--min-iops", "900"], 2, "above the maximum iops"),
+        (["--max-bandwidth", "100000"], 2, "which is 195 sectors"),
         (["--policy", "gold"], 1, "no policy 'gold'"),
         ([], 2, "say what to change"),
     ],

@@ -26,6 +26,7 @@ NORMALISED_UNIT = 8192
 
 LARGEST_IOPS = 10**9
 _LONGEST_NAME = 256
+_SECTOR = 512
 
 
 class PolicyKind(StrEnum):
@@ -77,15 +78,26 @@ class Settings:
             raise InvalidArgumentError(
                 "there is nothing to save without a maximum", hint="set maximum_iops, too"
             )
-        for name in ("maximum_iops", "maximum_read_iops", "maximum_write_iops"):
-            most_iops = getattr(self, name)
-            if None not in (self.minimum_iops, most_iops) and self.minimum_iops > most_iops:
+        for name, most_iops in self._most_minimums().items():
+            if self.minimum_iops is not None and self.minimum_iops > most_iops:
+                said = str(getattr(self, name))
+                if said != str(most_iops):
+                    said += f" bytes a second, which is {most_iops} sectors"
                 raise InvalidArgumentError(
                     f"the minimum of {self.minimum_iops} is above the {name.replace('_', ' ')} "
-                    f"of {most_iops}",
+                    f"of {said}",
                     hint="lower the minimum or raise the maximum",
                 )
         self.limits()
+
+    def _most_minimums(self) -> dict[str, int]:
+        """By maximum, the highest minimum it allows; the smallest request is a sector."""
+        found = {}
+        for each in fields(self):
+            most = getattr(self, each.name)
+            if each.name.startswith("maximum_") and most is not None:
+                found[each.name] = most if each.name.endswith("iops") else most // _SECTOR
+        return found
 
     def limits(self) -> dict[LimitKind, Limit]:
         """What the data plane holds to."""
@@ -116,9 +128,8 @@ class Settings:
         }
         base = self if self.maximum_iops is not None or other.maximum_iops is None else other
         minimum = other.minimum_iops if self.minimum_iops is None else self.minimum_iops
-        most = [v for n, v in tighter.items() if n.endswith("iops") and v is not None]
-        if minimum is not None and most:
-            minimum = min(minimum, *most)
+        if minimum is not None:
+            minimum = min([minimum, *Settings(**tighter)._most_minimums().values()]) or None
         saving: dict[str, Any] = {n: getattr(base, n) for n in ("burst_iops", "credit_iops")}
         rate = base.credit_rate_iops
         if rate is not None and tighter["maximum_iops"] is not None:
