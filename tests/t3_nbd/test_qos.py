@@ -62,7 +62,7 @@ numbers = st.one_of(st.none(), st.integers(1, 10**9))
 def test_of_two_settings_the_tighter_limits_count(first, second):
     def possible(minimum, maximum, bandwidth):
         most = [maximum, None if bandwidth is None else bandwidth // 512]
-        return minimum and min([minimum, *(each for each in most if each is not None)]) or None
+        return (minimum and min([minimum, *(each for each in most if each is not None)])) or None
 
     def made(values):
         maximum, bandwidth, minimum = values
