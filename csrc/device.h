@@ -149,7 +149,8 @@ typedef struct vx_operations {
     /* Throttles: hold up nothing any more. What waits passes, or fails with CANCELLED. */
     void (*hurry)(vx_device *device, bool drop);
     bool (*is_holding)(vx_device *device); /* throttles: whether something waits */
-    bool (*is_limited)(vx_device *device); /* throttles: whether there is any limit */
+    /* Whether it may hold requests for long: what is under way for it is then held to less memory. */
+    bool (*is_limited)(vx_device *device);
     /* What `owner` has waiting in queues fails with CANCELLED: nobody is there to take the answer. */
     void (*drop)(vx_device *device, const void *owner);
 } vx_operations;
@@ -187,10 +188,10 @@ int vx_submit(vx_device *device, vx_request *request);
 /* `child` becomes a request of the same nature as `parent` for part of its range. */
 void vx_request_child(vx_request *child, const vx_request *parent, uint32_t operation,
                       uint64_t offset, uint64_t length, uint8_t *buffer);
-/* Copies outcome, failure, fault and delay of a child that was answered into its parent. */
 /* Makes ready for another attempt, which may block, a request whose attempt did not end; `done`: bytes
  * of its front that it need not repeat. */
 void vx_request_again(vx_request *request, uint64_t done);
+/* Copies outcome, failure and delay of a child that was answered into its parent. */
 void vx_request_adopt(vx_request *parent, const vx_request *child);
 
 /* Fails `request` here: sets result and failure, and returns VX_DONE. */

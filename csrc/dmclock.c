@@ -31,12 +31,7 @@ static bool is_behind(uint64_t a, uint64_t b)
     return (int64_t)(a - b) < 0;
 }
 
-bool vx_dmclock_is_waiting(const vx_dmclock_client *client)
-{
-    return client->link != NULL;
-}
-
-/* As many units ahead of now, or behind, as before. */
+/* As many units ahead of now as before; what is behind has nothing saved. */
 static uint64_t retimed(uint64_t tag, uint64_t old_rate, uint64_t new_rate, uint64_t now)
 {
     if (old_rate == new_rate)

@@ -49,7 +49,6 @@ void vx_dmclock_set(const vx_dmclock *all, vx_dmclock_client *client, uint64_t r
 void vx_dmclock_begin(vx_dmclock *all, vx_dmclock_client *client, uint64_t now);
 /* It has none any more. */
 void vx_dmclock_end(vx_dmclock_client *client);
-bool vx_dmclock_is_waiting(const vx_dmclock_client *client);
 /* Who is next; NULL: nobody before *when (UINT64_MAX: nobody waits). */
 vx_dmclock_client *vx_dmclock_choose(const vx_dmclock *all, uint64_t now, bool *reserved,
                                      uint64_t *when);

@@ -41,7 +41,8 @@ struct vx_model {
     uint64_t channel_free[MOST_CHANNELS], bus_free;
     uint64_t bus_rate; /* bytes a second */
     uint8_t *written;  /* a bit for each MiB */
-    uint64_t mebibytes, mebibytes_written;
+    uint64_t mebibytes;
+    _Atomic uint64_t mebibytes_written; /* changed under the lock; costs are asked without */
 };
 
 static uint64_t later(uint64_t a, uint64_t b)
@@ -181,7 +182,7 @@ static void mark(vx_model *m, uint64_t offset, uint64_t length, bool written)
         bool is = m->written[i / 8] >> (i % 8) & 1;
         if (is != written) {
             m->written[i / 8] ^= (uint8_t)(1u << (i % 8));
-            m->mebibytes_written += written ? 1 : (uint64_t)-1;
+            atomic_fetch_add(&m->mebibytes_written, written ? 1 : (uint64_t)-1);
         }
     }
 }
@@ -189,7 +190,7 @@ static void mark(vx_model *m, uint64_t offset, uint64_t length, bool written)
 /* Pages programmed for each page written, in thousandths. */
 static uint64_t amplification(const vx_model *m)
 {
-    uint64_t full = m->mebibytes_written * 1000 / m->mebibytes;
+    uint64_t full = atomic_load(&m->mebibytes_written) * 1000 / m->mebibytes;
     return full <= 700 ? 1000 : 1000 + 3000 * (full - 700) / 300;
 }
 

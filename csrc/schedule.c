@@ -31,11 +31,12 @@ void vx_scheduler_release(vx_scheduler *s)
         s->shares = share->next;
         free(share);
     }
-    while (s->free != NULL) {
-        vx_turn *p = s->free;
-        s->free = p->next;
+    while (s->turns != NULL) {
+        vx_turn *p = s->turns;
+        s->turns = p->other;
         free(p);
     }
+    pthread_cond_destroy(&s->rested);
     pthread_mutex_destroy(&s->lock);
     free(s);
 }
@@ -95,6 +96,11 @@ static void end(vx_turn *p)
     uint64_t now = vx_clock_now(s->clock);
     p->share->facts[BELOW]--;
     schedule_leave(s, p, now);
+    p->request = NULL;
+    if (rest == MORE && p->dropped) {
+        vx_fail(request->held_by, request, VX_E_CANCELLED, 0, request->offset + request->done);
+        rest = NOTHING;
+    }
     if (rest == MORE)
         schedule_enqueue(s, p->share, request, true, now);
     else
@@ -276,6 +282,9 @@ static void schedule_drop(vx_device *device, const void *owner)
     vx_request *found = NULL;
     for (share = s->shares; share != NULL; share = share->next) /* it may have changed meanwhile */
         found = schedule_take_out(s, share, is_of, owner, found);
+    for (vx_turn *p = s->turns; p != NULL; p = p->other)
+        if (p->request != NULL && is_of(p->request, owner))
+            p->dropped = true;
     pthread_mutex_unlock(&s->lock);
     while (found != NULL) {
         vx_request *request = found;
@@ -371,6 +380,15 @@ static void turn_came(vx_request *request)
     pthread_mutex_unlock(&t->lock);
 }
 
+/* A thread has no turn any more, and does not look at the clock and the pool. */
+static void rest_now(vx_scheduler *s)
+{
+    pthread_mutex_lock(&s->lock);
+    if (--s->working == 0)
+        pthread_cond_broadcast(&s->rested);
+    pthread_mutex_unlock(&s->lock);
+}
+
 vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes)
 {
     vx_scheduler *s = share->scheduler;
@@ -381,8 +399,10 @@ vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes)
     t.request.complete = turn_came;
     pthread_mutex_lock(&s->lock);
     bool stopping = s->stopping;
-    if (!stopping)
+    if (!stopping) {
+        s->working++;
         schedule_enqueue(s, share, &t.request, false, vx_clock_now(s->clock));
+    }
     pthread_mutex_unlock(&s->lock);
     if (!stopping) {
         dispatch(s);
@@ -390,6 +410,8 @@ vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes)
         while (!t.came)
             pthread_cond_wait(&t.changed, &t.lock);
         pthread_mutex_unlock(&t.lock);
+        if (t.request.context == NULL)
+            rest_now(s);
     }
     pthread_mutex_destroy(&t.lock);
     pthread_cond_destroy(&t.changed);
@@ -398,7 +420,10 @@ vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes)
 
 void vx_turn_end(vx_turn *taken)
 {
+    vx_scheduler *s = schedule_keep(taken->scheduler);
     end(taken);
+    rest_now(s);
+    vx_scheduler_release(s);
 }
 
 void vx_scheduler_stop(vx_scheduler *s)
@@ -414,6 +439,10 @@ void vx_scheduler_stop(vx_scheduler *s)
         found = request->next; /* it is gone when it has completed */
         request->complete(request);
     }
+    pthread_mutex_lock(&s->lock);
+    while (s->working > 0)
+        pthread_cond_wait(&s->rested, &s->lock);
+    pthread_mutex_unlock(&s->lock);
 }
 
 /* ---- shares and facts ---- */
@@ -468,6 +497,7 @@ vx_scheduler *vx_scheduler_create(vx_clock *clock, vx_pool *pool, uint32_t unit,
     if (s == NULL)
         return NULL;
     pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->rested, NULL);
     atomic_init(&s->references, 1);
     s->clock = clock;
     s->pool = pool;

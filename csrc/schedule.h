@@ -35,7 +35,8 @@ typedef struct vx_turn vx_turn;
 /* `unit`: bytes; `depth`: 1 to VX_DEEPEST; `model`: for costs, or NULL. NULL: no memory. */
 vx_scheduler *vx_scheduler_create(vx_clock *clock, vx_pool *pool, uint32_t unit, uint32_t depth,
                                   vx_model *model);
-/* Nobody waits for a turn any more, now or later; before the clock and the pool end. */
+/* Nobody waits for a turn any more, now or later, and those that are out have ended: it waits for them.
+ * Before the clock and the pool end. */
 void vx_scheduler_stop(vx_scheduler *scheduler);
 /* When no device of it is used any more. What it stands on lives until its last device is gone. */
 void vx_scheduler_release(vx_scheduler *scheduler);

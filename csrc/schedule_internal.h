@@ -32,11 +32,13 @@ struct vx_turn {
     vx_request piece;
     vx_job job;
     vx_timer timer;
-    vx_request *request; /* NULL: work that does its own I/O */
+    vx_request *request; /* NULL: work that does its own I/O, or it has ended */
     vx_share *share;
     vx_scheduler *scheduler;
     vx_turn *next; /* free */
+    vx_turn *other; /* all of the scheduler */
     /* under the lock */
+    bool dropped;        /* the rest of the request fails: its client is gone */
     uint32_t submitters; /* threads that hand the piece down, and still look at this */
     bool ended;          /* the last of them frees it */
     bool counts;         /* as one of those below; what is parked there does not */
@@ -55,7 +57,9 @@ struct vx_scheduler {
     /* under the lock */
     vx_dmclock all;
     vx_share *shares;
-    vx_turn *free;
+    vx_turn *free, *turns;
+    uint32_t working; /* threads that want a turn, or have one */
+    pthread_cond_t rested; /* none does */
     bool dispatching, again; /* some thread starts pieces; another one found a reason to look again */
     bool handed_over;        /* the job is the pool's */
     bool stopping;

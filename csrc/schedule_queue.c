@@ -45,10 +45,9 @@ void schedule_enqueue(vx_scheduler *s, vx_share *share, vx_request *request, boo
         vx_dmclock_begin(&s->all, &share->client, vx_ticks(now));
 }
 
-static vx_request *take(vx_scheduler *s, vx_share *share, uint64_t now)
+/* It is out of the queue. */
+static void waits_no_more(vx_scheduler *s, vx_share *share, vx_request *request, uint64_t now)
 {
-    vx_request *request = share->head;
-    share->head = request->next;
     if (share->head == NULL) {
         share->tail = NULL;
         vx_dmclock_end(&share->client);
@@ -62,6 +61,13 @@ static vx_request *take(vx_scheduler *s, vx_share *share, uint64_t now)
     request->queued_ns += waited;
     s->waiting--;
     schedule_note_contention(s, now);
+}
+
+static vx_request *take(vx_scheduler *s, vx_share *share, uint64_t now)
+{
+    vx_request *request = share->head;
+    share->head = request->next;
+    waits_no_more(s, share, request, now);
     return request;
 }
 
@@ -117,8 +123,11 @@ static vx_turn *take_place(vx_scheduler *s)
         return p;
     }
     p = calloc(1, sizeof *p);
-    if (p != NULL)
-        p->scheduler = s;
+    if (p == NULL)
+        return NULL;
+    p->scheduler = s;
+    p->other = s->turns;
+    s->turns = p;
     return p;
 }
 
@@ -154,6 +163,7 @@ vx_turn *schedule_next(vx_scheduler *s)
     p->submitters = 1;
     p->counts = true;
     p->ended = false;
+    p->dropped = false;
     charge(s, share, reserved, request->held_by, &p->piece, now);
     return p;
 }
@@ -162,23 +172,22 @@ vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
                             bool (*is_meant)(const vx_request *, const void *), const void *owner,
                             vx_request *found)
 {
-    vx_request *kept = NULL, **last = &kept;
     uint64_t now = vx_clock_now(s->clock);
-    while (share->head != NULL) {
-        vx_request *request = take(s, share, now);
-        if (is_meant(request, owner)) {
-            request->next = found;
-            found = request;
-        } else {
-            *last = request;
-            last = &request->next;
+    vx_request **link = &share->head, *last = NULL;
+    while (*link != NULL) {
+        vx_request *request = *link;
+        if (!is_meant(request, owner)) {
+            last = request;
+            link = &request->next;
+            continue;
         }
+        *link = request->next;
+        share->tail = last;
+        waits_no_more(s, share, request, now);
+        request->next = found;
+        found = request;
     }
-    while (kept != NULL) {
-        vx_request *request = kept;
-        kept = request->next;
-        schedule_enqueue(s, share, request, false, now);
-    }
+    share->tail = last;
     return found;
 }
 

@@ -46,6 +46,7 @@ struct flow {
     uint64_t paid_bytes;    /* of the head: so much of it is paid for, or being paid */
     uint64_t piece;         /* bytes: the last part of that */
     uint32_t unpaid[SETS];  /* buckets that the piece has not paid yet */
+    uint32_t paid_group;    /* buckets of the group that it has */
     uint64_t due;           /* ticks: when the bucket that was paid last lets it pass */
     vx_limits *due_set;     /* that bucket */
     unsigned due_bucket;
@@ -95,12 +96,11 @@ static uint64_t piece_of(const flow *f, uint32_t operation)
 
 /* ---- without a lock ---- */
 
-static void refund(vx_limits *limits, uint32_t charged, const vx_request *request)
+static void refund(vx_limits *limits, uint32_t charged, uint32_t operation, uint64_t length)
 {
     for (unsigned b = 0; charged >> b != 0; b++)
         if (charged >> b & 1)
-            vx_bucket_refund(&limits->buckets[b],
-                             amount(limits, b, request->operation, request->length));
+            vx_bucket_refund(&limits->buckets[b], amount(limits, b, operation, length));
 }
 
 /* Charges all buckets of both sets, or none. */
@@ -114,9 +114,9 @@ static bool admit(vx_limits *sets[SETS], const uint32_t active[SETS], const vx_r
                 continue;
             uint64_t units = amount(sets[s], b, request->operation, request->length);
             if (!vx_bucket_admit(&sets[s]->buckets[b], units, now)) {
-                refund(sets[s], charged, request);
+                refund(sets[s], charged, request->operation, request->length);
                 if (s == 1)
-                    refund(sets[0], active[0], request);
+                    refund(sets[0], active[0], request->operation, request->length);
                 return false;
             }
             charged |= 1u << b;
@@ -145,8 +145,8 @@ static int throttle_submit(vx_device *device, vx_request *request)
         if (answer != VX_AGAIN && answer != VX_FAULTED) /* parked: it may be gone */
             return answer;
         if (request->flags & VX_NOWAIT) { /* it comes again as another request, and pays then */
-            refund(sets[0], active[0], request);
-            refund(sets[1], active[1], request);
+            for (unsigned s = 0; s < SETS; s++)
+                refund(sets[s], active[s], request->operation, request->length);
         } else {
             request->admitted = true;
         }
@@ -187,6 +187,8 @@ static uint64_t pay(flow *f, uint32_t operation, uint64_t from)
         uint64_t due = vx_bucket_reserve(&set->buckets[bucket],
                                          amount(set, bucket, operation, f->piece), from);
         f->unpaid[where] &= ~(1u << bucket);
+        if (where == 1)
+            f->paid_group |= 1u << bucket;
         f->due_set = set;
         f->due_bucket = bucket;
         if (due > from)
@@ -241,6 +243,7 @@ static bool pay_head(flow *f, uint64_t now)
                 return true;
             f->piece = rest < most ? rest : most;
             f->paid_bytes += f->piece;
+            f->paid_group = 0;
             for (unsigned s = 0; s < SETS; s++)
                 f->unpaid[s] = active_of(atomic_load(&f->sets[s]), request->operation);
         }
@@ -254,18 +257,21 @@ static bool pay_head(flow *f, uint64_t now)
 static vx_request *take_due(flow *f, uint64_t now)
 {
     vx_request *first = NULL, **last = &first;
-    while (f->head != NULL && (atomic_load(&f->hurry) != HOLD || pay_head(f, now))) {
-        *last = take_head(f, now);
-        last = &(*last)->next;
+    bool all = atomic_load(&f->hurry) != HOLD;
+    for (;;) {
+        while (f->head != NULL && (all || pay_head(f, now))) {
+            *last = take_head(f, now);
+            last = &(*last)->next;
+        }
+        if (f->head == NULL || vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(f->due)))
+            break;
+        all = true; /* no memory for a timer: what waits goes early rather than never */
     }
     if (f->head == NULL) {
         f->tail = NULL;
         f->unpaid[0] = f->unpaid[1] = 0;
         unlink_flow(f);
         vx_clock_cancel(f->qos->clock, &f->timer);
-    } else if (!vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(f->due))) {
-        atomic_store(&f->hurry, PASS); /* no memory for a timer: early beats never */
-        *last = take_due(f, now);
     }
     return first;
 }
@@ -524,9 +530,13 @@ void vx_throttle_set_group(vx_device *device, vx_limits *group)
     flow *f = (flow *)device;
     pthread_mutex_lock(&f->qos->lock);
     vx_limits *before = atomic_exchange(&f->sets[1], group);
-    f->unpaid[1] = 0; /* the piece that is being paid owes the new one nothing */
-    if (f->head != NULL && before != NULL && f->due_set == before)
-        retime(f, vx_ticks(vx_clock_now(f->qos->clock)));
+    if (before != group && f->head != NULL) {
+        refund(before, f->paid_group, f->head->operation, f->piece); /* it pays the new one instead */
+        f->paid_group = 0;
+        f->unpaid[1] = active_of(group, f->head->operation);
+        if (f->due_set == before)
+            retime(f, vx_ticks(vx_clock_now(f->qos->clock)));
+    }
     pthread_mutex_unlock(&f->qos->lock);
 }
 

@@ -65,7 +65,8 @@ void vx_limits_levels(vx_limits *limits, int64_t *levels);
 
 /* Keeps a reference to `lower`; `own` counts always, a group as long as it is set. */
 vx_device *vx_throttle_create(vx_device *lower, vx_qos *qos, vx_limits *own, uint64_t identity);
-void vx_throttle_set_group(vx_device *device, vx_limits *group); /* NULL: none */
+/* NULL: none. What waits pays the new group, and the old one no more. */
+void vx_throttle_set_group(vx_device *device, vx_limits *group);
 /* Requests that wait now, and the units that they will cost. */
 void vx_throttle_waiting(vx_device *device, uint64_t *requests, uint64_t *units);
 

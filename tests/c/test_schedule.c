@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 /* Models, turns by dmclock, and the scheduler above a modelled disk; in virtual time. */
 #include <math.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -588,6 +589,8 @@ static void large_units_and_durable_writes(void)
     vx_scheduler_release(other);
 }
 
+static _Atomic unsigned turns_ended;
+
 static void note_result(vx_request *request)
 {
     *(int32_t *)request->context = request->result;
@@ -615,6 +618,59 @@ static void a_cut_write_is_flushed(void)
     begin(0, 8192, 1, true);
     vx_device_release(top);
     vx_device_release(hold);
+    tear_down(1);
+}
+
+/* What a client that is gone has below ends with the piece that is there. */
+static void the_rest_of_what_is_dropped_fails(void)
+{
+    set_up(VX_MODEL_SSD, 1, 1, false);
+    uint8_t *data = calloc(1, 32u << 20);
+    int owner, other;
+    int32_t results[2] = {1, 1};
+    vx_request two[2];
+    memset(two, 0, sizeof two);
+    for (unsigned i = 0; i < 2; i++) {
+        two[i].operation = VX_WRITE;
+        two[i].flags = VX_NOWAIT | VX_MAY_PARK;
+        two[i].length = 32u << 20;
+        two[i].buffer = data;
+        two[i].owner = i == 0 ? &owner : &other;
+        two[i].complete = note_result;
+        two[i].context = &results[i];
+        CHECK(vx_submit(tops[0], &two[i]) == VX_PARKED);
+    }
+    tops[0]->operations->drop(tops[0], &owner);
+    CHECK(results[0] == 1);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
+    uint64_t facts[VX_SHARE_FACTS];
+    vx_share_read(shares[0], facts);
+    CHECK(results[0] == VX_E_CANCELLED && results[1] == 0);
+    CHECK(facts[1] == (32u << 20) / UNIT + (256u << 10) / UNIT);
+    free(data);
+    begin(0, 8192, 1, true);
+    tear_down(1);
+}
+
+static void *end_turn_later(void *turn)
+{
+    nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
+    turns_ended++;
+    vx_turn_end(turn);
+    return NULL;
+}
+
+/* Whoever has a turn may look at the clock and the pool until it has ended. */
+static void a_stop_waits_for_turns(void)
+{
+    set_up(VX_MODEL_SSD, 1, 1, false);
+    pthread_t thread;
+    vx_turn *turn = vx_share_take_turn(shares[0], 4096);
+    CHECK(pthread_create(&thread, NULL, end_turn_later, turn) == 0);
+    vx_scheduler_stop(scheduler);
+    CHECK(turns_ended == 1 && vx_share_take_turn(shares[0], 4096) == NULL);
+    pthread_join(thread, NULL);
+    begin(0, 8192, 1, true);
     tear_down(1);
 }
 
@@ -651,6 +707,8 @@ int main(void)
     a_paused_disk_holds_up_nobody();
     a_cut_write_is_flushed();
     large_units_and_durable_writes();
+    the_rest_of_what_is_dropped_fails();
+    a_stop_waits_for_turns();
     the_same_again_is_the_same();
     return 0;
 }

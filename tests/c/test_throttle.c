@@ -386,6 +386,44 @@ static void a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group(void)
     }
 }
 
+/* A group that is set again, or changed to and fro, lets nothing pass early and keeps nothing back. */
+static void groups_change_while_requests_wait(void)
+{
+    for (unsigned changes = 0; changes < 2; changes++) {
+        for (unsigned slow = 0; slow < 2; slow++) {
+            set_up();
+            vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+            vx_limits *groups[2], *own = vx_limits_create(qos, UNIT);
+            vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 100}}, of_own[VX_LIMIT_KINDS] = {{.rate = 60}};
+            for (unsigned g = 0; g < 2; g++) {
+                groups[g] = vx_limits_create(qos, UNIT);
+                vx_limits_set(groups[g], wanted, true);
+            }
+            if (slow)
+                vx_limits_set(own, of_own, true);
+            for (unsigned i = 0; i < 20; i++) {
+                clients[i].flow = vx_throttle_create(lower, qos, own, i);
+                vx_throttle_set_group(clients[i].flow, groups[0]);
+                begin(i, lower, own, 4096, 2, 20);
+            }
+            for (unsigned step = 0; step < 2000; step++) {
+                vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND / 100);
+                for (unsigned i = 0; i < 20; i++)
+                    vx_throttle_set_group(clients[i].flow, groups[changes & (step / 50)]);
+            }
+            uint64_t units = 0;
+            for (unsigned i = 0; i < 20; i++)
+                units += clients[i].units;
+            uint64_t rate = slow ? 60 : 100;
+            CHECK(units <= rate * 20 + (changes ? 40 * 20 : 1) && units >= rate * 19);
+            int64_t levels[VX_LIMIT_KINDS];
+            vx_limits_levels(groups[1], levels);
+            CHECK(levels[0] >= -21);
+            tear_down(lower, 20);
+        }
+    }
+}
+
 static void hurry_holds_up_nothing(void)
 {
     set_up();
@@ -488,6 +526,7 @@ int main(void)
     the_tighter_of_several_limits_counts();
     credit_is_saved_and_spent();
     a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group();
+    groups_change_while_requests_wait();
     hurry_holds_up_nothing();
     what_is_dropped_is_neither_done_nor_paid();
     a_large_trim_does_not_hold_up_others();
