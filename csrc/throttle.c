@@ -16,6 +16,14 @@ typedef struct flow flow;
 
 enum hurry { HOLD = 0, PASS = 1, DROP = 2 };
 
+/* Waking late is made up for up to this; beyond, the process stood still, and time that it was not
+ * there for lets nothing pass. */
+#define LATE ((uint64_t)100000000u * VX_TICKS_PER_NS)
+/* What is paid for at a time takes no more of a limit's time than this, or than one unit does: where
+ * others wait for the limit, and where nobody does yet. */
+#define SHARED_TURN ((uint64_t)50000u * VX_TICKS_PER_NS)
+#define LONE_TURN ((uint64_t)100000000u * VX_TICKS_PER_NS)
+
 struct vx_qos {
     pthread_mutex_t lock;
     vx_clock *clock;
@@ -46,7 +54,7 @@ struct flow {
     uint64_t paid_bytes;    /* of the head: so much of it is paid for, or being paid */
     uint64_t piece;         /* bytes: the last part of that */
     uint32_t unpaid[SETS];  /* buckets that the piece has not paid yet */
-    uint32_t paid_group;    /* buckets of the group that it has */
+    uint32_t paid[SETS];    /* those that it has */
     uint64_t due;           /* ticks: when the bucket that was paid last lets it pass */
     vx_limits *due_set;     /* that bucket */
     unsigned due_bucket;
@@ -187,8 +195,7 @@ static uint64_t pay(flow *f, uint32_t operation, uint64_t from)
         uint64_t due = vx_bucket_reserve(&set->buckets[bucket],
                                          amount(set, bucket, operation, f->piece), from);
         f->unpaid[where] &= ~(1u << bucket);
-        if (where == 1)
-            f->paid_group |= 1u << bucket;
+        f->paid[where] |= 1u << bucket;
         f->due_set = set;
         f->due_bucket = bucket;
         if (due > from)
@@ -231,6 +238,57 @@ static vx_request *take_head(flow *f, uint64_t now)
     return request;
 }
 
+static bool is_shared(const flow *f)
+{
+    for (const flow *other = f->qos->flows; other != NULL; other = other->next)
+        for (unsigned s = 0; other != f && s < SETS; s++)
+            if (atomic_load(&f->sets[s]) != NULL &&
+                atomic_load(&f->sets[s]) == atomic_load(&other->sets[s]))
+                return true;
+    return false;
+}
+
+static bool takes_longer(const flow *f, uint32_t operation, uint64_t length, uint64_t ticks)
+{
+    for (unsigned s = 0; s < SETS; s++) {
+        const vx_limits *limits = atomic_load(&f->sets[s]);
+        for (unsigned b = 0; active_of(limits, operation) >> b != 0; b++)
+            if (active_of(limits, operation) >> b & 1 &&
+                vx_bucket_cost(&limits->buckets[b], amount(limits, b, operation, length)) > ticks)
+                return true;
+    }
+    return false;
+}
+
+/* Bytes that the head pays for at a time: up to a piece. */
+static uint64_t turn_of(const flow *f, uint32_t operation)
+{
+    uint64_t piece = piece_of(f, operation);
+    uint64_t most = is_shared(f) ? SHARED_TURN : LONE_TURN;
+    uint64_t turn = operation <= VX_WRITE ? atomic_load(&f->sets[0])->unit : (uint64_t)1 << 20;
+    while (2 * turn <= piece && !takes_longer(f, operation, 2 * turn, most))
+        turn *= 2;
+    return turn;
+}
+
+/* What the head has paid for and not used goes back; who waits behind it moves up. */
+static void unpay(flow *f, unsigned s, uint64_t now)
+{
+    vx_limits *limits = atomic_load(&f->sets[s]);
+    if (f->paid[s] == 0 || f->due <= now)
+        return;
+    for (flow *g = f->qos->flows; g != NULL && f->due_set == limits; g = g->next) {
+        if (g == f || g->due_set != limits || g->due_bucket != f->due_bucket || g->due <= f->due)
+            continue;
+        uint64_t cost = vx_bucket_cost(&limits->buckets[f->due_bucket],
+                                       amount(limits, f->due_bucket, f->head->operation, f->piece));
+        g->due = g->due - f->due > cost ? g->due - cost : f->due;
+        vx_clock_set(f->qos->clock, &g->timer, vx_ns_of_ticks(g->due));
+    }
+    refund(limits, f->paid[s], f->head->operation, f->piece);
+    f->paid[s] = 0;
+}
+
 /* Pays for the head as far as `now` allows; whether all of it may pass. */
 static bool pay_head(flow *f, uint64_t now)
 {
@@ -238,14 +296,14 @@ static bool pay_head(flow *f, uint64_t now)
     while (f->due <= now) {
         if ((f->unpaid[0] | f->unpaid[1]) == 0) {
             uint64_t rest = request->length - f->paid_bytes;
-            uint64_t most = piece_of(f, request->operation);
+            uint64_t most = turn_of(f, request->operation);
             if (rest == 0)
                 return true;
             f->piece = rest < most ? rest : most;
             f->paid_bytes += f->piece;
-            f->paid_group = 0;
             for (unsigned s = 0; s < SETS; s++)
                 f->unpaid[s] = active_of(atomic_load(&f->sets[s]), request->operation);
+            f->paid[0] = f->paid[1] = 0;
         }
         uint64_t arrived = vx_ticks(request->arrived_ns);
         f->due = pay(f, request->operation, arrived > f->due ? arrived : f->due);
@@ -329,12 +387,26 @@ static void pass_on(flow *f, vx_request *request)
     }
 }
 
+/* Its time has passed unused: it takes its place anew. */
+static void pay_again(flow *f, uint64_t now)
+{
+    for (unsigned s = 0; s < SETS; s++) {
+        const vx_limits *limits = atomic_load(&f->sets[s]);
+        if (limits != NULL && f->due_set == limits)
+            f->unpaid[s] |= active_of(limits, f->head->operation) & 1u << f->due_bucket;
+    }
+    f->due = now;
+}
+
 static void on_time(vx_timer *timer)
 {
     flow *f = (flow *)((char *)timer - offsetof(flow, timer));
     pthread_mutex_lock(&f->qos->lock);
     bool had = f->head != NULL;
-    vx_request *due = take_due(f, vx_ticks(vx_clock_now(f->qos->clock)));
+    uint64_t now = vx_ticks(vx_clock_now(f->qos->clock));
+    if (had && now > f->due + LATE)
+        pay_again(f, now);
+    vx_request *due = take_due(f, now);
     bool idle = had && f->head == NULL;
     pthread_mutex_unlock(&f->qos->lock);
     pass_on(f, due);
@@ -375,6 +447,8 @@ static void throttle_hurry(vx_device *device, bool drop)
     flow *f = (flow *)device;
     pthread_mutex_lock(&f->qos->lock);
     atomic_store(&f->hurry, drop ? DROP : PASS);
+    for (unsigned s = 0; s < SETS && f->head != NULL; s++)
+        unpay(f, s, vx_ticks(vx_clock_now(f->qos->clock)));
     if (f->head != NULL)
         vx_clock_set(f->qos->clock, &f->timer, vx_clock_now(f->qos->clock));
     pthread_mutex_unlock(&f->qos->lock);
@@ -529,10 +603,12 @@ void vx_throttle_set_group(vx_device *device, vx_limits *group)
 {
     flow *f = (flow *)device;
     pthread_mutex_lock(&f->qos->lock);
-    vx_limits *before = atomic_exchange(&f->sets[1], group);
+    vx_limits *before = atomic_load(&f->sets[1]);
+    if (before != group && f->head != NULL)
+        unpay(f, 1, vx_ticks(vx_clock_now(f->qos->clock)));
+    atomic_store(&f->sets[1], group);
     if (before != group && f->head != NULL) {
-        refund(before, f->paid_group, f->head->operation, f->piece); /* it pays the new one instead */
-        f->paid_group = 0;
+        f->paid[1] = 0;
         f->unpaid[1] = active_of(group, f->head->operation);
         if (f->due_set == before)
             retime(f, vx_ticks(vx_clock_now(f->qos->clock)));

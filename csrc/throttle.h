@@ -6,15 +6,18 @@
  * A throttle is one flow: what one initiator does to one disk. It is limited by up to two sets of
  * limits: its disk's, and that of a group of disks. What may pass is admitted without a lock, and
  * without a look at the clock where nothing is limited. What may not is parked, and passes at its
- * exact time: each time is computed from the one before, so that waking late costs nothing of the
- * rate. Nothing sleeps and nothing polls.
+ * exact time: each time is computed from the one before, so that waking late, by up to 100 ms, costs
+ * nothing of the rate; for longer the process stood still, and that is not made up for. Nothing sleeps
+ * and nothing polls.
  *
  *   units     max(1, ceil(length / unit)) for reads and writes; ZERO and TRIM, which carry no payload,
  *             one for each MiB begun and no bytes; FLUSH and EXTENTS pass freely
- *   order     requests of a flow pass in the order in which they came. Of several flows each that
- *             waits has one piece in the queue of a shared limit, so they take turns
- *   pieces    of what waits 256 KiB (of ZERO and TRIM 32 MiB) are paid for at a time, and it passes
- *             when all of it is: so a large request does not hold up other flows for all its time
+ *   order     requests of a flow pass in the order in which they came
+ *   pieces    what waits pays for a part at a time, and passes when all of it is paid for. Of several
+ *             flows each that waits has one part in the queue of a shared limit, and parts are small
+ *             there, a unit or what passes in 50 us: so they take turns, and share by units, however
+ *             large their requests are. Elsewhere a part is what passes in 100 ms, at most 256 KiB
+ *             (of ZERO and TRIM 32 MiB)
  *   stages    a piece pays one limit at a time, the one that would let it pass last first, and the
  *             next one when its time has come: so a flow that waits for a limit of its own takes
  *             nothing out of one that it shares

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.t3_nbd.client import Client
 from tests.t4_cli.test_control import VHDX, image, run, runtime  # noqa: F401 - fixtures
 
 
@@ -83,6 +85,38 @@ def test_a_server_that_is_stopped_is_named(limited, image):  # noqa: F811
         assert "does not answer" in run("qos", "set", image, "--max-iops", "3", code=4)
     finally:
         os.kill(limited.pid, signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("runtime")
+@pytest.mark.parametrize("options", [(), ("--keep-minimums", "--model", "nvme")])
+def test_a_suspended_server_gains_nothing(image, options):  # noqa: F811
+    rate, clients, each, read = 500, 40, 50, 0
+    command = [*VHDX, "serve", image, "--max-iops", str(rate), *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        path = process.stdout.readline().strip().split("socket=")[1]
+        flows = [Client(path, "disk") for _ in range(clients)]
+        for client in flows:
+            for n in range(each):
+                client.send(read, offset=512 * n, length=512)
+        os.kill(process.pid, signal.SIGSTOP)
+        for client in flows:  # what was answered before does not count
+            client.socket.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                while client.socket.recv(1 << 20):
+                    pass
+        time.sleep(2)
+        began = time.monotonic()
+        os.kill(process.pid, signal.SIGCONT)
+        time.sleep(0.5)
+        os.kill(process.pid, signal.SIGSTOP)
+        took, answered = time.monotonic() - began, 0
+        for client in flows:
+            with contextlib.suppress(BlockingIOError):
+                while found := client.socket.recv(1 << 20):
+                    answered += len(found) / (512 + 28)
+        os.kill(process.pid, signal.SIGCONT)
+        process.terminate()
+    assert answered <= rate * took + 0.1 * rate + clients  # a tenth of a second is made up for
 
 
 @pytest.mark.usefixtures("runtime")

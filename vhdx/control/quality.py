@@ -54,22 +54,21 @@ def _refuse_known(domain: Domain, policy_id: str) -> None:
 def _set_policy(
     domain: Domain, name: str, settings: dict[str, Any], kind: Any, policy_id: Any
 ) -> dict[str, Any]:
-    try:
-        old = domain.policy(name)
-    except NotFoundError:
-        try:
-            chosen = PolicyKind.DEDICATED if kind is None else PolicyKind(kind)
-            identity = {} if policy_id is None else {"policy_id": UUID(str(policy_id))}
-            if policy_id is not None:
-                _refuse_known(domain, str(identity["policy_id"]))
-        except ValueError as error:
-            raise InvalidArgumentError(f"it can be no policy: {error}") from error
-        policy = Policy(name, chosen, Settings().changed(settings), **identity)
-    else:
+    def change(old: Policy | None) -> Policy:
+        if old is None:
+            try:
+                chosen = PolicyKind.DEDICATED if kind is None else PolicyKind(kind)
+                identity = {} if policy_id is None else {"policy_id": UUID(str(policy_id))}
+                if policy_id is not None:
+                    _refuse_known(domain, str(identity["policy_id"]))
+            except ValueError as error:
+                raise InvalidArgumentError(f"it can be no policy: {error}") from error
+            return Policy(name, chosen, Settings().changed(settings), **identity)
         if kind not in (None, old.kind.value):  # it may be anything, a list too
             raise InvalidArgumentError(
                 f"policy {name!r} is {old.kind}, and that cannot change", hint="make another policy"
             )
-        policy = replace(old, settings=old.settings.changed(settings))
-    warning = domain.set_policy(policy)
+        return replace(old, settings=old.settings.changed(settings))
+
+    policy, warning = domain.change_policy(name, change)
     return policy.as_dict() | {"warning": warning}

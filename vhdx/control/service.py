@@ -72,6 +72,7 @@ class Control:
         self._loop = asyncio.new_event_loop()
         self._runner: web.AppRunner | None = None
         self._executor = ThreadPoolExecutor(_WORKERS, "vhdx-control")
+        self._quick = ThreadPoolExecutor(2, "vhdx-qos-control")  # not held up by operations
         ready = threading.Event()
         self._failures: list[BaseException] = []
         self._thread = threading.Thread(
@@ -142,6 +143,7 @@ class Control:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
         self._executor.shutdown(wait=False)
+        self._quick.shutdown(wait=False)
 
     # ---- answers ----
 
@@ -181,7 +183,7 @@ class Control:
     async def _describe_qos(self, request: web.Request) -> web.Response:
         del request
         try:
-            found = await self._loop.run_in_executor(self._executor, self._server.qos.describe)
+            found = await self._loop.run_in_executor(self._quick, self._server.qos.describe)
         except ClosedError as error:
             return _refusal(error)
         return web.json_response({"pid": os.getpid(), **found})
@@ -191,7 +193,7 @@ class Control:
         try:
             body = await _body(request)
             change = functools.partial(change_qos, self._server.qos, body)
-            result = await self._loop.run_in_executor(self._executor, change)
+            result = await self._loop.run_in_executor(self._quick, change)
         except VhdxError as error:
             return _refusal(error)
         return web.json_response({"result": result})
@@ -199,7 +201,7 @@ class Control:
     async def _metrics(self, request: web.Request) -> web.Response:
         del request
         try:
-            text = await self._loop.run_in_executor(self._executor, exposition, self._server)
+            text = await self._loop.run_in_executor(self._quick, exposition, self._server)
         except ClosedError as error:
             raise web.HTTPServiceUnavailable(text=str(error)) from error
         return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
@@ -300,7 +302,7 @@ def _refusal(error: VhdxError) -> web.Response:
 async def _body(request: web.Request) -> Any:
     try:
         return await request.json()
-    except (ValueError, RecursionError, web.HTTPRequestEntityTooLarge) as error:
+    except (ValueError, LookupError, RecursionError, web.HTTPRequestEntityTooLarge) as error:
         raise InvalidArgumentError(f"the request is no JSON that can be read: {error!r}") from error
 
 

@@ -7,7 +7,8 @@ minimums, and :mod:`vhdx.qos.monitor` watches what flows get, :mod:`vhdx.qos.ale
 tells of it. The data plane's part is ``csrc/throttle.h`` and ``csrc/schedule.h``.
 """
 
-from vhdx.qos.domain import Domain, Flow
+from vhdx.qos.domain import Domain
+from vhdx.qos.flows import Flow
 from vhdx.qos.policy import LARGEST_IOPS, NORMALISED_UNIT, Policy, PolicyKind, Settings
 from vhdx.qos.scheduling import Scheduling
 from vhdx.qos.store import Store

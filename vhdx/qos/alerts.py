@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import subprocess
 import threading
 from collections import deque
@@ -56,7 +57,7 @@ class Alerts:
         with self._lock:
             self._kept.append(alert)
             listeners = list(self._listeners)
-        (_log.warning if alert.begins else _log.info)("QoS: %s", alert)
+        _log.warning("QoS: %s", alert)
         for listener in listeners:
             with contextlib.suppress(Exception):
                 listener(alert)
@@ -74,10 +75,26 @@ def _run_hook(hook: str, alert: Alert) -> None:
         "VHDX_DISK": alert.disk,
         "VHDX_MINIMUM_IOPS": str(alert.minimum_iops),
         "VHDX_ACHIEVED_IOPS": f"{alert.achieved_iops:.0f}",
+        "VHDX_TAKERS": ", ".join(f"{name} {iops:.0f}" for name, iops in alert.takers),
         "VHDX_MESSAGE": str(alert),
     }
     try:
-        command = ["/bin/sh", "-c", hook]  # it is the user's
-        subprocess.run(command, env=os.environ | facts, timeout=_HOOK_SECONDS, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        _log.warning("the hook of an alert failed: %s", error)
+        run = subprocess.Popen(
+            ["/bin/sh", "-c", hook],  # it is the user's
+            env=os.environ | facts,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except (OSError, ValueError) as error:
+        _log.warning("the hook of an alert cannot be run: %s", error)
+        return
+    try:
+        code = run.wait(_HOOK_SECONDS)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+        _log.warning("the hook of an alert was ended after %g s", _HOOK_SECONDS)
+    else:
+        if code != 0:
+            _log.warning("the hook of an alert ended with %d", code)

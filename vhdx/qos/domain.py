@@ -13,7 +13,6 @@ import logging
 import os
 import threading
 import time
-from collections import deque
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -21,6 +20,7 @@ from uuid import UUID
 from vhdx import plane
 from vhdx.errors import ClosedError, ExistsError, InvalidArgumentError, NotFoundError
 from vhdx.qos.alerts import Alerts
+from vhdx.qos.flows import TICK_SECONDS, DiskState, Flow
 from vhdx.qos.monitor import WINDOWS, Alert, History, Status, Watch, together
 from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
 from vhdx.qos.scheduling import Scheduling, Turns, set_share
@@ -31,48 +31,12 @@ if TYPE_CHECKING:
 
     from vhdx.qos.store import Store
 
-__all__ = ["Domain", "Flow"]
+__all__ = ["Domain"]
 
 _log = logging.getLogger(__name__)
-_TICK_SECONDS, _TICKS_A_SAMPLE = 0.05, 5
+_TICKS_A_SAMPLE = 5
 _LOOKED_SECONDS = 310.0  # longer than the longest window, and than Prometheus waits
 _MOST_TAKERS = 3
-
-
-class Flow:
-    """What one initiator does to one disk.
-
-    Attributes:
-        disk: the name of its disk.
-        initiator: who it is, as far as that can be told.
-        throttle: the device that its requests go through.
-        meter: counts them.
-    """
-
-    def __init__(
-        self, disk: str, initiator: str, throttle: plane.Throttle, meter: plane.Meter
-    ) -> None:
-        self.disk, self.initiator = disk, initiator
-        self.throttle, self.meter = throttle, meter
-        self.under_way: Callable[[], int] = lambda: 0
-        self.history = History()
-
-
-class _DiskState:
-    """A disk and what is wanted of it."""
-
-    def __init__(
-        self, path: str, device: plane.Device, turns: Turns, pacing: plane.Pacing, unit: int
-    ) -> None:
-        self.path = path
-        self.device, self.share = turns.attach(device)
-        self.settings = Settings()
-        self.policy_id: UUID | None = None
-        self.limits = plane.Limits(pacing, unit)
-        self.watch = Watch()
-        self.busy: deque[bool] = deque(maxlen=round(1 / _TICK_SECONDS))
-        self.history = History()
-        self.departed = [0] * plane.METER_NUMBERS  # what flows did that have left
 
 
 class Domain:
@@ -109,7 +73,7 @@ class Domain:
         self._turns = Turns(scheduling or Scheduling(), pool, unit, sizes, clock)
         self._lock = threading.RLock()
         self._change_lock = threading.Lock()
-        self._disks: dict[str, _DiskState] = {}
+        self._disks: dict[str, DiskState] = {}
         self._policies: dict[UUID, Policy] = {}
         self._groups: dict[UUID, plane.Limits] = {}
         self._flows: list[Flow] = []
@@ -139,8 +103,10 @@ class Domain:
         """A disk that is served from now on; ``settings`` count over what the file says."""
         with self._lock:
             path = os.path.abspath(path)
-            disk = _DiskState(path, device, self._turns, self._pacing, self.unit)
-            if self._store is not None:
+            twin = next(iter(self._of_path(path)), None)
+            limits = plane.Limits(self._pacing, self.unit) if twin is None else twin.limits
+            disk = DiskState(path, device, self._turns, limits, twin)
+            if self._store is not None and twin is None:
                 with self._store.believed():
                     kept = self._store.content["disks"].get(disk.path, {})
                     disk.settings = Settings().changed(kept.get("settings", {}))
@@ -151,7 +117,9 @@ class Domain:
                     {k: v for k, v in settings.as_dict().items() if v}
                 )
             self._disks[name] = disk
-            self._apply(disk, fresh=True)
+            for each in self._of_path(path):
+                each.settings = disk.settings
+                self._apply(each, fresh=twin is None)
 
     def warn(self) -> None:
         """Says so where the minimums of the disks that were added cannot all be kept."""
@@ -186,17 +154,21 @@ class Domain:
             said = self._admit({disk.path: (settings, policy_id)}, self._policies)
             self._save({disk.path: (settings, policy_id)}, self._policies)
             with self._lock:
-                disk.settings, disk.policy_id = settings, policy_id
-                self._apply(disk)
+                for each in self._of_path(disk.path):
+                    each.settings, each.policy_id = settings, policy_id
+                    self._apply(each)
             return said
 
-    def _disk(self, name: str) -> _DiskState:
+    def _of_path(self, path: str) -> list[DiskState]:
+        return [disk for disk in self._disks.values() if disk.path == path]
+
+    def _disk(self, name: str) -> DiskState:
         disk = self._disks.get(name)
         if disk is None:
             raise NotFoundError(f"there is no disk {name!r}")
         return disk
 
-    def _wanted(self, disk: _DiskState) -> Settings:
+    def _wanted(self, disk: DiskState) -> Settings:
         """What counts for a disk: its own settings and its policy's, the tighter of each."""
         return _together(disk.settings, disk.policy_id, self._policies)
 
@@ -207,7 +179,7 @@ class Domain:
     ) -> int:
         """The sum of minimums, normalised IOPS, as it would be with these disks and policies."""
         total, groups = 0, set()
-        for disk in self._disks.values():
+        for disk in {each.path: each for each in self._disks.values()}.values():
             settings, policy_id = changed.get(disk.path, (disk.settings, disk.policy_id))
             total += _together(settings, policy_id, policies).minimum_iops or 0
             policy = None if policy_id is None else policies.get(policy_id)
@@ -215,18 +187,35 @@ class Domain:
                 groups.add(policy.policy_id)
         return total + sum(policies[each].settings.minimum_iops or 0 for each in groups)
 
+    def _refuse_contradictions(
+        self,
+        changed: Mapping[str, tuple[Settings, UUID | None]],
+        policies: Mapping[UUID, Policy],
+    ) -> None:
+        """Disks of an aggregated policy cannot have minimums above what it lets pass in all."""
+        sums: dict[UUID, int] = {}
+        for disk in {each.path: each for each in self._disks.values()}.values():
+            settings, policy_id = changed.get(disk.path, (disk.settings, disk.policy_id))
+            if policy_id is not None:
+                sums[policy_id] = sums.get(policy_id, 0) + (settings.minimum_iops or 0)
+        for policy_id, total in sums.items():
+            policy = policies.get(policy_id)
+            if policy is not None and policy.kind is PolicyKind.AGGREGATED:
+                policy.settings.refuse_minimum(total, f"a minimum of {total} for the disks of policy {policy.name!r} together")
+
     def _admit(
         self,
         changed: Mapping[str, tuple[Settings, UUID | None]],
         policies: Mapping[UUID, Policy],
     ) -> str | None:
+        self._refuse_contradictions(changed, policies)
         before = self._reserved({}, self._policies)
         said = self._turns.admit(before, self._reserved(changed, policies))
         if said is not None:
             _log.warning("QoS: %s", said)
         return said
 
-    def _apply_share(self, disk: _DiskState, wanted: Settings) -> None:
+    def _apply_share(self, disk: DiskState, wanted: Settings) -> None:
         """A disk waits in its policy's share where that is aggregated, and it has no own minimum."""
         if disk.share is None:
             return
@@ -238,7 +227,7 @@ class Domain:
         assert isinstance(disk.device, plane.Scheduled)
         disk.device.set_share(share)
 
-    def _apply(self, disk: _DiskState, *, fresh: bool = False) -> None:
+    def _apply(self, disk: DiskState, *, fresh: bool = False) -> None:
         wanted = self._wanted(disk)
         disk.limits.set(wanted.limits(), fresh=fresh)
         self._apply_share(disk, wanted)
@@ -273,7 +262,20 @@ class Domain:
             InvalidArgumentError: its kind cannot change.
             HostIOError, NoSpaceError: the file cannot be written. Nothing is changed then.
         """
+        return self.change_policy(policy.name, lambda _: policy)[1]
+
+    def change_policy(
+        self, name: str, change: Callable[[Policy | None], Policy]
+    ) -> tuple[Policy, str | None]:
+        """Like :meth:`set_policy`, with what ``change`` makes of what there is.
+
+        Nothing else changes meanwhile. It gets the policy of this name or id, or None.
+        """
         with self._change_lock:
+            try:
+                policy = change(self.policy(name))
+            except NotFoundError:
+                policy = change(None)
             old = self._policies.get(policy.policy_id)
             if old is not None and old.kind is not policy.kind:
                 raise InvalidArgumentError(
@@ -287,7 +289,7 @@ class Domain:
             with self._lock:
                 self._keep(policy)
                 self._follow(policy.policy_id)
-            return said
+            return policy, said
 
     def remove_policy(self, name: str) -> list[str]:
         """Takes a policy away; its disks have their own limits only, until it comes back.
@@ -321,6 +323,7 @@ class Domain:
             group = self._groups.get(policy.policy_id)
             if group is None:  # kept for good: flows may be looking at it
                 group = self._groups[policy.policy_id] = plane.Limits(self._pacing, self.unit)
+            self._group_watches.setdefault(policy.policy_id, Watch()).title = f"policy {policy.name}"
             group.set(policy.settings.limits())
 
     def _follow(self, policy_id: UUID) -> None:
@@ -357,8 +360,8 @@ class Domain:
             throttle = plane.Throttle(disk.device, self._pacing, disk.limits, group)
             flow = Flow(name, initiator, throttle, plane.Meter(self.unit))
             flow.meter.switch(on=self._measures())
-            self._flows.append(flow)
             self._begin_sampling()
+            self._flows.append(flow)
             return flow
 
     def disconnect(self, flow: Flow) -> None:
@@ -386,7 +389,7 @@ class Domain:
                 "flows": [self._describe_flow(flow) for flow in self._flows],
             }
 
-    def _status(self, disk: _DiskState) -> Status:
+    def _status(self, disk: DiskState) -> Status:
         if disk.policy_id is not None and disk.policy_id not in self._policies:
             return Status.UNKNOWN_POLICY
         group = None if disk.policy_id is None else self._group_watches.get(disk.policy_id)
@@ -430,7 +433,7 @@ class Domain:
     def _measures(self) -> bool:
         if self._now() - self._looked < _LOOKED_SECONDS:
             return True
-        return any(minimum is not None for _, _, minimum, _ in self._watched())
+        return any(minimum is not None or w.insufficient for _, _, minimum, w in self._watched())
 
     def _begin_sampling(self) -> None:
         if not self._sampling and self._measures() and not self._closing.is_set():
@@ -439,28 +442,33 @@ class Domain:
             for flow in self._flows:
                 flow.history = History()
                 flow.meter.switch(on=True)
+            if self._clock is None:
+                sampler = threading.Thread(target=self._sample, name="vhdx-qos", daemon=True)
+                try:
+                    sampler.start()
+                except RuntimeError as error:  # the next look or change tries again
+                    _log.warning("QoS: nothing is measured: %s", error)
+                    return
+                self._sampler = sampler
             self._sampling = True
-            if self._clock is not None:
-                return
-            self._sampler = threading.Thread(target=self._sample, name="vhdx-qos", daemon=True)
-            self._sampler.start()
 
     def _sample(self) -> None:
         try:
             self._sample_on()
         finally:
             with self._lock:
-                self._sampler, self._sampling = None, False
+                if self._sampler is threading.current_thread():
+                    self._sampler, self._sampling = None, False
 
     def _sample_on(self) -> None:
         tick = 0
         due = time.monotonic()
         while not self._closing.wait(max(0.0, due - time.monotonic())):
             tick += 1
-            due += _TICK_SECONDS
+            due += TICK_SECONDS
             now = time.monotonic()
             if now > due:  # the process was stopped: what was missed is not made up for
-                due = now + _TICK_SECONDS
+                due = now + TICK_SECONDS
             if not self._tick(now, tick):
                 return
 
@@ -475,7 +483,8 @@ class Domain:
             self._note(now, thin=tick % (_TICKS_A_SAMPLE * 8) == 0)
             found = self._judge(now)
             goes_on = self._measures()
-            if not goes_on:
+            if not goes_on:  # from here on a look begins anew
+                self._sampler, self._sampling = None, False
                 for flow in self._flows:
                     flow.meter.switch(on=False)
         for alert in found:
@@ -493,9 +502,8 @@ class Domain:
         end = self._clock.now + round(seconds * 1e9)
         while self._clock.now < end:
             self._ticks += 1
-            self._clock.advance(min(end, self._clock.now + round(_TICK_SECONDS * 1e9)))
-            if not self._tick(self._now(), self._ticks):
-                self._sampling = False
+            self._clock.advance(min(end, self._clock.now + round(TICK_SECONDS * 1e9)))
+            self._tick(self._now(), self._ticks)
 
     def _note(self, now: float, *, thin: bool) -> None:
         """A sample of each flow and disk."""
@@ -518,7 +526,10 @@ class Domain:
         last = {name: disk.history.figures(1.0) for name, disk in self._disks.items()}
         for what, names, minimum, watch in self._watched():
             got = together([last[name] for name in names])
-            busy = max(sum(d.busy) / max(1, len(d.busy)) for d in map(self._disks.get, names) if d)
+            busy = max(
+                (sum(d.busy) / max(1, len(d.busy)) for d in map(self._disks.get, names) if d),
+                default=0.0,
+            )
             begins = watch.judge(now, minimum, got, busy)
             if begins is None:
                 continue
@@ -529,15 +540,21 @@ class Domain:
         return found
 
     def _watched(self) -> Iterator[tuple[str, list[str], int | None, Watch]]:
-        """Each disk, and each aggregated policy that has disks: its minimum, and who watches it."""
+        """Each disk and aggregated policy: title, names, minimum, and who watches it.
+
+        One that has no minimum or disks any more is watched on, so that its alert ends.
+        """
+        paths: dict[str, list[str]] = {}
         for name, disk in self._disks.items():
-            yield name, [name], self._wanted(disk).minimum_iops, disk.watch
-        for policy in self._policies.values():
-            if policy.kind is PolicyKind.AGGREGATED and policy.settings.minimum_iops:
-                mine = [n for n, d in self._disks.items() if d.policy_id == policy.policy_id]
-                watch = self._group_watches.setdefault(policy.policy_id, Watch())
-                if mine:
-                    yield f"policy {policy.name}", mine, policy.settings.minimum_iops, watch
+            paths.setdefault(disk.path, []).append(name)
+        for names in paths.values():
+            disk = self._disks[names[0]]
+            yield names[0], names, self._wanted(disk).minimum_iops, disk.watch
+        for policy_id, watch in self._group_watches.items():
+            policy = self._policies.get(policy_id)
+            minimum = None if policy is None else policy.settings.minimum_iops
+            mine = [n for n, d in self._disks.items() if d.policy_id == policy_id]
+            yield watch.title, mine, minimum if mine else None, watch
 
     def pace(self, size: int) -> None:
         """Work in the background waits here until it may do so many bytes of I/O."""

@@ -102,7 +102,7 @@ def together(several: Sequence[Figures]) -> Figures:
     """What several got in one window: their sums, without latencies."""
     names = ("normalized_iops", "iops", "bandwidth", "read_iops", "write_iops", "offered_iops")
     sums = {name: sum(getattr(each, name) for each in several) for name in names}
-    return Figures(seconds=max(each.seconds for each in several), **sums)
+    return Figures(seconds=max((each.seconds for each in several), default=0.0), **sums)
 
 
 class History:
@@ -172,6 +172,11 @@ class Alert:
         }
 
     def __str__(self) -> str:
+        if not self.begins and self.achieved_iops < _ENOUGH * self.minimum_iops:
+            return (
+                f"{self.disk} does not miss its minimum of {self.minimum_iops} normalised IOPS any "
+                f"more: it asks for less ({self.achieved_iops:.0f} now)"
+            )
         if not self.begins:
             return (
                 f"{self.disk} gets its minimum of {self.minimum_iops} normalised IOPS again "
@@ -186,8 +191,9 @@ class Alert:
 
 @dataclass
 class Watch:
-    """Whether one disk gets its minimum; fed with each sample."""
+    """Whether one disk, or policy of that title, gets its minimum; fed with each sample."""
 
+    title: str = ""
     insufficient: bool = False
     _since: float | None = field(default=None, repr=False)  # it has been otherwise
 

@@ -78,17 +78,26 @@ class Settings:
             raise InvalidArgumentError(
                 "there is nothing to save without a maximum", hint="set maximum_iops, too"
             )
-        for name, most_iops in self._most_minimums().items():
-            if self.minimum_iops is not None and self.minimum_iops > most_iops:
-                said = str(getattr(self, name))
-                if said != str(most_iops):
-                    said += f" bytes a second, which is {most_iops} sectors"
-                raise InvalidArgumentError(
-                    f"the minimum of {self.minimum_iops} is above the {name.replace('_', ' ')} "
-                    f"of {said}",
-                    hint="lower the minimum or raise the maximum",
-                )
+        if self.minimum_iops is not None:
+            self.refuse_minimum(self.minimum_iops, f"the minimum of {self.minimum_iops}")
         self.limits()
+
+    def refuse_minimum(self, minimum: int, called: str) -> None:
+        """Refuses a minimum that the maximums cannot carry.
+
+        Raises:
+            InvalidArgumentError: naming the maximum.
+        """
+        for name, most_iops in self._most_minimums().items():
+            if minimum <= most_iops:
+                continue
+            said = str(getattr(self, name))
+            if said != str(most_iops):
+                said += f" bytes a second, which is {most_iops} sectors"
+            raise InvalidArgumentError(
+                f"{called} is above the {name.replace('_', ' ')} of {said}",
+                hint="lower the minimum or raise the maximum",
+            )
 
     def _most_minimums(self) -> dict[str, int]:
         """By maximum, the highest minimum it allows; the smallest request is a sector."""
@@ -151,6 +160,9 @@ class Settings:
                 raise InvalidArgumentError(
                     f"there is no setting {name!r}", hint=f"known: {', '.join(sorted(known))}"
                 )
+        if "maximum_iops" in changes and changes["maximum_iops"] is None:
+            # What may be saved goes with the maximum, unless it is spoken of.
+            changes = {"burst_iops": 0, "credit_iops": 0, "credit_rate_iops": None, **changes}
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:

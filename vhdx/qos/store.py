@@ -50,8 +50,9 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = Path(os.path.realpath(path))  # of a link what it leads to is kept and locked
         self.generation = 0
+        self._mode = 0o644
         self.content: dict[str, Any] = {"disks": {}, "policies": []}
         self._lock = threading.Lock()
         self._guard = self._locked()
@@ -86,10 +87,19 @@ class Store:
             return None
         except (OSError, ValueError) as error:
             raise HostIOError(f"it cannot be read: {error}", path=self.path) from error
-        with os.fdopen(fd, "rb") as file:
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
+        try:
+            found = os.fstat(fd)
+            if not stat.S_ISREG(found.st_mode):
                 raise HostIOError("it is no regular file", reason=Reason.NOT_A_FILE, path=self.path)
-            return file.read(_LARGEST + 1)
+            self._mode = stat.S_IMODE(found.st_mode)
+            with open(fd, "rb", closefd=False) as file:
+                return file.read(_LARGEST + 1)
+        except OSError as error:
+            if isinstance(error, VhdxError):
+                raise
+            raise HostIOError(f"it cannot be read: {error.strerror}", path=self.path) from error
+        finally:
+            os.close(fd)
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -126,7 +136,7 @@ class Store:
             content, checksum = found["content"], found["checksum"]
             kind, version, generation = found["format"], found["version"], found["generation"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self._refuse(f"it is no QoS file: {error}") from error
+            raise self._refuse("it is no QoS file") from error
         if kind != _FORMAT:
             raise self._refuse("it is no QoS file")
         if version != _VERSION:
@@ -153,23 +163,45 @@ class Store:
         with self._lock:
             generation = self.generation + 1
             text = pack(content, generation)
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+            if len(text) > _LARGEST:
+                raise HostIOError("the QoS file would be larger than 64 MiB", path=self.path)
             try:
-                with temporary.open("w", encoding="utf-8") as file:
-                    file.write(text)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self.path)
-                directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
+                directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
-                    os.fsync(directory)
+                    self._replace(text)
+                    self._make_durable(directory)
                 finally:
                     os.close(directory)
             except OSError as error:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
                 raise _failed(error, self.path) from error
             self.content, self.generation = content, generation
+
+    def _make_durable(self, directory: int) -> None:
+        """Of the new name. Where that fails the old content comes back: nothing has changed."""
+        try:
+            os.fsync(directory)
+        except OSError:
+            with contextlib.suppress(OSError):
+                if self.generation:
+                    self._replace(pack(self.content, self.generation))
+                else:
+                    self.path.unlink()
+            raise
+
+    def _replace(self, text: str) -> None:
+        temporary = self.path.with_name(f".{self.path.name}.partial")  # nobody else's: it is locked
+        try:
+            temporary.unlink(missing_ok=True)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            with open(os.open(temporary, flags, self._mode), "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
 
 
 def pack(content: dict[str, Any], generation: int) -> str:
