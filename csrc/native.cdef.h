@@ -134,6 +134,7 @@ vx_share *vx_share_create(vx_scheduler *scheduler);
 void vx_share_set(vx_share *share, uint64_t reservation, uint64_t limit, uint64_t weight);
 void vx_share_read(vx_share *share, uint64_t *facts);
 vx_device *vx_schedule_create(vx_device *lower, vx_share *share, uint64_t identity);
+uint64_t vx_schedule_waiting(vx_device *device);
 void vx_schedule_set_share(vx_device *device, vx_share *share);
 vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes);
 void vx_turn_end(vx_turn *turn);

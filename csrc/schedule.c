@@ -10,12 +10,6 @@
 
 #define STARTS_HERE 16u /* pieces that one thread starts in a row */
 
-typedef struct scheduled {
-    vx_device device;
-    vx_device *lower;
-    _Atomic(vx_share *) share;
-} scheduled;
-
 static void dispatch(vx_scheduler *s);
 static void run_piece(vx_job *job);
 static void completed(vx_request *piece);
@@ -319,8 +313,7 @@ static int schedule_submit(vx_device *device, vx_request *request)
 
 static bool schedule_is_holding(vx_device *device)
 {
-    const vx_share *share = atomic_load(&((scheduled *)device)->share);
-    return atomic_load_explicit(&share->waiting, memory_order_relaxed) > 0;
+    return vx_schedule_waiting(device) > 0;
 }
 
 /* Memory is kept for those who are owed something. */
@@ -355,6 +348,11 @@ vx_device *vx_schedule_create(vx_device *lower, vx_share *share, uint64_t identi
     schedule_keep(share->scheduler);
     atomic_init(&d->share, share);
     return &d->device;
+}
+
+uint64_t vx_schedule_waiting(vx_device *device)
+{
+    return atomic_load_explicit(&((scheduled *)device)->waiting, memory_order_relaxed);
 }
 
 void vx_schedule_set_share(vx_device *device, vx_share *share)

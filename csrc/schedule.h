@@ -54,6 +54,8 @@ void vx_share_read(vx_share *share, uint64_t *facts);
 
 /* Keeps a reference to `lower` and to the scheduler. NULL: no memory. */
 vx_device *vx_schedule_create(vx_device *lower, vx_share *share, uint64_t identity);
+/* Requests of it that wait for a turn. */
+uint64_t vx_schedule_waiting(vx_device *device);
 /* Requests from now on wait in another share of the same scheduler. */
 void vx_schedule_set_share(vx_device *device, vx_share *share);
 

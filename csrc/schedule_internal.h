@@ -21,9 +21,15 @@ struct vx_share {
     const vx_device *last_device; /* of its latest piece, */
     uint64_t last_end;            /* and where that ended */
     uint64_t facts[VX_SHARE_FACTS];
-    _Atomic uint32_t waiting; /* requests; changed under the lock */
     _Atomic bool has_reservation;
 };
+
+typedef struct scheduled {
+    vx_device device;
+    vx_device *lower;
+    _Atomic(vx_share *) share;
+    _Atomic uint32_t waiting; /* requests; changed under the lock */
+} scheduled;
 
 enum share_fact { REQUESTS, UNITS, RESERVED_UNITS, WAITING, WAITING_UNITS, WAITED_NS, BELOW };
 

@@ -36,7 +36,8 @@ void schedule_enqueue(vx_scheduler *s, vx_share *share, vx_request *request, boo
         share->tail = request;
     }
     share->facts[WAITING]++;
-    atomic_fetch_add_explicit(&share->waiting, 1, memory_order_relaxed);
+    if (request->held_by != NULL)
+        atomic_fetch_add(&((scheduled *)request->held_by)->waiting, 1);
     share->facts[WAITING_UNITS] += units_left(s, request);
     request->held_since = now;
     s->waiting++;
@@ -54,7 +55,8 @@ static void waits_no_more(vx_scheduler *s, vx_share *share, vx_request *request,
     }
     request->next = NULL;
     share->facts[WAITING]--;
-    atomic_fetch_sub_explicit(&share->waiting, 1, memory_order_relaxed);
+    if (request->held_by != NULL)
+        atomic_fetch_sub(&((scheduled *)request->held_by)->waiting, 1);
     share->facts[WAITING_UNITS] -= units_left(s, request);
     uint64_t waited = now > request->held_since ? now - request->held_since : 0;
     share->facts[WAITED_NS] += waited;

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
 from uuid import UUID, uuid4
 
 import pytest
@@ -122,6 +123,78 @@ def test_a_file_keeps_what_was_saved(tmp_path):
     assert (again.content, again.generation) == (store.content, 2)
     assert {each.name for each in tmp_path.iterdir()} == {"qos.json", ".qos.json.lock"}
     again.close()
+
+
+def test_a_link_and_a_mode_stay(tmp_path):
+    path, link = tmp_path / "real", tmp_path / "link"
+    path.write_text(GOLDEN)
+    path.chmod(0o600)
+    link.symlink_to(path)
+    store = Store(link)
+    with pytest.raises(vhdx.InUseError):
+        Store(path)
+    store.save({"disks": {"/a": {}}, "policies": []})
+    store.close()
+    assert link.is_symlink()
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert Store(path).generation == 8
+
+
+def test_a_name_that_is_not_durable_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "qos.json"
+    path.write_text(GOLDEN)
+    store, real = Store(path), os.fsync
+
+    def fail_for_directories(fd):
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(5, "input/output error")
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fail_for_directories)
+    with pytest.raises(vhdx.HostIOError):
+        store.save({"disks": {"/a": {}}, "policies": []})
+    assert (path.read_text(), store.generation) == (GOLDEN, 7)
+    store.close()
+
+
+def test_policies_change_one_at_a_time(pool):
+    domain = Domain(pool)
+    domain.set_policy(Policy("gold", PolicyKind.DEDICATED, Settings()))
+    names = [each.name for each in fields(Settings) if each.name.startswith("maximum_")] * 20
+    barrier = threading.Barrier(len(names))
+
+    def change(name, value):
+        barrier.wait()
+        change_qos(domain, {"change": "policy", "name": "gold", "settings": {name: value}})
+
+    threads = [threading.Thread(target=change, args=(n, 1000)) for n in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert set(domain.policy("gold").settings.limits()) == set(LimitKind)
+    domain.close()
+
+
+def test_minimums_of_a_group_fit_into_its_maximum(pool):
+    domain = Domain(pool)
+    domain.set_policy(Policy("all", PolicyKind.AGGREGATED, Settings(maximum_iops=100)))
+    for name in "ab":
+        domain.add_disk(name, f"/{name}", plane.Memory(MIB), Settings(minimum_iops=60))
+    domain.set_disk("a", {}, "all")
+    with pytest.raises(vhdx.InvalidArgumentError, match="120 for the disks of policy 'all'"):
+        domain.set_disk("b", {}, "all")
+    domain.set_disk("b", {"minimum_iops": 40}, "all")
+    with pytest.raises(vhdx.InvalidArgumentError, match="above the maximum iops of 99"):
+        change_qos(domain, {"change": "policy", "name": "all", "settings": {"maximum_iops": 99}})
+    domain.close()
+
+
+def test_a_maximum_goes_with_its_burst():
+    saving = Settings(maximum_iops=10, burst_iops=5, credit_iops=5, credit_rate_iops=20)
+    assert saving.changed({"maximum_iops": None}) == Settings()
+    with pytest.raises(vhdx.InvalidArgumentError):
+        saving.changed({"maximum_iops": None, "burst_iops": 3})
 
 
 def test_a_damaged_file_is_refused_and_left(tmp_path):

@@ -215,6 +215,45 @@ def test_the_minimum_of_a_group_is_watched(experiment):
     assert [made.status(name) for name in "abc"] == ["InsufficientThroughput"] * 2 + ["Ok"]
 
 
+def test_alerts_end_with_their_minimum(experiment):
+    wanted = {"a": Settings(), "b": Settings()}
+    made = experiment(Scheduling(model=ModelKind.HDD), wanted)
+    policy = Policy("gold", PolicyKind.AGGREGATED, Settings(minimum_iops=1000))
+    made.domain.set_policy(policy)
+    made.domain.set_disk("a", {}, "gold")
+    made.domain.set_disk("b", {"minimum_iops": 1000})
+    for name in "ab":
+        made.begin(name)
+    made.domain.advance(5)
+    assert {(each.disk, each.begins) for each in made.alerts()} == {
+        ("policy gold", True),
+        ("b", True),
+    }
+    made.domain.remove_policy("gold")
+    made.domain.set_disk("b", {"minimum_iops": None})
+    made.domain.advance(600)
+    assert [(each.disk, each.begins) for each in made.alerts()][2:] == [
+        ("b", False),
+        ("policy gold", False),
+    ]
+
+
+def test_one_disk_under_two_names(experiment):
+    made = experiment(Scheduling(), {})
+    memory = plane.Memory(16 * MIB)
+    for name in "ab":
+        made.domain.add_disk(name, "/one", memory, Settings())
+    made.domain.set_disk("a", {"maximum_iops": 300, "minimum_iops": 200})
+    made.domain.describe()
+    for name in "ab":
+        made.begin(name)
+    made.domain.advance(60)
+    assert made.iops("a", "60") + made.iops("b", "60") == pytest.approx(300, rel=0.01)
+    assert made.iops("a", "60") == pytest.approx(150, rel=0.05)
+    assert made.status("b") == "Ok"
+    assert [d["settings"]["maximum_iops"] for d in made.domain.describe()["disks"]] == [300, 300]
+
+
 def test_capacity_is_seen(experiment):
     made = experiment(Scheduling(keep_minimums=True, depth=8), {"a": Settings(), "b": Settings()})
     assert made.domain.describe()["scheduling"]["capacity_iops"] is None

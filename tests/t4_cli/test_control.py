@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -258,6 +259,19 @@ def test_what_is_not_begun_has_a_status(image, body, status):
         [found] = control.servers()
         with post(found, "resize", body) as client:
             assert client.recv(12) == f"HTTP/1.1 {status}".encode()
+
+
+def test_so_many_listen_to_events_and_no_more(image, monkeypatch):
+    monkeypatch.setattr(control.service, "_MOST_LISTENERS", 3)
+    with vhdx.serve({"disk": image}), contextlib.ExitStack() as stack:
+        [found] = control.servers()
+        answers = []
+        for _ in range(4):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX))
+            client.connect(str(found.socket))
+            client.sendall(b"GET /events HTTP/1.1\r\nHost: x\r\n\r\n")
+            answers.append(client.recv(12))
+        assert answers == [b"HTTP/1.1 200"] * 3 + [b"HTTP/1.1 503"]
 
 
 @pytest.mark.parametrize("operation", ["map", "compact"])

@@ -48,7 +48,7 @@ _LARGEST_REQUEST = 64 << 10
 _EXTENTS_AT_ONCE = 1000
 _PROGRESS_SECONDS = 0.1
 _LAST_ANSWER_SECONDS = 2.0
-_MOST_EVENTS, _EVENT_POLL_SECONDS = 1000, 0.5
+_MOST_EVENTS, _EVENT_POLL_SECONDS, _MOST_LISTENERS = 1000, 0.5, 100
 _PATIENCE_SECONDS, _POLL_SECONDS = 60.0, 0.2
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
@@ -67,6 +67,7 @@ class Control:
         self._lock = threading.Lock()
         self._closing = False
         self._streams: set[_Stream] = set()
+        self._listeners = 0  # of the loop's thread
         directory = runtime_directory()
         self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}{wire.SUFFIX}"
         self._loop = asyncio.new_event_loop()
@@ -216,11 +217,15 @@ class Control:
                 queue.put_nowait(event)
 
         domain = self._server.qos
+        if self._listeners >= _MOST_LISTENERS:
+            raise web.HTTPServiceUnavailable(text=f"{_MOST_LISTENERS} listen to events already")
 
         def note(alert: Alert) -> None:
             self._loop.call_soon_threadsafe(put, alert.as_dict())
 
-        with domain.listening(note) as before:
+        self._listeners += 1
+        with domain.listening(note) as before, contextlib.ExitStack() as stack:
+            stack.callback(self._stop_listening)
             await response.prepare(request)
             for alert in before:
                 put(alert.as_dict())
@@ -232,6 +237,9 @@ class Control:
                         continue
                     await response.write(json.dumps(event).encode() + b"\n")
         return response
+
+    def _stop_listening(self) -> None:
+        self._listeners -= 1
 
     async def _operate(self, request: web.Request) -> web.StreamResponse:
         try:

@@ -252,6 +252,10 @@ class Scheduled(Device):
         """Which share its requests wait in from now on; one of the same scheduler."""
         lib.vx_schedule_set_share(self.handle, share.handle)
 
+    def waiting(self) -> int:
+        """Requests of it that wait for a turn now."""
+        return lib.vx_schedule_waiting(self.handle)
+
 
 @dataclass(frozen=True)
 class _Counts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import signal
 import subprocess
 import threading
@@ -36,6 +37,8 @@ class Alerts:
 
     def __init__(self, hook: str | None) -> None:
         self._hook = hook
+        self._to_run: queue.Queue[Alert | None] = queue.Queue(_KEPT_ALERTS)
+        self._runner: threading.Thread | None = None
         self._lock = threading.Lock()
         self._kept: deque[Alert] = deque(maxlen=_KEPT_ALERTS)
         self._listeners: list[Callable[[Alert], None]] = []
@@ -62,11 +65,28 @@ class Alerts:
             with contextlib.suppress(Exception):
                 listener(alert)
         if self._hook is not None:
-            run = threading.Thread(target=_run_hook, args=(self._hook, alert), daemon=True)
-            try:
-                run.start()
-            except RuntimeError as error:
-                _log.warning("the hook of an alert cannot be started: %s", error)
+            self._run_later(self._hook, alert)
+
+    def _run_later(self, hook: str, alert: Alert) -> None:
+        try:
+            self._to_run.put_nowait(alert)
+            with self._lock:
+                if self._runner is None:
+                    runner = threading.Thread(target=self._run, args=(hook,), daemon=True)
+                    runner.start()
+                    self._runner = runner
+        except (queue.Full, RuntimeError) as error:
+            _log.warning("the hook of an alert is not run: %r", error)
+
+    def _run(self, hook: str) -> None:
+        """One after another, in their order."""
+        while (alert := self._to_run.get()) is not None:
+            _run_hook(hook, alert)
+
+    def close(self) -> None:
+        """What was told is told; a hook that runs ends by itself."""
+        with contextlib.suppress(queue.Full):
+            self._to_run.put_nowait(None)
 
 
 def _run_hook(hook: str, alert: Alert) -> None:

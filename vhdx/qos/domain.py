@@ -201,7 +201,9 @@ class Domain:
         for policy_id, total in sums.items():
             policy = policies.get(policy_id)
             if policy is not None and policy.kind is PolicyKind.AGGREGATED:
-                policy.settings.refuse_minimum(total, f"a minimum of {total} for the disks of policy {policy.name!r} together")
+                policy.settings.refuse_minimum(
+                    total, f"a minimum of {total} for the disks of policy {policy.name!r} together"
+                )
 
     def _admit(
         self,
@@ -408,7 +410,7 @@ class Domain:
             "settings": disk.settings.as_dict(),
             "effective": wanted.as_dict(),
             "waiting": sum(flow.throttle.waiting()[0] for flow in self._flows if flow.disk == name)
-            + (0 if disk.share is None else disk.share.read().waiting),
+            + (disk.device.waiting() if isinstance(disk.device, plane.Scheduled) else 0),
             "credits": {kind.name.lower(): levels[kind] for kind in wanted.limits()},
             "windows": {f"{window:g}": asdict(disk.history.figures(window)) for window in WINDOWS},
         }
@@ -566,6 +568,7 @@ class Domain:
             self._closing.set()
             sampler = self._sampler
         self._turns.close()
+        self._alerts.close()
         if sampler is not None and sampler is not threading.current_thread():
             sampler.join()
         with self._change_lock:
