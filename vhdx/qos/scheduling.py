@@ -142,7 +142,8 @@ class Turns:
         """Waits until work in the background may do ``size`` bytes; at once where no order is kept.
 
         It has a small reservation, so that it goes on, and where the capacity was given or is a
-        model's at most half of it. Only the beginning is paced: what it does then takes no place of the depth.
+        model's at most half of it. Only the beginning is paced: what it does then takes no place of
+        the depth.
         """
         if self._scheduler is None or self._background is None:
             return
