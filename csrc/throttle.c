@@ -1,20 +1,9 @@
 /* SPDX-License-Identifier: MIT */
-#include "throttle.h"
-
-#include <pthread.h>
 #include <stdlib.h>
-#include <string.h>
 
-#include "bucket.h"
 #include "run.h"
+#include "throttle_internal.h"
 #include "units.h"
-
-#define BUCKETS (2u * VX_LIMIT_KINDS) /* for each kind its rate, and the rate of spending credit */
-#define SETS 2u
-
-typedef struct flow flow;
-
-enum hurry { HOLD = 0, PASS = 1, DROP = 2 };
 
 /* Waking late is made up for up to this; beyond, the process stood still, and time that it was not
  * there for lets nothing pass. */
@@ -23,45 +12,6 @@ enum hurry { HOLD = 0, PASS = 1, DROP = 2 };
  * others wait for the limit, and where nobody does yet. */
 #define SHARED_TURN ((uint64_t)50000u * VX_TICKS_PER_NS)
 #define LONE_TURN ((uint64_t)100000000u * VX_TICKS_PER_NS)
-
-struct vx_qos {
-    pthread_mutex_t lock;
-    vx_clock *clock;
-    vx_pool *pool;
-    uint64_t largest_on_clock; /* bytes */
-    vx_limits *limits; /* all of them */
-    flow *flows;       /* under lock: those with a request that waits */
-};
-
-struct vx_limits {
-    vx_qos *qos;
-    vx_limits *next;
-    uint64_t unit;
-    _Atomic uint32_t active[2]; /* of reads and of writes: which buckets limit */
-    vx_bucket buckets[BUCKETS];
-};
-
-struct flow {
-    vx_device device;
-    vx_device *lower;
-    vx_qos *qos;
-    _Atomic(vx_limits *) sets[SETS];
-    _Atomic uint32_t waiting; /* requests; changed under the lock */
-    _Atomic int hurry;        /* enum hurry */
-
-    /* under the lock of the domain */
-    vx_request *head, *tail;
-    uint64_t paid_bytes;    /* of the head: so much of it is paid for, or being paid */
-    uint64_t piece;         /* bytes: the last part of that */
-    uint32_t unpaid[SETS];  /* buckets that the piece has not paid yet */
-    uint32_t paid[SETS];    /* those that it has */
-    uint64_t due;           /* ticks: when the bucket that was paid last lets it pass */
-    vx_limits *due_set;     /* that bucket */
-    unsigned due_bucket;
-    uint64_t waiting_units;
-    vx_timer timer; /* set, or running, as long as something waits */
-    flow *next, **link;
-};
 
 typedef struct released {
     vx_job job;
@@ -491,83 +441,6 @@ void vx_throttle_waiting(vx_device *device, uint64_t *requests, uint64_t *units)
     pthread_mutex_unlock(&f->qos->lock);
 }
 
-/* ---- limits ---- */
-
-vx_limits *vx_limits_create(vx_qos *qos, uint32_t unit)
-{
-    vx_limits *limits = calloc(1, sizeof *limits);
-    if (limits == NULL)
-        return NULL;
-    limits->qos = qos;
-    limits->unit = unit;
-    pthread_mutex_lock(&qos->lock);
-    limits->next = qos->limits;
-    qos->limits = limits;
-    pthread_mutex_unlock(&qos->lock);
-    return limits;
-}
-
-static void retime(flow *f, uint64_t due)
-{
-    f->due = due;
-    vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(due));
-}
-
-/* What waits at `bucket` of `limits` waits for as many units as before. */
-static void retime_all(vx_limits *limits, unsigned bucket, uint64_t before, uint64_t after,
-                       uint64_t now)
-{
-    for (flow *f = limits->qos->flows; f != NULL; f = f->next) {
-        if (f->due_set != limits || f->due_bucket != bucket || f->due <= now)
-            continue;
-        unsigned __int128 rest = (unsigned __int128)(f->due - now) * before;
-        retime(f, after == 0 ? now : now + (uint64_t)((rest + after - 1) / after));
-    }
-}
-
-static void change(vx_limits *limits, unsigned bucket, uint64_t rate, uint64_t burst, bool fresh,
-                   uint64_t now)
-{
-    vx_bucket *mine = &limits->buckets[bucket];
-    uint64_t before = atomic_load(&mine->rate);
-    vx_bucket_change(mine, rate, burst, fresh ? burst : 0, now);
-    if (before != 0 && before != rate)
-        retime_all(limits, bucket, before, rate, now);
-}
-
-void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh)
-{
-    static const unsigned directions[VX_LIMIT_KINDS] = {3, 1, 2, 3, 1, 2}; /* 1 reads, 2 writes */
-    vx_qos *qos = limits->qos;
-    pthread_mutex_lock(&qos->lock);
-    uint64_t now = vx_ticks(vx_clock_now(qos->clock));
-    uint32_t active[2] = {0, 0};
-    for (unsigned kind = 0; kind < VX_LIMIT_KINDS; kind++) {
-        const vx_limit *limit = &wanted[kind];
-        bool spends = limit->rate != 0 && limit->credit != 0 && limit->credit_rate != 0;
-        uint64_t most = UINT64_MAX - limit->burst;
-        uint64_t saved = limit->burst + (limit->credit < most ? limit->credit : most);
-        change(limits, kind, limit->rate, saved, fresh, now);
-        change(limits, kind + VX_LIMIT_KINDS, spends ? limit->credit_rate : 0, limit->burst, true,
-               now);
-        uint32_t bits = (limit->rate != 0 ? 1u << kind : 0) |
-                        (spends ? 1u << (kind + VX_LIMIT_KINDS) : 0);
-        for (unsigned d = 0; d < 2; d++)
-            if (directions[kind] >> d & 1)
-                active[d] |= bits;
-    }
-    for (unsigned d = 0; d < 2; d++)
-        atomic_store(&limits->active[d], active[d]);
-    pthread_mutex_unlock(&qos->lock);
-}
-
-void vx_limits_levels(vx_limits *limits, int64_t *levels)
-{
-    uint64_t now = vx_ticks(vx_clock_now(limits->qos->clock));
-    for (unsigned kind = 0; kind < VX_LIMIT_KINDS; kind++)
-        levels[kind] = vx_bucket_level(&limits->buckets[kind], now);
-}
-
 /* ---- life ---- */
 
 static void throttle_destroy(vx_device *device)
@@ -611,31 +484,7 @@ void vx_throttle_set_group(vx_device *device, vx_limits *group)
         f->paid[1] = 0;
         f->unpaid[1] = active_of(group, f->head->operation);
         if (f->due_set == before)
-            retime(f, vx_ticks(vx_clock_now(f->qos->clock)));
+            throttle_retime(f, vx_ticks(vx_clock_now(f->qos->clock)));
     }
     pthread_mutex_unlock(&f->qos->lock);
-}
-
-vx_qos *vx_qos_create(vx_clock *clock, vx_pool *pool)
-{
-    vx_qos *qos = calloc(1, sizeof *qos);
-    if (qos == NULL)
-        return NULL;
-    qos->clock = clock;
-    qos->pool = pool;
-    /* In virtual time everything happens on the thread that advances it. */
-    qos->largest_on_clock = vx_clock_is_virtual(clock) ? UINT64_MAX : VX_QUICK_BYTES;
-    pthread_mutex_init(&qos->lock, NULL);
-    return qos;
-}
-
-void vx_qos_destroy(vx_qos *qos)
-{
-    while (qos->limits != NULL) {
-        vx_limits *limits = qos->limits;
-        qos->limits = limits->next;
-        free(limits);
-    }
-    pthread_mutex_destroy(&qos->lock);
-    free(qos);
 }

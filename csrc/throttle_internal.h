@@ -1,0 +1,63 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * What the files of the throttle share: limits.c has limits and their changes, throttle.c the flows
+ * that pay them and wait. The functions want the lock of the domain.
+ */
+#ifndef VX_THROTTLE_INTERNAL_H
+#define VX_THROTTLE_INTERNAL_H
+
+#include <pthread.h>
+
+#include "bucket.h"
+#include "throttle.h"
+
+#define BUCKETS (2u * VX_LIMIT_KINDS) /* for each kind its rate, and the rate of spending credit */
+#define SETS 2u
+
+typedef struct flow flow;
+
+enum hurry { HOLD = 0, PASS = 1, DROP = 2 };
+
+struct vx_qos {
+    pthread_mutex_t lock;
+    vx_clock *clock;
+    vx_pool *pool;
+    uint64_t largest_on_clock; /* bytes */
+    vx_limits *limits; /* all of them */
+    flow *flows;       /* under lock: those with a request that waits */
+};
+
+struct vx_limits {
+    vx_qos *qos;
+    vx_limits *next;
+    uint64_t unit;
+    _Atomic uint32_t active[2]; /* of reads and of writes: which buckets limit */
+    vx_bucket buckets[BUCKETS];
+};
+
+struct flow {
+    vx_device device;
+    vx_device *lower;
+    vx_qos *qos;
+    _Atomic(vx_limits *) sets[SETS];
+    _Atomic uint32_t waiting; /* requests; changed under the lock */
+    _Atomic int hurry;        /* enum hurry */
+
+    /* under the lock of the domain */
+    vx_request *head, *tail;
+    uint64_t paid_bytes;    /* of the head: so much of it is paid for, or being paid */
+    uint64_t piece;         /* bytes: the last part of that */
+    uint32_t unpaid[SETS];  /* buckets that the piece has not paid yet */
+    uint32_t paid[SETS];    /* those that it has */
+    uint64_t due;           /* ticks: when the bucket that was paid last lets it pass */
+    vx_limits *due_set;     /* that bucket */
+    unsigned due_bucket;
+    uint64_t waiting_units;
+    vx_timer timer; /* set, or running, as long as something waits */
+    flow *next, **link;
+};
+
+/* What the head has paid for passes, or pays more, at `due`, ticks. */
+void throttle_retime(flow *f, uint64_t due);
+
+#endif
