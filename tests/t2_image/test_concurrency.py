@@ -8,6 +8,7 @@ import threading
 import pytest
 
 import vhdx
+from vhdx import plane
 from vhdx.units import MIB
 
 
@@ -54,6 +55,26 @@ def test_close_under_load_keeps_what_returned_and_fails_nothing_else(path):
             assert not again.describe()["log_dirty"]
             for block, data in done.items():
                 assert again.pread(512, block * MIB) == data
+
+
+def test_a_write_between_a_close_and_its_end_finds_it_closed(path, monkeypatch):
+    """The engine gives no space any more, and the map does not refuse yet."""
+    disk = vhdx.open(path, "r+")
+    disk.pwrite(b"gate", 0)
+    device = disk._device
+    outcome: list[BaseException] = []
+    close = plane.Map.close
+
+    def late(self):
+        self.revoke()  # as if others had used up what was ready
+        with pytest.raises(vhdx.ClosedError) as caught:
+            device.write(b"late", MIB)
+        outcome.append(caught.value)
+        close(self)
+
+    monkeypatch.setattr(plane.Map, "close", late)
+    disk.close()
+    assert len(outcome) == 1
 
 
 def test_many_threads_on_disjoint_ranges(path):

@@ -226,6 +226,8 @@ class Engine:
         assert self._space is not None
         block = self._geometry.block_size
         with self._lock:
+            if self._closed and wanted:
+                raise ClosedError("the disk was closed", path=self.host.path)
             if self._closed or self._frozen:
                 return
             count = max(wanted, 1, self._grant_bytes // block)
