@@ -9,6 +9,8 @@ SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.py) setup.py pyproject.toml
 # What a build needs, and the peers that the tests and benchmarks run against.
 BUILD_PACKAGES := gcc python3-dev python3-venv libc6-dev
 PEER_PACKAGES := curl fdisk qemu-utils libnbd-bin nbdkit fio libvhdi-utils e2fsprogs fuse3
+# What only benchmarks need: qemu-storage-daemon.
+BENCH_PACKAGES := qemu-system-common
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
@@ -53,6 +55,7 @@ fuzz: $(STAMP) ## fuzz the open path and the NBD parsers, 10 minutes each (SECON
 	$(BIN)/python -m tests.fuzz all --seconds $(or $(SECONDS),600)
 
 bench: $(STAMP) peers ## benchmarks against the peers; report in bench/results
+	@sh tests/install_packages.sh $(BENCH_PACKAGES)
 	$(BIN)/python -m bench nbd
 	$(BIN)/python -m bench api
 	$(BIN)/python -m bench stall

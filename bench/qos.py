@@ -2,10 +2,10 @@
 """How exactly limits are kept, side by side with QEMU's throttle groups and nbdkit's rate filter.
 
 fio counts what is answered in each 100 ms; the first two seconds are warm-up. The error of a window
-is that of its count, and one request may always be on either side of its edge. QEMU throttles in its
-block layer, the same in qemu-nbd as elsewhere. nbdkit's filter lets two seconds' worth pass at once
-unless told otherwise, so it is also told a burst of one request. In a row of its own fio limits
-itself.
+is that of its count, and one request may always be on either side of its edge. No block of the disk
+is a hole: QEMU answers holes past its throttle, and looks for the next one at every read. nbdkit's
+filter lets two seconds' worth pass at once unless told otherwise, so it is also told a burst of one
+request. In a row of its own fio limits itself.
 
 Without a burst what a client does not ask for in time is gone, so the server is measured only while
 the client always waits: it has 16 requests under way, and from 5,000 a second on 64, so that it may
@@ -63,10 +63,12 @@ def _ours(image: Path, work: Path, *limits: str) -> Target:
 
 def _qemu(raw: Path, work: Path, limit: str) -> Target:
     socket = work / "qemu.sock"
-    command = ["qemu-nbd", "-t", "-e", "0", "-k", str(socket)]
-    command += ["--object", f"throttle-group,id=g,{limit}", "--image-opts"]
-    command += [f"driver=throttle,throttle-group=g,file.driver=file,file.filename={raw}"]
-    return start("qemu-nbd", command, socket, f"nbd+unix:///?socket={socket}", SERVER_CPU)
+    command = ["qemu-storage-daemon", "--object", f"throttle-group,id=group,{limit}"]
+    command += ["--blockdev", f"driver=file,node-name=file,filename={raw}"]
+    command += ["--blockdev", "driver=throttle,node-name=disk,throttle-group=group,file=file"]
+    command += ["--nbd-server", f"addr.type=unix,addr.path={socket}"]
+    command += ["--export", "type=nbd,id=export,node-name=disk,name=,writable=on"]
+    return start("QEMU", command, socket, f"nbd+unix:///?socket={socket}", SERVER_CPU)
 
 
 def _nbdkit(raw: Path, work: Path, bytes_a_second: int, *options: str) -> Target:
@@ -279,14 +281,14 @@ def _plot(report: dict[str, Any], kept: Curve, watched: Curve, path: Path) -> No
 
 def run(places: Places, *, quick: bool) -> dict[str, Any]:
     """The report."""
-    require("fio", "qemu-nbd", "nbdkit")
+    require("fio", "qemu-storage-daemon", "nbdkit")
     seconds, pairs = (4, 4) if quick else (10, 30)
     with work_directory(places.fast) as work:
         image, raw = work / "disk.vhdx", work / "disk.raw"
         vhdx.create(image, GIB, block_size=MIB)
         with vhdx.open(image, "r+") as opened:
             for at in range(0, GIB, MIB):
-                opened.pwrite(bytes([at >> 20 & 255]) * MIB, at)
+                opened.pwrite(bytes([(at >> 20) % 255 + 1]) * MIB, at)
         vhdx.convert(image, raw)
         report = _accuracy(image, raw, work, seconds)
         report["clients of one limit of 5000 IOPS"] = _fairness(image, work, seconds)
