@@ -148,7 +148,7 @@ int vx_map_lower(vx_map *map, vx_request *request, uint32_t operation, uint32_t 
                  uint32_t lower, uint64_t offset, uint64_t length, uint8_t *buffer);
 
 /* map_mixed.c. Inside an epoch: the end of the run of sectors from `within` on that are all stored
- * here, or all not; at most `stop`; both in bytes of the page. */
+ * here, or all not, when each was looked at; above `within`, at most `stop`; in bytes of the page. */
 uint64_t vx_mixed_run(const vx_map *map, uint64_t page, uint64_t within, uint64_t stop,
                       bool *stored);
 /* Inside the epoch in which `entry` was loaded: writes or zeroes a part of a MIXED page. */

@@ -14,10 +14,10 @@ static bool bit_of(const vx_bitmap *bitmap, uint64_t at)
     return byte >> (at % 8) & 1u;
 }
 
-/* The end of the run of equal bits that begins at sector `at`, at most `end`. */
-static uint64_t run_of_bits(const vx_bitmap *bitmap, uint64_t at, uint64_t end)
+/* The end of the run of bits that equal `value` from sector `at` on; at most `end`. Each bit is looked
+ * at once: it may be set at any moment. */
+static uint64_t run_of_bits(const vx_bitmap *bitmap, uint64_t at, uint64_t end, bool value)
 {
-    bool value = bit_of(bitmap, at);
     uint8_t whole = value ? 0xff : 0;
     while (at < end) {
         if (at % 8 == 0 && end - at >= 8 &&
@@ -38,7 +38,9 @@ uint64_t vx_mixed_run(const vx_map *map, uint64_t page, uint64_t within, uint64_
     uint64_t sector = within >> map->sector_shift;
     uint64_t last = ((stop - 1) >> map->sector_shift) + 1;
     *stored = bit_of(bitmap, sector);
-    uint64_t end = run_of_bits(bitmap, sector, last) << map->sector_shift;
+    /* A second look at the first bit could differ: then the run would begin before `within`, or what
+     * follows would count as not stored. */
+    uint64_t end = run_of_bits(bitmap, sector + 1, last, *stored) << map->sector_shift;
     return end < stop ? end : stop;
 }
 
@@ -196,7 +198,7 @@ int vx_map_change_mixed(vx_map *map, vx_request *request, uint64_t page, uint64_
     vx_bitmap *bitmap = map->bitmaps[page];
     uint64_t from = at - (page << map->page_shift), stop = from + length;
     uint64_t first = from >> map->sector_shift, last = ((stop - 1) >> map->sector_shift) + 1;
-    if (bit_of(bitmap, first) && run_of_bits(bitmap, first, last) == last)
+    if (run_of_bits(bitmap, first, last, true) == last)
         return vx_map_lower(map, request, request->operation, flags, vx_entry_lower(entry),
                             vx_entry_offset(entry) + from, length,
                             request->operation == VX_WRITE

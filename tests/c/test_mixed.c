@@ -1,0 +1,64 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Runs of stored sectors while a sector becomes stored: each run goes on, and none takes what was
+ * stored before it began for the parent's.
+ */
+#include <pthread.h>
+#include <sched.h>
+
+#include "check.h"
+#include "map_internal.h"
+#include "memory.h"
+
+#define PAGE_SHIFT 12u
+#define SECTOR 512u
+#define PAGE (1u << PAGE_SHIFT)
+#define PAGES 65536u
+
+static vx_map *map;
+static _Atomic uint64_t looking; /* the reader's page, one more */
+
+static void *own_first_sectors(void *argument)
+{
+    (void)argument;
+    for (uint64_t page = 0; page < PAGES; page++) {
+        while (atomic_load(&looking) <= page)
+            sched_yield();
+        for (volatile uint64_t delay = page % 64; delay > 0; delay--)
+            ;
+        atomic_fetch_or(&map->bitmaps[page]->bits[0], 1);
+    }
+    return NULL;
+}
+
+int main(void)
+{
+    uint64_t size = (uint64_t)PAGES * PAGE, flips = 0;
+    vx_pool *pool = vx_pool_create(1, 1 << 20);
+    vx_device *device = vx_map_create(size, size, PAGE_SHIFT, 2, 0, pool, 4, NULL);
+    vx_device *parent = vx_memory_create(size, size, 1);
+    CHECK(device != NULL && parent != NULL && vx_map_set_lower(device, 1, parent) == 0 &&
+          vx_map_set_parent(device, 1, 9, 7, 6) == 0);
+    map = (vx_map *)device;
+    for (uint64_t page = 0; page < PAGES; page++)
+        CHECK(vx_map_set_bitmap(device, page, &(uint8_t){0xfe}, 1) == 0);
+    pthread_t thread;
+    CHECK(pthread_create(&thread, NULL, own_first_sectors, NULL) == 0);
+    for (uint64_t page = 0; page < PAGES; page++) {
+        bool stored = false;
+        atomic_store(&looking, page + 1);
+        for (uint64_t looks = 0; !stored; looks++) {
+            uint64_t within = looks % SECTOR; /* a part of a sector, too */
+            uint64_t end = vx_mixed_run(map, page, within, PAGE, &stored);
+            CHECK(end == (stored ? PAGE : SECTOR));
+            flips += stored && looks > 0;
+        }
+    }
+    pthread_join(thread, NULL);
+    CHECK(flips > 0);
+    CHECK(vx_map_close(device) == 0);
+    vx_device_release(device);
+    vx_device_release(parent);
+    vx_pool_destroy(pool);
+    return 0;
+}
