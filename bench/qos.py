@@ -5,7 +5,8 @@ fio counts what is answered in each 100 ms; the first two seconds are warm-up. T
 is that of its count, and one request may always be on either side of its edge. No block of the disk
 is a hole: QEMU answers holes past its throttle, and looks for the next one at every read. nbdkit's
 filter lets two seconds' worth pass at once unless told otherwise, so it is also told a burst of one
-request. In a row of its own fio limits itself.
+request; QEMU never lets less than 100 ms' worth pass at once, so ours has a row with that burst, too.
+In a row of its own fio limits itself.
 
 Without a burst what a client does not ask for in time is gone, so the server is measured only while
 the client always waits: it has 16 requests under way, and from 5,000 a second on 64, so that it may
@@ -41,6 +42,7 @@ from vhdx.units import GIB, KIB, MIB
 WARM_SECONDS = 2
 UNIT = 8 * KIB
 DEPTH, FAST_DEPTH, FAST = 16, 64, 5000  # requests under way; from so many a second on
+BURST = "vhdx, burst of 100 ms"
 Curve = list[tuple[float, float]]
 Counted = list[tuple[float, float]]
 RATES = {
@@ -54,11 +56,11 @@ SIZES = {"4k": 4 * KIB, "8k": 8 * KIB, "64k": 64 * KIB, "1m": MIB}
 FLOWS = (2, 8, 32)
 
 
-def _ours(image: Path, work: Path, *limits: str) -> Target:
+def _ours(image: Path, work: Path, *limits: str, name: str = "vhdx") -> Target:
     socket = work / "ours.sock"
     uri = f"nbd+unix:///?socket={socket}"
     command = [sys.executable, "-m", "vhdx.cli", "serve", str(image), "--listen", uri, *limits]
-    return start("vhdx", command, socket, uri, SERVER_CPU)
+    return start(name, command, socket, uri, SERVER_CPU)
 
 
 def _qemu(raw: Path, work: Path, limit: str) -> Target:
@@ -165,6 +167,16 @@ def _accuracy(image: Path, raw: Path, work: Path, seconds: int) -> dict[str, Any
         for rate in rates:
             makers: list[Callable[[], Target]] = [
                 partial(_ours, image, work, "--max-iops", str(rate)),
+                partial(
+                    _ours,
+                    image,
+                    work,
+                    "--max-iops",
+                    str(rate),
+                    "--burst-iops",
+                    str(rate // 10),
+                    name=BURST,
+                ),
                 partial(_qemu, raw, work, f"x-iops-total={rate},x-iops-size={UNIT}"),
             ]
             rows = _measured(makers, rate / units, work, size, seconds)
@@ -178,6 +190,16 @@ def _accuracy(image: Path, raw: Path, work: Path, seconds: int) -> dict[str, Any
         rate = megabytes * 1_000_000
         makers = [
             partial(_ours, image, work, "--max-bandwidth", str(rate)),
+            partial(
+                _ours,
+                image,
+                work,
+                "--max-bandwidth",
+                str(rate),
+                "--burst-bytes",
+                str(rate // 10),
+                name=BURST,
+            ),
             partial(_qemu, raw, work, f"x-bps-total={rate}"),
             partial(_nbdkit, raw, work, rate),
             partial(_nbdkit, raw, work, rate, f"burstiness={64 * KIB / rate:.6f}"),

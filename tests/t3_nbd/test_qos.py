@@ -45,6 +45,9 @@ from vhdx.units import MIB
         {"minimum_iops": 200, "maximum_write_iops": 100},
         {"minimum_iops": 200, "maximum_read_bandwidth": 200 * 512 - 1},
         {"burst_iops": 5},
+        {"burst_bytes": 5, "maximum_iops": 5},
+        {"credit_rate_iops": 5},
+        {"maximum_bandwidth": 5, "burst_bytes": -1},
         {"credit_iops": -1, "maximum_iops": 5},
         {"maximum_iops": 100, "credit_iops": 10, "credit_rate_iops": 50},
         {"speed": 3},
@@ -195,6 +198,11 @@ def test_a_maximum_goes_with_its_burst():
     assert saving.changed({"maximum_iops": None}) == Settings()
     with pytest.raises(vhdx.InvalidArgumentError):
         saving.changed({"maximum_iops": None, "burst_iops": 3})
+    both = saving.changed({"maximum_bandwidth": MIB, "burst_bytes": 5})
+    assert both.limits()[plane.LimitKind.BYTES] == plane.Limit(MIB, 5)
+    assert both.changed({"maximum_bandwidth": None}) == saving
+    assert Settings(maximum_bandwidth=2 * MIB, burst_bytes=7).within(both).burst_bytes == 7
+    assert Settings(maximum_iops=2).within(both).burst_bytes == 5
 
 
 def test_a_damaged_file_is_refused_and_left(tmp_path):

@@ -55,6 +55,7 @@ _OPTIONS = {
     "--max-read-bandwidth": ("maximum_read_bandwidth", _BYTES, "Of reads."),
     "--max-write-bandwidth": ("maximum_write_bandwidth", _BYTES, "Of writes."),
     "--burst-iops": ("burst_iops", _IOPS, "So many may pass at once above --max-iops."),
+    "--burst-bytes": ("burst_bytes", _BYTES, "The same above --max-bandwidth (4M)."),
     "--credit-iops": ("credit_iops", _IOPS, "So many are saved while idle."),
     "--credit-rate-iops": ("credit_rate_iops", _IOPS, "How fast saved ones may be used."),
 }

@@ -27,6 +27,11 @@ NORMALISED_UNIT = 8192
 LARGEST_IOPS = 10**9
 _LONGEST_NAME = 256
 _SECTOR = 512
+_SAVED = {
+    "maximum_iops": ("burst_iops", "credit_iops", "credit_rate_iops"),
+    "maximum_bandwidth": ("burst_bytes",),
+}
+"""What an idle disk may save, by the maximum it is saved of."""
 
 
 class PolicyKind(StrEnum):
@@ -49,6 +54,7 @@ class Settings:
         burst_iops: how many may pass at once, above ``maximum_iops``; 0 keeps it exact at any time.
         credit_iops: how many an idle disk saves beyond that.
         credit_rate_iops: how fast saved ones may be used, a second; None is no bound.
+        burst_bytes: how many may pass at once, above ``maximum_bandwidth``.
     """
 
     minimum_iops: int | None = None
@@ -62,22 +68,24 @@ class Settings:
     burst_iops: int = 0
     credit_iops: int = 0
     credit_rate_iops: int | None = None
+    burst_bytes: int = 0
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value, saved = getattr(self, each.name), each.name in {"burst_iops", "credit_iops"}
-            least, most = (0 if saved else 1), _most(each.name)
-            if value is None and not saved:
+            value, none = getattr(self, each.name), each.default
+            least, most = (1 if none is None else 0), _most(each.name)
+            if value is None and none is None:
                 continue
             if type(value) is not int or not least <= value <= most:
                 raise InvalidArgumentError(
                     f"{each.name.replace('_', ' ')} is {value!r}",
-                    hint=f"choose {least} to {most}" + ("" if saved else ", or none"),
+                    hint=f"choose {least} to {most}" + (", or none" if none is None else ""),
                 )
-        if (self.burst_iops or self.credit_iops) and self.maximum_iops is None:
-            raise InvalidArgumentError(
-                "there is nothing to save without a maximum", hint="set maximum_iops, too"
-            )
+        for maximum, saved in _SAVED.items():
+            if getattr(self, maximum) is None and any(getattr(self, name) for name in saved):
+                raise InvalidArgumentError(
+                    "there is nothing to save without a maximum", hint=f"set {maximum}, too"
+                )
         if self.minimum_iops is not None:
             self.refuse_minimum(self.minimum_iops, f"the minimum of {self.minimum_iops}")
         self.limits()
@@ -123,6 +131,8 @@ class Settings:
             found[LimitKind.UNITS] = Limit(
                 self.maximum_iops, self.burst_iops, self.credit_iops, self.credit_rate_iops or 0
             )
+        if self.maximum_bandwidth is not None:
+            found[LimitKind.BYTES] = Limit(self.maximum_bandwidth, self.burst_bytes)
         return found
 
     def within(self, other: Settings) -> Settings:
@@ -135,18 +145,18 @@ class Settings:
             for each in fields(self)
             if each.name.startswith("maximum_")
         }
-        base = self if self.maximum_iops is not None or other.maximum_iops is None else other
         minimum = other.minimum_iops if self.minimum_iops is None else self.minimum_iops
         if minimum is not None:
             minimum = min([minimum, *Settings(**tighter)._most_minimums().values()]) or None
-        saving: dict[str, Any] = {n: getattr(base, n) for n in ("burst_iops", "credit_iops")}
-        rate = base.credit_rate_iops
+        saving: dict[str, Any] = {}
+        for maximum, saved in _SAVED.items():
+            base = other if getattr(self, maximum) is None else self
+            saving |= {name: getattr(base, name) for name in saved}
+        rate = saving["credit_rate_iops"]
         if rate is not None and tighter["maximum_iops"] is not None:
-            rate = max(rate, tighter["maximum_iops"])
+            saving["credit_rate_iops"] = max(rate, tighter["maximum_iops"])
         weight = other.weight if self.weight is None else self.weight
-        return Settings(
-            minimum_iops=minimum, weight=weight, **tighter, **saving, credit_rate_iops=rate
-        )
+        return Settings(minimum_iops=minimum, weight=weight, **tighter, **saving)
 
     def changed(self, changes: Mapping[str, Any]) -> Settings:
         """With some of them changed.
@@ -154,15 +164,16 @@ class Settings:
         Raises:
             InvalidArgumentError: an unknown name, or a value that is out of range.
         """
-        known = {each.name for each in fields(self)}
+        known = {each.name: each.default for each in fields(self)}
         for name in changes:
             if name not in known:
                 raise InvalidArgumentError(
                     f"there is no setting {name!r}", hint=f"known: {', '.join(sorted(known))}"
                 )
-        if "maximum_iops" in changes and changes["maximum_iops"] is None:
-            # What may be saved goes with the maximum, unless it is spoken of.
-            changes = {"burst_iops": 0, "credit_iops": 0, "credit_rate_iops": None, **changes}
+        for maximum, saved in _SAVED.items():
+            if maximum in changes and changes[maximum] is None:
+                # What may be saved goes with the maximum, unless it is spoken of.
+                changes = {name: known[name] for name in saved} | dict(changes)
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
@@ -173,7 +184,7 @@ class Settings:
 def _most(name: str) -> int:
     if name == "weight":
         return LARGEST_WEIGHT
-    return LARGEST_RATE if name.endswith("bandwidth") else LARGEST_IOPS
+    return LARGEST_RATE if name.endswith(("bandwidth", "bytes")) else LARGEST_IOPS
 
 
 @dataclass(frozen=True)
