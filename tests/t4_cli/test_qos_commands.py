@@ -122,14 +122,16 @@ def test_a_suspended_server_gains_nothing(image, options):  # noqa: F811
 @pytest.mark.usefixtures("runtime")
 def test_settings_come_back_with_the_file(image, tmp_path):  # noqa: F811
     kept = tmp_path / "qos.json"
-    for _ in range(2):
-        command = [*VHDX, "serve", image, "--qos", kept]
+    for options in ([], ["--burst-iops", "7"], ["--max-iops", "none"]):
+        command = [*VHDX, "serve", image, "--qos", kept, *options]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:
                 process.stdout.readline()
                 if not Path(kept).exists():
                     run("qos", "set", image, "--max-iops", "123")
-                assert "123" in run("qos", "show")
+                disk = json.loads(run("qos", "show", "--json"))[0]["disks"][0]["settings"]
+                wanted = (None, 0) if "none" in options else (123, 7 if options else 0)
+                assert (disk["maximum_iops"], disk["burst_iops"]) == wanted
                 assert "another server" in run("serve", image, "--qos", kept, code=4)
                 run("stop", image)
             finally:

@@ -27,7 +27,7 @@ from vhdx.cli.output import (
 from vhdx.cli.quality import changes_of, settings_options
 from vhdx.errors import InvalidArgumentError, NotFoundError
 from vhdx.plane import DEEPEST, ModelKind
-from vhdx.qos import LARGEST_IOPS, NORMALISED_UNIT, Scheduling, Settings
+from vhdx.qos import LARGEST_IOPS, NORMALISED_UNIT, Scheduling
 from vhdx.units import format_size
 
 if TYPE_CHECKING:
@@ -119,7 +119,6 @@ def serve(
 
     Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock --max-iops 500
     """
-    settings = Settings().changed(changes_of(given))
     only_then = (depth, capacity_iops, given["weight"])
     if not keep_minimums and any(each is not None for each in only_then):
         raise click.UsageError("--depth, --capacity-iops and --weight go with --keep-minimums")
@@ -138,7 +137,7 @@ def serve(
         read_only=read_only,
         limits=limits,
         format=format_,
-        qos=dict.fromkeys(exports, settings),
+        qos=dict.fromkeys(exports, changes_of(given)),
         qos_file=qos_file,
         qos_unit=qos_unit,
         qos_hook=qos_hook,

@@ -451,7 +451,7 @@ def serve(
     read_only: bool = False,
     limits: nbd.Limits | None = None,
     format: str | None = None,
-    qos: Mapping[str, Settings] | None = None,
+    qos: Mapping[str, Settings | Mapping[str, Any]] | None = None,
     qos_file: str | os.PathLike[str] | None = None,
     qos_unit: int = NORMALISED_UNIT,
     qos_hook: str | None = None,

@@ -16,7 +16,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vhdx import plane
 from vhdx.errors import InvalidArgumentError, ProtocolError
@@ -98,7 +98,8 @@ class Server:
         read_only: refuse changes.
         limits: what clients may use.
         format: of the paths, as in :func:`vhdx.open`.
-        qos: what is wanted of each disk, by the name of its export.
+        qos: what is wanted of each disk, by the name of its export: changes of what the file says,
+            in which None takes a setting away, or settings, which change what they have.
         qos_file: where that is kept, and taken from; see :class:`vhdx.qos.Store`.
         qos_unit: bytes that count as one normalised I/O.
         qos_hook: a command that is run for each alert.
@@ -113,7 +114,7 @@ class Server:
         read_only: bool = False,
         limits: Limits | None = None,
         format: str | None = None,
-        qos: Mapping[str, Settings] | None = None,
+        qos: Mapping[str, Settings | Mapping[str, Any]] | None = None,
         qos_file: str | os.PathLike[str] | None = None,
         qos_unit: int = NORMALISED_UNIT,
         qos_hook: str | None = None,
@@ -490,7 +491,7 @@ def serve(
     read_only: bool = False,
     limits: Limits | None = None,
     format: str | None = None,
-    qos: Mapping[str, Settings] | None = None,
+    qos: Mapping[str, Settings | Mapping[str, Any]] | None = None,
     qos_file: str | os.PathLike[str] | None = None,
     qos_unit: int = NORMALISED_UNIT,
     qos_hook: str | None = None,

@@ -98,9 +98,16 @@ class Domain:
     # ---- disks ----
 
     def add_disk(
-        self, name: str, path: str, device: plane.Device, settings: Settings | None = None
+        self,
+        name: str,
+        path: str,
+        device: plane.Device,
+        changes: Settings | Mapping[str, Any] | None = None,
     ) -> None:
-        """A disk that is served from now on; ``settings`` count over what the file says."""
+        """A disk that is served from now on; ``changes`` are made to what the file says.
+
+        Settings change what they do not leave at its default.
+        """
         with self._lock:
             path = os.path.abspath(path)
             twin = next(iter(self._of_path(path)), None)
@@ -112,10 +119,9 @@ class Domain:
                     disk.settings = Settings().changed(kept.get("settings", {}))
                     if kept.get("policy"):
                         disk.policy_id = UUID(kept["policy"])
-            if settings is not None:
-                disk.settings = disk.settings.changed(
-                    {k: v for k, v in settings.as_dict().items() if v}
-                )
+            if isinstance(changes, Settings):
+                changes = {k: v for k, v in changes.as_dict().items() if v}
+            disk.settings = disk.settings.changed(changes or {})
             self._disks[name] = disk
             for each in self._of_path(path):
                 each.settings = disk.settings
