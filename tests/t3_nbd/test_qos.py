@@ -421,6 +421,26 @@ def test_thousands_of_policies(pool):
         domain.close()
 
 
+def test_a_look_that_finds_no_thread_is_tried_again(pool, monkeypatch, caplog):
+    domain = Domain(pool)
+    domain.add_disk("a", "/a", plane.Memory(MIB))
+    flow = domain.connect("a", "me")
+
+    def none_left(self):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", none_left)
+        assert domain.describe()["disks"][0]["windows"]["1"]["iops"] == 0
+        assert "nothing is measured" in caplog.text
+        assert domain._sampler is None
+    domain.describe()
+    assert domain._sampler.is_alive()
+    domain.disconnect(flow)
+    domain.close()
+    assert not domain._sampler or not domain._sampler.is_alive()
+
+
 @pytest.mark.parametrize(
     "body",
     [

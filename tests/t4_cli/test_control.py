@@ -274,6 +274,29 @@ def test_so_many_listen_to_events_and_no_more(image, monkeypatch):
         assert answers == [b"HTTP/1.1 200"] * 3 + [b"HTTP/1.1 503"]
 
 
+def test_operations_that_take_long_do_not_hold_up_qos(image, monkeypatch):
+    go, begun = threading.Event(), threading.Semaphore(0)
+
+    def long(*_):
+        begun.release()
+        go.wait(60)
+
+    monkeypatch.setattr(control.service, "_OPERATIONS", {"info": long})
+    with vhdx.serve({"disk": image}) as server, contextlib.ExitStack() as stack:
+        [found] = control.servers()
+        for _ in range(20):
+            stack.enter_context(post(found, "info", {"export": "disk", "arguments": {}}))
+        for _ in range(control.service._WORKERS):
+            assert begun.acquire(timeout=30)
+        try:
+            change = {"change": "disk", "name": "disk", "settings": {"maximum_iops": 77}}
+            found.change_qos(change)
+            assert server.qos.describe()["disks"][0]["settings"]["maximum_iops"] == 77
+            assert "vhdx_" in control.client.get_text(found.socket, "/metrics")
+        finally:
+            go.set()
+
+
 @pytest.mark.parametrize("operation", ["map", "compact"])
 def test_clients_that_do_not_listen_do_not_hold_a_server(tmp_path, operation, monkeypatch):
     monkeypatch.setattr(control.service, "_PROGRESS_SECONDS", 0)
