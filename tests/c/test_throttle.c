@@ -441,6 +441,33 @@ static void hurry_holds_up_nothing(void)
     tear_down(lower, 1);
 }
 
+/* Linked with --wrap=realloc, with which the clock makes room for timers. */
+static bool no_memory;
+void *__real_realloc(void *memory, size_t size);
+void *__wrap_realloc(void *memory, size_t size);
+
+void *__wrap_realloc(void *memory, size_t size)
+{
+    return no_memory ? NULL : __real_realloc(memory, size);
+}
+
+static void without_memory_what_waits_passes_and_limits_stay(void)
+{
+    set_up();
+    vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+    vx_limits *limits = vx_limits_create(qos, UNIT);
+    vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 100}};
+    vx_limits_set(limits, wanted, true);
+    no_memory = true;
+    begin(0, lower, limits, UNIT, 8, 0);
+    CHECK(clients[0].operations == 8); /* rather than never */
+    no_memory = false;
+    begin(0, lower, limits, UNIT, 8, 10);
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
+    CHECK(clients[0].operations >= 8 + 990 && clients[0].operations <= 8 + 1001);
+    tear_down(lower, 1);
+}
+
 static unsigned dropped;
 
 static void was_dropped(vx_request *request)
@@ -543,6 +570,7 @@ int main(void)
     a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group();
     groups_change_while_requests_wait();
     hurry_holds_up_nothing();
+    without_memory_what_waits_passes_and_limits_stay();
     what_is_dropped_is_neither_done_nor_paid();
     a_large_trim_does_not_hold_up_others();
     zero_and_trim_count_by_mebibytes();

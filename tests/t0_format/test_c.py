@@ -18,6 +18,8 @@ UNITS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
 def build(target: Path, main: Path, *options: str) -> Path:
     program = target / main.stem
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", *options, *WARNINGS]
+    if "__wrap_realloc" in main.read_text():
+        command.append("-Wl,--wrap=realloc")
     command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'c'}", *map(str, SOURCES), str(main)]
     subprocess.run([*command, "-o", str(program), "-lpthread"], check=True)
     return program
