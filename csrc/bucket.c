@@ -44,6 +44,11 @@ void vx_bucket_refund(vx_bucket *bucket, uint64_t units)
         ;
 }
 
+void vx_bucket_postpone(vx_bucket *bucket, uint64_t ticks)
+{
+    atomic_fetch_add(&bucket->paid, ticks);
+}
+
 uint64_t vx_bucket_reserve(vx_bucket *bucket, uint64_t units, uint64_t from)
 {
     uint64_t cost = vx_bucket_cost(bucket, units);
@@ -75,6 +80,12 @@ int64_t vx_bucket_level(const vx_bucket *bucket, uint64_t now)
     return -(int64_t)((wide)(paid - now - tolerance) * rate / TICKS_PER_SECOND);
 }
 
+uint64_t vx_bucket_rescale(uint64_t ticks, uint64_t before, uint64_t after)
+{
+    wide scaled = ((wide)ticks * before + after - 1) / after;
+    return scaled > LONGEST_TOLERANCE ? LONGEST_TOLERANCE : (uint64_t)scaled;
+}
+
 void vx_bucket_change(vx_bucket *bucket, uint64_t rate, uint64_t burst, uint64_t saved, uint64_t now)
 {
     uint64_t before = atomic_load(&bucket->rate);
@@ -88,9 +99,7 @@ void vx_bucket_change(vx_bucket *bucket, uint64_t rate, uint64_t burst, uint64_t
             uint64_t mine = ticks_of(saved, rate);
             wanted = now + tolerance - (mine < tolerance ? mine : tolerance);
         } else if (paid > now + old_tolerance) { /* owed: as many units at the new rate */
-            wide owed = ((wide)(paid - now - old_tolerance) * before + rate - 1) / rate;
-            wanted = now + tolerance +
-                     (owed > LONGEST_TOLERANCE ? LONGEST_TOLERANCE : (uint64_t)owed);
+            wanted = now + tolerance + vx_bucket_rescale(paid - now - old_tolerance, before, rate);
         } else {
             uint64_t spare = now + old_tolerance - paid;
             wide units = (wide)(spare < old_tolerance ? spare : old_tolerance) * before / rate;

@@ -43,14 +43,18 @@ uint64_t vx_bucket_cost(const vx_bucket *bucket, uint64_t units);
 bool vx_bucket_admit(vx_bucket *bucket, uint64_t units, uint64_t now);
 /* Takes back what was paid for `units`. */
 void vx_bucket_refund(vx_bucket *bucket, uint64_t units);
+/* Everything that is paid for comes later by so many ticks. */
+void vx_bucket_postpone(vx_bucket *bucket, uint64_t ticks);
 /* When, at `from` or later, something could be admitted. Ticks; nothing is paid. */
 uint64_t vx_bucket_due(const vx_bucket *bucket, uint64_t from);
 /* When, at `from` or later, `units` may be admitted; pays for them as of `from`. Ticks. */
 uint64_t vx_bucket_reserve(vx_bucket *bucket, uint64_t units, uint64_t from);
-/* Another rate (units a second, 0: none) and burst (units, a year's worth at most). What was saved, up to the new burst, and
- * what is owed stay the same in units; a limit that is new has saved `saved` units. One thread at a
- * time; requests that are admitted meanwhile may be charged at either rate. */
+/* Another rate (units a second, 0: none) and burst (units, a year's worth at most). What was saved, up
+ * to the new burst, and what is owed stay the same in units; a limit that is new has saved `saved`
+ * units. One thread at a time; requests that are admitted meanwhile may be charged at either rate. */
 void vx_bucket_change(vx_bucket *bucket, uint64_t rate, uint64_t burst, uint64_t saved, uint64_t now);
+/* Ticks that what takes `ticks` at rate `before` takes at rate `after`; rounded up, a year at most. */
+uint64_t vx_bucket_rescale(uint64_t ticks, uint64_t before, uint64_t after);
 /* Units that could be admitted at `now`; negative: what is owed. */
 int64_t vx_bucket_level(const vx_bucket *bucket, uint64_t now);
 

@@ -221,6 +221,14 @@ void vx_clock_advance(vx_clock *clock, uint64_t until_ns)
     pthread_mutex_unlock(&clock->lock);
 }
 
+void vx_clock_skip(vx_clock *clock, uint64_t until_ns)
+{
+    pthread_mutex_lock(&clock->lock);
+    if (until_ns > clock->virtual_ns)
+        clock->virtual_ns = until_ns;
+    pthread_mutex_unlock(&clock->lock);
+}
+
 uint64_t vx_clock_next(vx_clock *clock)
 {
     pthread_mutex_lock(&clock->lock);

@@ -31,8 +31,7 @@ static void retime_all(vx_limits *limits, unsigned bucket, uint64_t before, uint
     for (flow *f = limits->qos->flows; f != NULL; f = f->next) {
         if (f->due_set != limits || f->due_bucket != bucket || f->due <= now)
             continue;
-        unsigned __int128 rest = (unsigned __int128)(f->due - now) * before;
-        throttle_retime(f, after == 0 ? now : now + (uint64_t)((rest + after - 1) / after));
+        throttle_retime(f, after == 0 ? now : now + vx_bucket_rescale(f->due - now, before, after));
     }
 }
 

@@ -165,7 +165,9 @@ static void run_piece(vx_job *job)
 static void start_turn(vx_turn *p)
 {
     vx_request *waiting = p->request;
+    pthread_mutex_lock(&p->scheduler->lock); /* who drops looks at it */
     p->request = NULL;
+    pthread_mutex_unlock(&p->scheduler->lock);
     waiting->context = p;
     waiting->complete(waiting);
     let_go(p, false);

@@ -184,7 +184,6 @@ vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
             continue;
         }
         *link = request->next;
-        share->tail = last;
         waits_no_more(s, share, request, now);
         request->next = found;
         found = request;

@@ -153,10 +153,20 @@ static uint64_t pay(flow *f, uint32_t operation, uint64_t from)
     }
 }
 
+/* The flow begins or ceases to wait for its limits. */
+static void count_flow(const flow *f, unsigned s, bool waits)
+{
+    vx_limits *limits = atomic_load(&f->sets[s]);
+    if (limits != NULL)
+        limits->waiting += waits ? 1 : (uint32_t)-1;
+}
+
 static void unlink_flow(flow *f)
 {
     if (f->link == NULL)
         return;
+    for (unsigned s = 0; s < SETS; s++)
+        count_flow(f, s, false);
     *f->link = f->next;
     if (f->next != NULL)
         f->next->link = f->link;
@@ -167,6 +177,8 @@ static void link_flow(flow *f)
 {
     if (f->link != NULL)
         return;
+    for (unsigned s = 0; s < SETS; s++)
+        count_flow(f, s, true);
     f->next = f->qos->flows;
     f->link = &f->qos->flows;
     if (f->next != NULL)
@@ -190,11 +202,9 @@ static vx_request *take_head(flow *f, uint64_t now)
 
 static bool is_shared(const flow *f)
 {
-    for (const flow *other = f->qos->flows; other != NULL; other = other->next)
-        for (unsigned s = 0; other != f && s < SETS; s++)
-            if (atomic_load(&f->sets[s]) != NULL &&
-                atomic_load(&f->sets[s]) == atomic_load(&other->sets[s]))
-                return true;
+    for (unsigned s = 0; s < SETS; s++)
+        if (atomic_load(&f->sets[s]) != NULL && atomic_load(&f->sets[s])->waiting > 1)
+            return true;
     return false;
 }
 
@@ -337,13 +347,26 @@ static void pass_on(flow *f, vx_request *request)
     }
 }
 
-/* Its time has passed unused: it takes its place anew. */
+/* Its time began to pass unused. What is left of it begins now, and that of others who wait for the
+ * same later by as much; where nothing is left it takes its place anew. */
 static void pay_again(flow *f, uint64_t now)
 {
+    uint64_t lost = now - f->due;
     for (unsigned s = 0; s < SETS; s++) {
-        const vx_limits *limits = atomic_load(&f->sets[s]);
-        if (limits != NULL && f->due_set == limits)
-            f->unpaid[s] |= active_of(limits, f->head->operation) & 1u << f->due_bucket;
+        vx_limits *limits = atomic_load(&f->sets[s]);
+        if (limits == NULL || f->due_set != limits ||
+            !(active_of(limits, f->head->operation) >> f->due_bucket & 1))
+            continue;
+        vx_bucket *bucket = &limits->buckets[f->due_bucket];
+        uint64_t units = amount(limits, f->due_bucket, f->head->operation, f->piece);
+        if (lost >= vx_bucket_cost(bucket, units)) {
+            f->unpaid[s] |= 1u << f->due_bucket;
+            continue;
+        }
+        vx_bucket_postpone(bucket, lost);
+        for (flow *g = f->qos->flows; g != NULL; g = g->next)
+            if (g != f && g->due_set == limits && g->due_bucket == f->due_bucket && g->due > f->due)
+                throttle_retime(g, g->due + lost);
     }
     f->due = now;
 }
@@ -479,7 +502,11 @@ void vx_throttle_set_group(vx_device *device, vx_limits *group)
     vx_limits *before = atomic_load(&f->sets[1]);
     if (before != group && f->head != NULL)
         unpay(f, 1, vx_ticks(vx_clock_now(f->qos->clock)));
+    if (f->link != NULL)
+        count_flow(f, 1, false);
     atomic_store(&f->sets[1], group);
+    if (f->link != NULL)
+        count_flow(f, 1, true);
     if (before != group && f->head != NULL) {
         f->paid[1] = 0;
         f->unpaid[1] = active_of(group, f->head->operation);

@@ -31,6 +31,7 @@ struct vx_limits {
     vx_qos *qos;
     vx_limits *next;
     uint64_t unit;
+    uint32_t waiting; /* flows with a request that waits; under the lock */
     _Atomic uint32_t active[2]; /* of reads and of writes: which buckets limit */
     vx_bucket buckets[BUCKETS];
 };

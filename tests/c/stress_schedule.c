@@ -43,6 +43,7 @@ static void *change(void *unused)
             nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
             vx_switch_resume(paused);
         }
+        tops[which]->operations->drop(tops[which], &state); /* of a client that has nothing under way */
         vx_share_read(shares[which], facts);
         vx_scheduler_read(scheduler, facts);
         nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);

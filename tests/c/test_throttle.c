@@ -441,6 +441,40 @@ static void hurry_holds_up_nothing(void)
     tear_down(lower, 1);
 }
 
+static void time_that_stood_still_lets_nothing_pass(void)
+{
+    /* Three flows of a limit of one a second, due after 1, 2 and 3 s; the process stands still. */
+    static const struct {
+        double from, to, at[3];
+    } scenes[] = {{0, 0, {1, 2, 3}},
+                  {0.99, 1.05, {1.05, 2, 3}}, /* so much is made up for */
+                  {0.99, 1.12, {1.12, 2.12, 3.12}},
+                  {0.99, 3.49, {3.49, 4.49, 5.49}},
+                  {0.5, 100, {100, 101, 102}}};
+    for (unsigned i = 0; i < sizeof scenes / sizeof scenes[0]; i++) {
+        set_up();
+        uint64_t start = vx_clock_now(clock_);
+        vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+        vx_limits *group = vx_limits_create(qos, UNIT);
+        vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 1}};
+        vx_limits_set(group, wanted, true);
+        begin(3, lower, group, UNIT, 1, 0);
+        CHECK(clients[3].operations == 1);
+        admitted = 0;
+        for (unsigned f = 0; f < 3; f++)
+            begin(f, lower, group, UNIT, 1, 0);
+        vx_clock_advance(clock_, start + (uint64_t)(scenes[i].from * 1e9));
+        vx_clock_skip(clock_, start + (uint64_t)(scenes[i].to * 1e9));
+        vx_clock_advance(clock_, start + 200 * SECOND);
+        CHECK(admitted == 3);
+        for (unsigned n = 0; n < 3; n++) {
+            double at = (double)(history[n].at - start) / (double)SECOND;
+            CHECK(at > scenes[i].at[n] - 1e-6 && at < scenes[i].at[n] + 1e-6);
+        }
+        tear_down(lower, 4);
+    }
+}
+
 /* Linked with --wrap=realloc, with which the clock makes room for timers. */
 static bool no_memory;
 void *__real_realloc(void *memory, size_t size);
@@ -570,6 +604,7 @@ int main(void)
     a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group();
     groups_change_while_requests_wait();
     hurry_holds_up_nothing();
+    time_that_stood_still_lets_nothing_pass();
     without_memory_what_waits_passes_and_limits_stay();
     what_is_dropped_is_neither_done_nor_paid();
     a_large_trim_does_not_hold_up_others();
