@@ -68,7 +68,10 @@ void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh)
     }
     for (unsigned d = 0; d < 2; d++)
         atomic_store(&limits->active[d], active[d]);
+    for (unsigned b = 0; b < BUCKETS; b++)
+        limits->seen[b] = atomic_load(&limits->buckets[b].paid);
     pthread_mutex_unlock(&qos->lock);
+    throttle_pulse_begin(qos->pulse);
 }
 
 void vx_limits_levels(vx_limits *limits, int64_t *levels)
@@ -88,11 +91,18 @@ vx_qos *vx_qos_create(vx_clock *clock, vx_pool *pool)
     /* In virtual time everything happens on the thread that advances it. */
     qos->largest_on_clock = vx_clock_is_virtual(clock) ? UINT64_MAX : VX_QUICK_BYTES;
     pthread_mutex_init(&qos->lock, NULL);
+    qos->pulse = throttle_pulse_create(qos);
+    if (qos->pulse == NULL) {
+        vx_qos_destroy(qos);
+        return NULL;
+    }
     return qos;
 }
 
 void vx_qos_destroy(vx_qos *qos)
 {
+    if (qos->pulse != NULL)
+        throttle_pulse_end(qos->pulse);
     while (qos->limits != NULL) {
         vx_limits *limits = qos->limits;
         qos->limits = limits->next;

@@ -5,9 +5,6 @@
 #include "throttle_internal.h"
 #include "units.h"
 
-/* Waking late is made up for up to this; beyond, the process stood still, and time that it was not
- * there for lets nothing pass. */
-#define LATE ((uint64_t)100000000u * VX_TICKS_PER_NS)
 /* What is paid for at a time takes no more of a limit's time than this, or than one unit does: where
  * others wait for the limit, and where nobody does yet. */
 #define SHARED_TURN ((uint64_t)50000u * VX_TICKS_PER_NS)
@@ -348,7 +345,8 @@ static void pass_on(flow *f, vx_request *request)
 }
 
 /* Its time began to pass unused. What is left of it begins now, and that of others who wait for the
- * same later by as much; where nothing is left it takes its place anew. */
+ * same later by as much; where nothing is left it takes its place anew. Of what saves the pulse has
+ * taken the lost time, or will. */
 static void pay_again(flow *f, uint64_t now)
 {
     uint64_t lost = now - f->due;
@@ -358,6 +356,8 @@ static void pay_again(flow *f, uint64_t now)
             !(active_of(limits, f->head->operation) >> f->due_bucket & 1))
             continue;
         vx_bucket *bucket = &limits->buckets[f->due_bucket];
+        if (throttle_saves(bucket))
+            continue;
         uint64_t units = amount(limits, f->due_bucket, f->head->operation, f->piece);
         if (lost >= vx_bucket_cost(bucket, units)) {
             f->unpaid[s] |= 1u << f->due_bucket;

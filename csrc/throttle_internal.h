@@ -14,7 +14,12 @@
 #define BUCKETS (2u * VX_LIMIT_KINDS) /* for each kind its rate, and the rate of spending credit */
 #define SETS 2u
 
+/* Waking late is made up for up to this; beyond, the process stood still, and time that it was not
+ * there for lets nothing pass and saves nothing. */
+#define LATE ((uint64_t)100000000u * VX_TICKS_PER_NS)
+
 typedef struct flow flow;
+typedef struct pulse pulse;
 
 enum hurry { HOLD = 0, PASS = 1, DROP = 2 };
 
@@ -25,6 +30,7 @@ struct vx_qos {
     uint64_t largest_on_clock; /* bytes */
     vx_limits *limits; /* all of them */
     flow *flows;       /* under lock: those with a request that waits */
+    pulse *pulse;      /* notices that the process stood still, where a limit saves */
 };
 
 struct vx_limits {
@@ -34,6 +40,7 @@ struct vx_limits {
     uint32_t waiting; /* flows with a request that waits; under the lock */
     _Atomic uint32_t active[2]; /* of reads and of writes: which buckets limit */
     vx_bucket buckets[BUCKETS];
+    uint64_t seen[BUCKETS]; /* under the lock: what each had been paid at the last pulse */
 };
 
 struct flow {
@@ -60,5 +67,15 @@ struct flow {
 
 /* What the head has paid for passes, or pays more, at `due`, ticks. */
 void throttle_retime(flow *f, uint64_t due);
+
+/* pulse.c. Saves more than being late is made up for, so that a standstill would fill it. */
+static inline bool throttle_saves(const vx_bucket *bucket)
+{
+    return atomic_load(&bucket->rate) != 0 && atomic_load(&bucket->tolerance) > LATE;
+}
+pulse *throttle_pulse_create(vx_qos *qos); /* NULL: no memory */
+/* Beats from now on where a limit saves. Without the lock. */
+void throttle_pulse_begin(pulse *p);
+void throttle_pulse_end(pulse *p); /* the clock may be gone */
 
 #endif

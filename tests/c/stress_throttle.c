@@ -39,7 +39,7 @@ static void *changer(void *argument)
 {
     (void)argument;
     for (unsigned i = 0; !atomic_load(&stopping); i++) {
-        vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = RATE / 2 + i % 7 * 1000, .burst = i % 5}};
+        vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = RATE / 2 + i % 7 * 1000, .burst = i % 5 == 0 ? RATE : i % 5}};
         int64_t levels[VX_LIMIT_KINDS];
         uint64_t waiting, cost;
         vx_limits_set(own, wanted, false);

@@ -475,6 +475,37 @@ static void time_that_stood_still_lets_nothing_pass(void)
     }
 }
 
+static void a_standstill_saves_nothing(void)
+{
+    /* 100 a second, 1,000 saved at most; a client that always waits stands still with its server. */
+    for (unsigned scene = 0; scene < 4; scene++) {
+        uint64_t still = scene % 2 ? 4 : 40; /* s: less than what can be saved, and more */
+        bool burst = scene / 2;
+        set_up();
+        vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+        vx_limits *limits = vx_limits_create(qos, UNIT);
+        vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 100, .credit = 1000}};
+        if (burst)
+            wanted[0] = (vx_limit){.rate = 100, .burst = 1000};
+        vx_limits_set(limits, wanted, false);
+        begin(0, lower, limits, UNIT, 4, 200);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
+        CHECK(clients[0].units >= 1999 && clients[0].units <= 2001);
+        vx_clock_skip(clock_, vx_clock_now(clock_) + still * SECOND);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
+        CHECK(clients[0].units >= 2985 && clients[0].units <= 3015);
+        clients[0].ends = 0; /* idle: what was saved before the standstill stays, and no more */
+        vx_clock_advance(clock_, vx_clock_now(clock_) + 3 * SECOND);
+        vx_clock_skip(clock_, vx_clock_now(clock_) + still * SECOND);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
+        uint64_t before = clients[0].units;
+        begin(0, lower, limits, UNIT, 4, 1);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
+        CHECK(clients[0].units - before >= 480 && clients[0].units - before <= 520);
+        tear_down(lower, 1);
+    }
+}
+
 /* Linked with --wrap=realloc, with which the clock makes room for timers. */
 static bool no_memory;
 void *__real_realloc(void *memory, size_t size);
@@ -605,6 +636,7 @@ int main(void)
     groups_change_while_requests_wait();
     hurry_holds_up_nothing();
     time_that_stood_still_lets_nothing_pass();
+    a_standstill_saves_nothing();
     without_memory_what_waits_passes_and_limits_stay();
     what_is_dropped_is_neither_done_nor_paid();
     a_large_trim_does_not_hold_up_others();

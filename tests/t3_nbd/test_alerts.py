@@ -89,6 +89,8 @@ def test_ends_say_why(caplog):
         told.tell(alert(1, begins=False, achieved=100))
         told.tell(alert(2, begins=False, achieved=3))
     assert "disk1 gets its minimum of 100 normalised IOPS again (100)" in caplog.text
+    told.tell(Alert(3.0, "disk3", False, 0, 123.0, ()))
+    assert "disk3 does not miss a minimum any more: it has none" in caplog.text
     assert "disk2 does not miss its minimum of 100 normalised IOPS any more: it asks for less" in (
         caplog.text
     )

@@ -128,10 +128,11 @@ def test_a_file_keeps_what_was_saved(tmp_path):
     again.close()
 
 
-def test_a_link_and_a_mode_stay(tmp_path):
+@pytest.mark.parametrize("mode", [0o600, 0o664])
+def test_a_link_and_a_mode_stay(tmp_path, mode):
     path, link = tmp_path / "real", tmp_path / "link"
     path.write_text(GOLDEN)
-    path.chmod(0o600)
+    path.chmod(mode)
     link.symlink_to(path)
     store = Store(link)
     with pytest.raises(vhdx.InUseError):
@@ -139,7 +140,7 @@ def test_a_link_and_a_mode_stay(tmp_path):
     store.save({"disks": {"/a": {}}, "policies": []})
     store.close()
     assert link.is_symlink()
-    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.stat().st_mode & 0o777 == mode
     assert Store(path).generation == 8
 
 
@@ -190,6 +191,29 @@ def test_minimums_of_a_group_fit_into_its_maximum(pool):
     domain.set_disk("b", {"minimum_iops": 40}, "all")
     with pytest.raises(vhdx.InvalidArgumentError, match="above the maximum iops of 99"):
         change_qos(domain, {"change": "policy", "name": "all", "settings": {"maximum_iops": 99}})
+    domain.close()
+
+
+def test_what_contradicts_already_can_be_mended(pool, caplog):
+    """As disks that were set apart may, when they are served together."""
+    domain = Domain(pool)
+    domain.set_policy(Policy("all", PolicyKind.AGGREGATED, Settings(maximum_iops=400)))
+    for name in "abc":
+        domain.add_disk(name, f"/{name}", plane.Memory(MIB))
+    for name in "ab":  # as the file would say
+        domain._disks[name].policy_id = domain.policy("all").policy_id
+        domain._disks[name].settings = Settings(minimum_iops=300)
+    domain.warn()
+    assert "a minimum of 600 for the disks of policy 'all' together" in caplog.text
+    domain.set_disk("c", {"maximum_iops": 1000})
+    domain.set_policy(Policy("other", PolicyKind.DEDICATED, Settings(maximum_iops=10)))
+    domain.set_disk("a", {"minimum_iops": 250})
+    change_qos(domain, {"change": "policy", "name": "all", "settings": {"maximum_iops": 450}})
+    for change in ({"minimum_iops": 260}, {"minimum_iops": 400}):
+        with pytest.raises(vhdx.InvalidArgumentError, match="above the maximum iops of 450"):
+            domain.set_disk("a", change)
+    with pytest.raises(vhdx.InvalidArgumentError, match="above the maximum iops of 440"):
+        change_qos(domain, {"change": "policy", "name": "all", "settings": {"maximum_iops": 440}})
     domain.close()
 
 

@@ -7,6 +7,8 @@ whole, with its figures and alerts.
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 
@@ -252,6 +254,36 @@ def test_one_disk_under_two_names(experiment):
     assert made.iops("a", "60") == pytest.approx(150, rel=0.05)
     assert made.status("b") == "Ok"
     assert [d["settings"]["maximum_iops"] for d in made.domain.describe()["disks"]] == [300, 300]
+
+
+def test_one_disk_is_one_by_any_path_and_device(pool, tmp_path):
+    """A link, and a second device as a reader of its own has it, are no second disk."""
+    real, link = tmp_path / "disk", tmp_path / "link"
+    real.touch()
+    link.symlink_to(real)
+    scheduling = Scheduling(keep_minimums=True, depth=4, model=ModelKind.HDD)
+    domain = Domain(pool, scheduling=scheduling, sizes=[16 * MIB])
+    domain.add_disk("a", str(real), plane.Memory(16 * MIB), {"minimum_iops": 40})
+    domain.add_disk("b", str(link), plane.Memory(16 * MIB))
+    first, second = (domain._disks[name] for name in "ab")
+    assert second.share is first.share
+    assert second.place.base == first.place.base == 0
+    assert second.device is not first.device
+    assert domain.describe()["scheduling"]["reserved_iops"] == 40
+    assert {d["settings"]["minimum_iops"] for d in domain.describe()["disks"]} == {40}
+    domain.close()
+
+
+def test_a_child_does_not_wait_for_turns_of_its_parent(pool):
+    domain = Domain(pool, scheduling=Scheduling(keep_minimums=True, capacity_iops=1000))
+    with domain._turns._background.turn(4096):  # whose thread the child does not have
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            domain.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    domain.close()
 
 
 def test_capacity_is_seen(experiment):

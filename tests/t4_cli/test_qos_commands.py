@@ -88,7 +88,9 @@ def test_a_server_that_is_stopped_is_named(limited, image):  # noqa: F811
 
 
 @pytest.mark.usefixtures("runtime")
-@pytest.mark.parametrize("options", [(), ("--keep-minimums", "--model", "nvme")])
+@pytest.mark.parametrize(
+    "options", [(), ("--keep-minimums", "--model", "nvme"), ("--credit-iops", "800")]
+)
 def test_a_suspended_server_gains_nothing(image, options):  # noqa: F811
     rate, clients, each, read = 500, 40, 50, 0
     command = [*VHDX, "serve", image, "--max-iops", str(rate), *options]
@@ -98,6 +100,7 @@ def test_a_suspended_server_gains_nothing(image, options):  # noqa: F811
         for client in flows:
             for n in range(each):
                 client.send(read, offset=512 * n, length=512)
+        time.sleep(0.5)  # a credit is used up
         os.kill(process.pid, signal.SIGSTOP)
         for client in flows:  # what was answered before does not count
             client.socket.setblocking(False)

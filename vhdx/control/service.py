@@ -73,7 +73,9 @@ class Control:
         self._loop = asyncio.new_event_loop()
         self._runner: web.AppRunner | None = None
         self._executor = ThreadPoolExecutor(_WORKERS, "vhdx-control")
-        self._quick = ThreadPoolExecutor(2, "vhdx-qos-control")  # not held up by operations
+        # Not held up by operations; looks not by changes, which wait for the file.
+        self._changes = ThreadPoolExecutor(1, "vhdx-qos-change")
+        self._looks = ThreadPoolExecutor(1, "vhdx-qos-look")
         ready = threading.Event()
         self._failures: list[BaseException] = []
         self._thread = threading.Thread(
@@ -144,7 +146,8 @@ class Control:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
         self._executor.shutdown(wait=False)
-        self._quick.shutdown(wait=False)
+        self._changes.shutdown(wait=False)
+        self._looks.shutdown(wait=False)
 
     # ---- answers ----
 
@@ -184,7 +187,7 @@ class Control:
     async def _describe_qos(self, request: web.Request) -> web.Response:
         del request
         try:
-            found = await self._loop.run_in_executor(self._quick, self._server.qos.describe)
+            found = await self._loop.run_in_executor(self._looks, self._server.qos.describe)
         except ClosedError as error:
             return _refusal(error)
         return web.json_response({"pid": os.getpid(), **found})
@@ -194,7 +197,7 @@ class Control:
         try:
             body = await _body(request)
             change = functools.partial(change_qos, self._server.qos, body)
-            result = await self._loop.run_in_executor(self._quick, change)
+            result = await self._loop.run_in_executor(self._changes, change)
         except VhdxError as error:
             return _refusal(error)
         return web.json_response({"result": result})
@@ -202,7 +205,7 @@ class Control:
     async def _metrics(self, request: web.Request) -> web.Response:
         del request
         try:
-            text = await self._loop.run_in_executor(self._quick, exposition, self._server)
+            text = await self._loop.run_in_executor(self._looks, exposition, self._server)
         except ClosedError as error:
             raise web.HTTPServiceUnavailable(text=str(error)) from error
         return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
@@ -227,9 +230,9 @@ class Control:
         with domain.listening(note) as before, contextlib.ExitStack() as stack:
             stack.callback(self._stop_listening)
             await response.prepare(request)
-            for alert in before:
-                put(alert.as_dict())
             with contextlib.suppress(ConnectionError):
+                for alert in before:
+                    await response.write(json.dumps(alert.as_dict()).encode() + b"\n")
                 while not self._closing:
                     try:
                         event = await asyncio.wait_for(queue.get(), _EVENT_POLL_SECONDS)

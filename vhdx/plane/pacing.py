@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
@@ -118,7 +119,13 @@ class Pacing:
     def __init__(self, pool: Pool, clock: Clock | None = None) -> None:
         real = lib.vx_pool_clock(pool.handle)
         handle = _made(lib.vx_qos_create(real if clock is None else clock.handle, pool.handle))
-        self.handle = ffi.gc(handle, lib.vx_qos_destroy)
+        process = os.getpid()
+
+        def destroy(handle: Any) -> None:
+            if os.getpid() == process:  # a thread that a child does not have may hold its locks
+                lib.vx_qos_destroy(handle)
+
+        self.handle = ffi.gc(handle, destroy)
         self.pool = pool
         self._keep = clock
 

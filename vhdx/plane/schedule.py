@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 import random
 from dataclasses import dataclass
 from enum import IntEnum
@@ -172,10 +173,12 @@ class Scheduler:
         )
         self.handle = ffi.gc(_made(handle), lib.vx_scheduler_release)
         self._keep = (pool, model, clock)
+        self._process = os.getpid()
 
     def stop(self) -> None:
         """Nobody waits for a turn any more; before its pool is closed."""
-        lib.vx_scheduler_stop(self.handle)
+        if self._process == os.getpid():  # those who wait are not in a forked child
+            lib.vx_scheduler_stop(self.handle)
 
     def read(self) -> SchedulerFacts:
         """Since it was made; not after its pool was closed."""

@@ -81,12 +81,20 @@ class Alerts:
     def _run(self, hook: str) -> None:
         """One after another, in their order."""
         while (alert := self._to_run.get()) is not None:
-            _run_hook(hook, alert)
+            try:
+                _run_hook(hook, alert)
+            except Exception as error:  # the next alert's may go well
+                _log.warning("the hook of an alert failed: %r", error)
 
     def close(self) -> None:
         """What was told is told; a hook that runs ends by itself."""
-        with contextlib.suppress(queue.Full):
-            self._to_run.put_nowait(None)
+        while True:
+            try:
+                self._to_run.put_nowait(None)
+                return
+            except queue.Full:
+                with contextlib.suppress(queue.Empty):
+                    self._to_run.get_nowait()
 
 
 def _run_hook(hook: str, alert: Alert) -> None:
@@ -100,7 +108,8 @@ def _run_hook(hook: str, alert: Alert) -> None:
     }
     try:
         run = subprocess.Popen(
-            ["/bin/sh", "-c", hook],  # it is the user's
+            # It ends in time also where this server has ended before it.
+            ["timeout", "-s", "KILL", f"{_HOOK_SECONDS:g}", "/bin/sh", "-c", hook],
             env=os.environ | facts,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
@@ -108,13 +117,8 @@ def _run_hook(hook: str, alert: Alert) -> None:
     except (OSError, ValueError) as error:
         _log.warning("the hook of an alert cannot be run: %s", error)
         return
-    try:
-        code = run.wait(_HOOK_SECONDS)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(run.pid, signal.SIGKILL)
-        run.wait()
+    code = run.wait()
+    if code == -signal.SIGKILL:
         _log.warning("the hook of an alert was ended after %g s", _HOOK_SECONDS)
-    else:
-        if code != 0:
-            _log.warning("the hook of an alert ended with %d", code)
+    elif code != 0:
+        _log.warning("the hook of an alert ended with %d", code)

@@ -109,7 +109,7 @@ class Domain:
         Settings change what they do not leave at its default.
         """
         with self._lock:
-            path = os.path.abspath(path)
+            path = os.path.realpath(path)
             twin = next(iter(self._of_path(path)), None)
             limits = plane.Limits(self._pacing, self.unit) if twin is None else twin.limits
             disk = DiskState(path, device, self._turns, limits, twin)
@@ -132,6 +132,8 @@ class Domain:
         said = self._turns.warning(self._reserved({}, self._policies))
         if said is not None:
             _log.warning("QoS: %s", said)
+        for _, error in self._contradictions({}, self._policies).values():
+            _log.warning("QoS: %s", error)
 
     def set_disk(
         self, name: str, changes: Mapping[str, Any], policy: str | None = None
@@ -185,38 +187,54 @@ class Domain:
     ) -> int:
         """The sum of minimums, normalised IOPS, as it would be with these disks and policies."""
         total, groups = 0, set()
-        for disk in {each.path: each for each in self._disks.values()}.values():
-            settings, policy_id = changed.get(disk.path, (disk.settings, disk.policy_id))
+        for settings, policy_id in self._as_wanted(changed):
             total += _together(settings, policy_id, policies).minimum_iops or 0
             policy = None if policy_id is None else policies.get(policy_id)
             if policy is not None and policy.kind is PolicyKind.AGGREGATED:
                 groups.add(policy.policy_id)
         return total + sum(policies[each].settings.minimum_iops or 0 for each in groups)
 
-    def _refuse_contradictions(
+    def _as_wanted(
+        self, changed: Mapping[str, tuple[Settings, UUID | None]]
+    ) -> Iterator[tuple[Settings, UUID | None]]:
+        """Of each disk, as it would be."""
+        for disk in {each.path: each for each in self._disks.values()}.values():
+            yield changed.get(disk.path, (disk.settings, disk.policy_id))
+
+    def _contradictions(
         self,
         changed: Mapping[str, tuple[Settings, UUID | None]],
         policies: Mapping[UUID, Policy],
-    ) -> None:
-        """Disks of an aggregated policy cannot have minimums above what it lets pass in all."""
+    ) -> dict[UUID, tuple[int, InvalidArgumentError]]:
+        """Disks of an aggregated policy cannot have minimums above what it lets pass in all.
+
+        By policy how much they are above it, and the error that says so.
+        """
         sums: dict[UUID, int] = {}
-        for disk in {each.path: each for each in self._disks.values()}.values():
-            settings, policy_id = changed.get(disk.path, (disk.settings, disk.policy_id))
+        for settings, policy_id in self._as_wanted(changed):
             if policy_id is not None:
                 sums[policy_id] = sums.get(policy_id, 0) + (settings.minimum_iops or 0)
+        found = {}
         for policy_id, total in sums.items():
             policy = policies.get(policy_id)
-            if policy is not None and policy.kind is PolicyKind.AGGREGATED:
-                policy.settings.refuse_minimum(
-                    total, f"a minimum of {total} for the disks of policy {policy.name!r} together"
-                )
+            if policy is None or policy.kind is not PolicyKind.AGGREGATED:
+                continue
+            called = f"a minimum of {total} for the disks of policy {policy.name!r} together"
+            try:
+                policy.settings.refuse_minimum(total, called)
+            except InvalidArgumentError as error:
+                found[policy_id] = total - policy.settings.most_minimum(), error
+        return found
 
     def _admit(
         self,
         changed: Mapping[str, tuple[Settings, UUID | None]],
         policies: Mapping[UUID, Policy],
     ) -> str | None:
-        self._refuse_contradictions(changed, policies)
+        there = self._contradictions({}, self._policies)
+        for policy_id, (excess, error) in self._contradictions(changed, policies).items():
+            if policy_id not in there or excess > there[policy_id][0]:
+                raise error
         before = self._reserved({}, self._policies)
         said = self._turns.admit(before, self._reserved(changed, policies))
         if said is not None:
@@ -281,9 +299,10 @@ class Domain:
         """
         with self._change_lock:
             try:
-                policy = change(self.policy(name))
+                found = self.policy(name)
             except NotFoundError:
-                policy = change(None)
+                found = None
+            policy = change(found)
             old = self._policies.get(policy.policy_id)
             if old is not None and old.kind is not policy.kind:
                 raise InvalidArgumentError(
@@ -445,20 +464,20 @@ class Domain:
 
     def _begin_sampling(self) -> None:
         if not self._sampling and self._measures() and not self._closing.is_set():
-            for disk in self._disks.values():
-                disk.history = History()  # nothing is known of the time in between
-            for flow in self._flows:
-                flow.history = History()
-                flow.meter.switch(on=True)
             if self._clock is None:
                 sampler = threading.Thread(target=self._sample, name="vhdx-qos", daemon=True)
                 try:
-                    sampler.start()
+                    sampler.start()  # it waits for the lock
                 except RuntimeError as error:  # the next look or change tries again
                     _log.warning("QoS: nothing is measured: %s", error)
                     return
                 self._sampler = sampler
             self._sampling = True
+            for disk in self._disks.values():
+                disk.history = History()  # nothing is known of the time in between
+            for flow in self._flows:
+                flow.history = History()
+                flow.meter.switch(on=True)
 
     def _sample(self) -> None:
         try:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from uuid import UUID
 
-    from vhdx.qos.scheduling import Turns
+    from vhdx.qos.scheduling import Place, Turns
 
 __all__ = ["TICK_SECONDS", "DiskState", "Flow"]
 
@@ -56,12 +56,12 @@ class DiskState:
         self.settings: Settings = Settings() if twin is None else twin.settings
         self.policy_id: UUID | None = None if twin is None else twin.policy_id
         self.watch: Watch = Watch() if twin is None else twin.watch
-        self.device: plane.Device
-        self.share: plane.Share | None
-        if twin is not None and twin.lower is device:
-            self.device, self.share = twin.device, twin.share
-        else:
-            self.device, self.share = turns.attach(device)
+        self.place: Place = (
+            twin.place
+            if twin is not None and twin.lower is device
+            else turns.attach(device, None if twin is None else twin.place)
+        )
+        self.device, self.share = self.place.device, self.place.share
         self.busy: deque[bool] = deque(maxlen=round(1 / TICK_SECONDS))
         self.history = History()
         self.departed = [0] * plane.METER_NUMBERS  # what flows did that have left

@@ -172,6 +172,8 @@ class Alert:
         }
 
     def __str__(self) -> str:
+        if not self.begins and self.minimum_iops == 0:
+            return f"{self.disk} does not miss a minimum any more: it has none"
         if not self.begins and self.achieved_iops < _ENOUGH * self.minimum_iops:
             return (
                 f"{self.disk} does not miss its minimum of {self.minimum_iops} normalised IOPS any "

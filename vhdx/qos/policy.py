@@ -107,6 +107,10 @@ class Settings:
                 hint="lower the minimum or raise the maximum",
             )
 
+    def most_minimum(self) -> int:
+        """The highest minimum that the maximums allow."""
+        return min(self._most_minimums().values(), default=LARGEST_IOPS)
+
     def _most_minimums(self) -> dict[str, int]:
         """By maximum, the highest minimum it allows; the smallest request is a sector."""
         found = {}

@@ -9,7 +9,7 @@ is less than what the device does; a tenth is left for what nobody has reserved.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vhdx import plane
 from vhdx.errors import InvalidArgumentError
@@ -76,6 +76,20 @@ class Admission:
     admitted: bool
 
 
+class Place(NamedTuple):
+    """Of a disk on the shared device.
+
+    Attributes:
+        device: what its flows go to.
+        share: its own; None where there is no scheduler.
+        base: where it begins on the device that is modelled, bytes.
+    """
+
+    device: plane.Device
+    share: plane.Share | None
+    base: int
+
+
 class Turns:
     """The scheduler, the model and the shares of one server.
 
@@ -117,16 +131,17 @@ class Turns:
         """Whether there is a scheduler."""
         return self._scheduler is not None
 
-    def attach(self, device: plane.Device) -> tuple[plane.Device, plane.Share | None]:
-        """Puts a disk on the shared device: what its flows go to, and its share."""
+    def attach(self, device: plane.Device, twin: Place | None = None) -> Place:
+        """Puts a disk on the shared device, or opens its ``twin`` a second time there."""
+        if twin is None:
+            share = None if self._scheduler is None else plane.Share(self._scheduler)
+            twin = Place(device, share, self._base)
+            self._base += device.size
         if self._model is not None:
-            size = device.size
-            device = plane.Delay(device, self._model, self._pool, base=self._base, clock=self._clock)
-            self._base += size
-        if self._scheduler is None:
-            return device, None
-        share = plane.Share(self._scheduler)
-        return plane.Scheduled(device, share), share
+            device = plane.Delay(device, self._model, self._pool, base=twin.base, clock=self._clock)
+        if twin.share is not None:
+            device = plane.Scheduled(device, twin.share)
+        return twin._replace(device=device)
 
     def share_of(self, policy_id: UUID, settings: Settings) -> plane.Share | None:
         """The share of an aggregated policy, as its settings want it now."""

@@ -52,7 +52,7 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(os.path.realpath(path))  # of a link what it leads to is kept and locked
         self.generation = 0
-        self._mode = 0o644
+        self._mode: int | None = None  # of the file that is there
         self.content: dict[str, Any] = {"disks": {}, "policies": []}
         self._lock = threading.Lock()
         self._guard = self._locked()
@@ -175,6 +175,7 @@ class Store:
             except OSError as error:
                 raise _failed(error, self.path) from error
             self.content, self.generation = content, generation
+            self._mode = stat.S_IMODE(self.path.stat().st_mode)
 
     def _make_durable(self, directory: int) -> None:
         """Of the new name. Where that fails the old content comes back: nothing has changed."""
@@ -182,7 +183,7 @@ class Store:
             os.fsync(directory)
         except OSError:
             with contextlib.suppress(OSError):
-                if self.generation:
+                if self._mode is not None:
                     self._replace(pack(self.content, self.generation))
                 else:
                     self.path.unlink()
@@ -193,7 +194,9 @@ class Store:
         try:
             temporary.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with open(os.open(temporary, flags, self._mode), "w", encoding="utf-8") as file:
+            with open(os.open(temporary, flags, 0o644), "w", encoding="utf-8") as file:
+                if self._mode is not None:  # whatever the umask
+                    os.fchmod(file.fileno(), self._mode)
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
