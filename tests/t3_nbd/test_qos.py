@@ -203,7 +203,7 @@ def test_what_contradicts_already_can_be_mended(pool, caplog):
     for name in "ab":  # as the file would say
         domain._disks[name].policy_id = domain.policy("all").policy_id
         domain._disks[name].settings = Settings(minimum_iops=300)
-    domain.warn()
+    domain.begin()
     assert "a minimum of 600 for the disks of policy 'all' together" in caplog.text
     domain.set_disk("c", {"maximum_iops": 1000})
     domain.set_policy(Policy("other", PolicyKind.DEDICATED, Settings(maximum_iops=10)))

@@ -160,7 +160,7 @@ def test_weights_and_groups(experiment):
 def test_what_the_device_cannot_carry_is_refused(experiment):
     made = experiment(
         Scheduling(keep_minimums=True, capacity_iops=1000),
-        {"a": Settings(minimum_iops=500), "b": Settings()},
+        {"a": Settings(minimum_iops=500), "b": Settings(), "c": Settings()},
     )
     made.domain.set_disk("b", {"minimum_iops": 400})
     with pytest.raises(InvalidArgumentError, match=r"901 normalised IOPS.*does 1000, of which 90%"):
@@ -168,7 +168,7 @@ def test_what_the_device_cannot_carry_is_refused(experiment):
     group = Policy("g", PolicyKind.AGGREGATED, Settings(minimum_iops=9))
     made.domain.set_policy(group)  # of no disk yet
     with pytest.raises(InvalidArgumentError, match="cannot be kept"):
-        made.domain.set_disk("a", {"minimum_iops": 495}, "g")
+        made.domain.set_disk("c", {}, "g")
     assert made.domain.describe()["scheduling"]["reserved_iops"] == 900
     made.domain.set_disk("a", {"minimum_iops": 300}, "g")
     made.domain.set_disk("a", {"minimum_iops": None})
@@ -183,7 +183,7 @@ def test_what_stands_in_a_file_is_flagged(experiment, caplog):
     wanted = {"a": Settings(minimum_iops=500), "b": Settings(minimum_iops=700)}
     made = experiment(Scheduling(keep_minimums=True, capacity_iops=1000), wanted)
     assert not caplog.text
-    made.domain.warn()
+    made.domain.begin()
     assert "1200 normalised IOPS in all cannot be kept" in caplog.text
     assert not made.domain.describe()["scheduling"]["admitted"]
     made.domain.set_disk("a", {"minimum_iops": 400})  # better than before
@@ -254,6 +254,19 @@ def test_one_disk_under_two_names(experiment):
     assert made.iops("a", "60") == pytest.approx(150, rel=0.05)
     assert made.status("b") == "Ok"
     assert [d["settings"]["maximum_iops"] for d in made.domain.describe()["disks"]] == [300, 300]
+
+
+def test_a_disk_with_its_own_minimum_takes_none_of_its_policys(pool):
+    scheduling = Scheduling(keep_minimums=True, capacity_iops=125)
+    domain = Domain(pool, scheduling=scheduling)
+    for name, least in (("a", 50), ("b", 30), ("c", 30)):
+        domain.add_disk(name, f"/{name}", plane.Memory(MIB), Settings(minimum_iops=least))
+    domain.set_policy(Policy("group", PolicyKind.AGGREGATED, Settings(minimum_iops=40)))
+    domain.set_disk("b", {}, "group")  # 110 are reserved, of 112
+    assert domain.describe()["scheduling"]["reserved_iops"] == 110
+    with pytest.raises(vhdx.InvalidArgumentError, match="of 120 normalised"):
+        domain.set_disk("b", {"minimum_iops": None})  # then it has a part of the group's 40
+    domain.close()
 
 
 def test_one_disk_is_one_by_any_path_and_device(pool, tmp_path):

@@ -261,6 +261,29 @@ def test_what_is_not_begun_has_a_status(image, body, status):
             assert client.recv(12) == f"HTTP/1.1 {status}".encode()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"GET / HTTP/9.9",
+        b"\x00\xff" * 100,
+        b"POST /v1/qos HTTP/1.1\r\nContent-Length: -5",
+        b"POST /v1/qos HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz",
+        b"GET /" + b"x" * 100_000 + b" HTTP/1.1",
+    ],
+    ids=["version", "bytes", "length", "chunk", "long"],
+)
+def test_what_is_no_http_is_answered_and_not_logged(image, line, caplog):
+    with vhdx.serve({"disk": image}):
+        [found] = control.servers()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(found.socket))
+            client.settimeout(30)
+            client.sendall(line + b"\r\n\r\n")
+            assert client.recv(10)[9:] == b"4"
+        assert control.servers()[0].answers
+    assert caplog.records == []
+
+
 def test_so_many_listen_to_events_and_no_more(image, monkeypatch):
     monkeypatch.setattr(control.service, "_MOST_LISTENERS", 3)
     with vhdx.serve({"disk": image}), contextlib.ExitStack() as stack:

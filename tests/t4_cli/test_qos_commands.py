@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
 
@@ -125,19 +124,24 @@ def test_a_suspended_server_gains_nothing(image, options):  # noqa: F811
 @pytest.mark.usefixtures("runtime")
 def test_settings_come_back_with_the_file(image, tmp_path):  # noqa: F811
     kept = tmp_path / "qos.json"
-    for options in ([], ["--burst-iops", "7"], ["--max-iops", "none"]):
-        command = [*VHDX, "serve", image, "--qos", kept, *options]
+    starts = {
+        "--max-iops 123": (123, 0),  # what is given at the start is kept as well
+        "": (123, 0),
+        "--burst-iops 7": (123, 7),
+        "--min-iops 5": (123, 7),
+        "--max-iops none": (None, 0),
+        "--weight 5 --keep-minimums": (None, 0),
+    }
+    for options, wanted in starts.items():
+        command = [*VHDX, "serve", image, "--qos", kept, *options.split()]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             try:
                 process.stdout.readline()
-                if not Path(kept).exists():
-                    run("qos", "set", image, "--max-iops", "123")
                 disk = json.loads(run("qos", "show", "--json"))[0]["disks"][0]["settings"]
-                wanted = (None, 0) if "none" in options else (123, 7 if options else 0)
                 assert (disk["maximum_iops"], disk["burst_iops"]) == wanted
                 assert "another server" in run("serve", image, "--qos", kept, code=4)
                 run("stop", image)
             finally:
                 process.terminate()
-    kept.write_bytes(kept.read_bytes().replace(b"123", b"124"))
+    kept.write_bytes(kept.read_bytes().replace(b"null", b"1234", 1))
     assert "checksum" in run("serve", image, "--qos", kept, code=3)

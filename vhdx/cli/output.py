@@ -108,7 +108,7 @@ class _Seconds(click.ParamType):  # type: ignore[type-arg]
         except ValueError:
             self.fail(f"{value!r} is not a number of seconds", param, ctx)
         if not (math.isfinite(seconds) and 0 < seconds <= _LONGEST_SECONDS):
-            self.fail(f"{value} seconds are not in 0 to a day", param, ctx)
+            self.fail(f"{value} seconds: choose more than 0, up to a day", param, ctx)
         return seconds
 
 

@@ -16,7 +16,7 @@ from vhdx import control
 from vhdx.cli.output import DONE, SECONDS, SIZE, json_option, print_json, print_table
 from vhdx.errors import InUseError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.qos import PolicyKind, Settings
-from vhdx.units import format_size
+from vhdx.units import MIB, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from vhdx.control.client import ServerInfo
 
-__all__ = ["qos", "settings_options", "top"]
+__all__ = ["changes_of", "qos", "refuse_stuck", "settings_options", "top"]
 
 _WINDOWS = ("1", "60", "300")
 _WIDE = 160  # columns, where the output is no terminal
@@ -47,7 +47,7 @@ class _Number(click.ParamType):  # type: ignore[type-arg]
 _IOPS, _BYTES = _Number(click.INT, "N"), _Number(SIZE, "SIZE")
 _OPTIONS = {
     "--min-iops": ("minimum_iops", _IOPS, "Keep as many (--keep-minimums), or alert."),
-    "--weight": ("weight", _IOPS, "Its part of what is left, with --keep-minimums. [100]"),
+    "--weight": ("weight", _IOPS, "With --keep-minimums, its part of what the device does. [100]"),
     "--max-iops": ("maximum_iops", _IOPS, "Normalised I/Os a second, at most."),
     "--max-read-iops": ("maximum_read_iops", _IOPS, "Reads of those, at most."),
     "--max-write-iops": ("maximum_write_iops", _IOPS, "Writes of those, at most."),
@@ -81,12 +81,12 @@ def changes_of(given: Mapping[str, Any]) -> dict[str, Any]:
 def _server_of(path: str) -> tuple[ServerInfo, str]:
     found = control.owners(path, by_name=True)
     if not found:
-        _refuse_stuck(control.servers())
+        refuse_stuck(control.servers())
         raise NotFoundError("no server of yours serves it", path=path, hint="see vhdx ps")
     return found[0].server, found[0].export
 
 
-def _refuse_stuck(servers: list[ServerInfo]) -> None:
+def refuse_stuck(servers: list[ServerInfo]) -> None:
     """Says so where what is not known may be a server's that does not answer."""
     stuck = [str(server.pid) for server in servers if not server.answers]
     if stuck:
@@ -98,7 +98,7 @@ def _refuse_stuck(servers: list[ServerInfo]) -> None:
 
 def _chosen(pid: int | None) -> list[ServerInfo]:
     found = [server for server in control.servers() if pid in {None, server.pid}]
-    _refuse_stuck(found)
+    refuse_stuck(found)
     if not found:
         raise NotFoundError("no server of yours runs" if pid is None else f"{pid} is none of yours")
     return found
@@ -150,7 +150,7 @@ def show(path: str | None, as_json: bool) -> None:
         found = [_only(server.qos(), name)]
     else:
         servers = control.servers()
-        _refuse_stuck(servers)
+        refuse_stuck(servers)
         found = [server.qos() for server in servers]
     if as_json:
         print_json(found if path is None else found[0])
@@ -230,16 +230,25 @@ def policy() -> None:
 def policy_set(
     name: str, kind: str | None, policy_id: str | None, pid: int | None, **given: Any
 ) -> None:
-    """Make a policy, or change one; its disks follow at once.
+    """Make a policy, or change one; its disks follow at once. Prints its id.
 
     Example: vhdx qos policy set gold --kind aggregated --max-iops 5000
     """
     made_id = policy_id
-    for server in _chosen(pid):
+    failures: list[VhdxError] = []
+    for server in (servers := _chosen(pid)):
         body = {"change": "policy", "name": name, "kind": kind, "policy_id": made_id}
-        made = server.change_qos(body | {"settings": changes_of(given)})
+        try:
+            made = server.change_qos(body | {"settings": changes_of(given)})
+        except VhdxError as error:  # the others follow nevertheless
+            failures.append(error)
+            if len(servers) > 1:
+                click.echo(f"vhdx: process {server.pid} does not take it: {error}", err=True)
+            continue
         made_id = made["policy_id"]  # the same in every server
         _warn(made)
+    if failures:
+        raise failures[0]
     click.echo(made_id)
 
 
@@ -316,12 +325,16 @@ def watch(seconds: float, plot: str | None, as_json: bool) -> None:
 
 
 def _watch(seconds: float, seen: list[tuple[float, str, dict[str, Any]]], *, as_json: bool) -> None:
+    _chosen(None)
     began = time.monotonic()
     due = began
     while time.monotonic() - began < seconds:
         due += 1
         time.sleep(max(0.0, due - time.monotonic()))
-        for disk in (d for each in _described() for d in each["disks"]):
+        found = _described()
+        if not found:
+            _chosen(None)
+        for disk in (d for each in found for d in each["disks"]):
             now, moment = disk["windows"]["1"], time.monotonic() - began
             seen.append((moment, disk["disk"], disk))
             if as_json:
@@ -408,6 +421,7 @@ def top(window: str, once: bool, as_json: bool) -> int:
     if as_json:
         print_json(_settled())
         return DONE
+    _chosen(None)
     console = Console()
     if once or not console.is_terminal:
         if not console.is_terminal:
@@ -425,7 +439,7 @@ def top(window: str, once: bool, as_json: bool) -> int:
 
 def _settled() -> list[dict[str, Any]]:
     """With figures of a second that was measured: looking is what begins it."""
-    _refuse_stuck(control.servers())
+    refuse_stuck(control.servers())
     _described()
     time.sleep(1.3)
     return _described()
@@ -437,7 +451,7 @@ def _screen(found: list[dict[str, Any]], window: str) -> Group:
         table = Table(title=title, title_justify="left", box=None, header_style="bold")
         table.add_column("disk", no_wrap=True)
         table.add_column("status" if key == "disks" else "initiator", no_wrap=True)
-        for name in ("IOPS", "offered", "MB/s", "mean ms", "p99 ms", "queue ms"):
+        for name in ("IOPS", "offered", "MiB/s", "mean ms", "p99 ms", "queue ms"):
             table.add_column(name, justify="right")
         extra = ("min", "max", "waiting") if key == "disks" else ("waiting",)
         for name in extra:
@@ -459,7 +473,7 @@ def _cells(each: dict[str, Any], window: str, key: str) -> list[str]:
         f"[{color}]{each['status']}[/]" if key == "disks" else escape(each["initiator"]),
         f"{now['normalized_iops']:.0f}",
         f"{now['offered_iops']:.0f}",
-        f"{now['bandwidth'] / 1e6:.1f}",
+        f"{now['bandwidth'] / MIB:.1f}",
         f"{now['latency']:.2f}",
         f"{now['latency_p99']:.2f}",
         f"{now['queue_time']:.2f}",

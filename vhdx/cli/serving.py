@@ -24,7 +24,7 @@ from vhdx.cli.output import (
     print_json,
     print_table,
 )
-from vhdx.cli.quality import changes_of, settings_options
+from vhdx.cli.quality import changes_of, refuse_stuck, settings_options
 from vhdx.errors import InvalidArgumentError, NotFoundError
 from vhdx.plane import DEEPEST, ModelKind
 from vhdx.qos import LARGEST_IOPS, NORMALISED_UNIT, Scheduling
@@ -222,6 +222,7 @@ def stop(paths: tuple[str, ...], pids: tuple[int, ...], everything: bool) -> Non
     for path in paths:
         holders = control.owners(path, by_name=True)
         if not holders:
+            refuse_stuck(found)
             raise NotFoundError("no server of yours serves it", path=path, hint="see vhdx ps")
         chosen += [owner.server for owner in holders]
     for server in {server.socket: server for server in chosen}.values():

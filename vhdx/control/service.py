@@ -22,6 +22,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from vhdx import nbd
 from vhdx.control import wire
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["Control", "serve"]
 
 _log = logging.getLogger(__name__)
+_http_log = logging.getLogger(f"{__name__}.http")
 _WORKERS = 8
 _LARGEST_REQUEST = 64 << 10
 _EXTENTS_AT_ONCE = 1000
@@ -51,6 +53,15 @@ _LAST_ANSWER_SECONDS = 2.0
 _MOST_EVENTS, _EVENT_POLL_SECONDS, _MOST_LISTENERS = 1000, 0.5, 100
 _PATIENCE_SECONDS, _POLL_SECONDS = 60.0, 0.2
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
+
+
+def _is_a_fault(record: logging.LogRecord) -> bool:
+    """Of ours: who sends no HTTP is told so, and nobody else needs to know."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError)
+
+
+_http_log.addFilter(_is_a_fault)
 
 
 class Control:
@@ -123,6 +134,7 @@ class Control:
             handle_signals=False,
             handler_cancellation=True,  # a client that leaves cancels its operation
             shutdown_timeout=_LAST_ANSWER_SECONDS,
+            logger=_http_log,
         )
         await runner.setup()
         listener = listen_unix(os.fspath(self.path))

@@ -151,7 +151,6 @@ class Server:
             self._cleanup.callback(self.qos.close)
             for name, export in self._exports.items():
                 self.qos.add_disk(name, export.disk.path, export.device, (qos or {}).get(name))
-            self.qos.warn()
             address = (
                 private_address(next(iter(exports)) or "disk")
                 if listen is None
@@ -159,6 +158,7 @@ class Server:
             )
             self._listener, self._address = bind(address)
             self._cleanup.callback(self._stop_listening)
+            self.qos.begin()
         except BaseException:
             self._cleanup.close()
             raise

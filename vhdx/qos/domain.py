@@ -23,6 +23,13 @@ from vhdx.qos.alerts import Alerts
 from vhdx.qos.flows import TICK_SECONDS, DiskState, Flow
 from vhdx.qos.monitor import WINDOWS, Alert, History, Status, Watch, together
 from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
+from vhdx.qos.reservations import (
+    Wish,
+    contradictions,
+    group_of,
+    reserved,
+    together_with_policy,
+)
 from vhdx.qos.scheduling import Scheduling, Turns, set_share
 
 if TYPE_CHECKING:
@@ -37,6 +44,8 @@ _log = logging.getLogger(__name__)
 _TICKS_A_SAMPLE = 5
 _LOOKED_SECONDS = 310.0  # longer than the longest window, and than Prometheus waits
 _MOST_TAKERS = 3
+_NO_CHANGE: Mapping[str, Wish] = {}
+_NOTHING_WANTED = {"settings": Settings().as_dict(), "policy": None}
 
 
 class Domain:
@@ -89,6 +98,8 @@ class Domain:
                 for each in store.content["policies"]:
                     policy = Policy.of(each)
                     self._check_name(policy)
+                    if policy.policy_id in self._policies:
+                        raise InvalidArgumentError(f"two policies are {policy.policy_id}")
                     self._keep(policy)
 
     def _now(self) -> float:
@@ -127,12 +138,21 @@ class Domain:
                 each.settings = disk.settings
                 self._apply(each, fresh=twin is None)
 
-    def warn(self) -> None:
-        """Says so where the minimums of the disks that were added cannot all be kept."""
-        said = self._turns.warning(self._reserved({}, self._policies))
+    def begin(self) -> None:
+        """All disks were added: what was given for them goes to the file, with warnings.
+
+        Raises:
+            HostIOError, NoSpaceError: the file cannot be written.
+        """
+        with self._change_lock:
+            self._save({}, self._policies)
+        for name, disk in self._disks.items():
+            if disk.policy_id is not None and disk.policy_id not in self._policies:
+                _log.warning("QoS: %s has a policy that is not known: %s", name, disk.policy_id)
+        said = self._turns.warning(self._reserved())
         if said is not None:
             _log.warning("QoS: %s", said)
-        for _, error in self._contradictions({}, self._policies).values():
+        for _, error in contradictions(self._as_wanted(), self._policies).values():
             _log.warning("QoS: %s", error)
 
     def set_disk(
@@ -159,8 +179,8 @@ class Domain:
             policy_id = disk.policy_id
             if policy is not None:
                 policy_id = self.policy(policy).policy_id if policy else None
-            said = self._admit({disk.path: (settings, policy_id)}, self._policies)
-            self._save({disk.path: (settings, policy_id)}, self._policies)
+            said = self._admit({disk.path: Wish(settings, policy_id)}, self._policies)
+            self._save({disk.path: Wish(settings, policy_id)}, self._policies)
             with self._lock:
                 for each in self._of_path(disk.path):
                     each.settings, each.policy_id = settings, policy_id
@@ -178,65 +198,27 @@ class Domain:
 
     def _wanted(self, disk: DiskState) -> Settings:
         """What counts for a disk: its own settings and its policy's, the tighter of each."""
-        return _together(disk.settings, disk.policy_id, self._policies)
+        return together_with_policy(disk.settings, disk.policy_id, self._policies)
 
-    def _reserved(
-        self,
-        changed: Mapping[str, tuple[Settings, UUID | None]],
-        policies: Mapping[UUID, Policy],
-    ) -> int:
-        """The sum of minimums, normalised IOPS, as it would be with these disks and policies."""
-        total, groups = 0, set()
-        for settings, policy_id in self._as_wanted(changed):
-            total += _together(settings, policy_id, policies).minimum_iops or 0
-            policy = None if policy_id is None else policies.get(policy_id)
-            if policy is not None and policy.kind is PolicyKind.AGGREGATED:
-                groups.add(policy.policy_id)
-        return total + sum(policies[each].settings.minimum_iops or 0 for each in groups)
+    def _as_wanted(self, changed: Mapping[str, Wish] = _NO_CHANGE) -> list[Wish]:
+        """Of each disk, as it would be with these, by path."""
+        disks = {each.path: each for each in self._disks.values()}.values()
+        return [changed.get(disk.path, Wish(disk.settings, disk.policy_id)) for disk in disks]
 
-    def _as_wanted(
-        self, changed: Mapping[str, tuple[Settings, UUID | None]]
-    ) -> Iterator[tuple[Settings, UUID | None]]:
-        """Of each disk, as it would be."""
-        for disk in {each.path: each for each in self._disks.values()}.values():
-            yield changed.get(disk.path, (disk.settings, disk.policy_id))
-
-    def _contradictions(
-        self,
-        changed: Mapping[str, tuple[Settings, UUID | None]],
-        policies: Mapping[UUID, Policy],
-    ) -> dict[UUID, tuple[int, InvalidArgumentError]]:
-        """Disks of an aggregated policy cannot have minimums above what it lets pass in all.
-
-        By policy how much they are above it, and the error that says so.
-        """
-        sums: dict[UUID, int] = {}
-        for settings, policy_id in self._as_wanted(changed):
-            if policy_id is not None:
-                sums[policy_id] = sums.get(policy_id, 0) + (settings.minimum_iops or 0)
-        found = {}
-        for policy_id, total in sums.items():
-            policy = policies.get(policy_id)
-            if policy is None or policy.kind is not PolicyKind.AGGREGATED:
-                continue
-            called = f"a minimum of {total} for the disks of policy {policy.name!r} together"
-            try:
-                policy.settings.refuse_minimum(total, called)
-            except InvalidArgumentError as error:
-                found[policy_id] = total - policy.settings.most_minimum(), error
-        return found
+    def _reserved(self) -> int:
+        return reserved(self._as_wanted(), self._policies)
 
     def _admit(
         self,
-        changed: Mapping[str, tuple[Settings, UUID | None]],
+        changed: Mapping[str, Wish],
         policies: Mapping[UUID, Policy],
     ) -> str | None:
-        there = self._contradictions({}, self._policies)
-        for policy_id, (excess, error) in self._contradictions(changed, policies).items():
+        wanted = self._as_wanted(changed)
+        there = contradictions(self._as_wanted(), self._policies)
+        for policy_id, (excess, error) in contradictions(wanted, policies).items():
             if policy_id not in there or excess > there[policy_id][0]:
                 raise error
-        before = self._reserved({}, self._policies)
-        said = self._turns.admit(before, self._reserved(changed, policies))
+        said = self._turns.admit(self._reserved(), reserved(wanted, policies))
         if said is not None:
             _log.warning("QoS: %s", said)
         return said
@@ -247,8 +229,8 @@ class Domain:
             return
         set_share(disk.share, wanted)
         share = disk.share
-        policy = None if disk.policy_id is None else self._policies.get(disk.policy_id)
-        if policy is not None and policy.kind is PolicyKind.AGGREGATED and not wanted.minimum_iops:
+        policy = group_of(wanted, disk.policy_id, self._policies)
+        if policy is not None:
             share = self._turns.share_of(policy.policy_id, policy.settings) or share
         assert isinstance(disk.device, plane.Scheduled)
         disk.device.set_share(share)
@@ -327,7 +309,7 @@ class Domain:
         with self._change_lock:
             policy = self.policy(name)
             left = {key: each for key, each in self._policies.items() if each is not policy}
-            said = self._turns.warning(self._reserved({}, left))
+            said = self._turns.warning(reserved(self._as_wanted(), left))
             if said is not None:  # it held minimums down, and is taken away nevertheless
                 _log.warning("QoS: %s", said)
             self._save({}, left)
@@ -337,7 +319,10 @@ class Domain:
                 if group is not None:
                     group.set({})
                 self._follow(policy.policy_id)
-                return [n for n, d in self._disks.items() if d.policy_id == policy.policy_id]
+                names = [n for n, d in self._disks.items() if d.policy_id == policy.policy_id]
+            for name in names:
+                _log.warning("QoS: %s runs on without policy %r", name, policy.name)
+            return names
 
     def _check_name(self, policy: Policy) -> None:
         for other in self._policies.values():
@@ -360,7 +345,7 @@ class Domain:
 
     def _save(
         self,
-        changed: Mapping[str, tuple[Settings, UUID | None]],
+        changed: Mapping[str, Wish],
         policies: Mapping[UUID, Policy],
     ) -> None:
         """Writes the file as it is to be: with these disks, by path, and these policies."""
@@ -368,14 +353,16 @@ class Domain:
             raise ClosedError("the server is closing")
         if self._store is None:
             return
-        wanted = {disk.path: (disk.settings, disk.policy_id) for disk in self._disks.values()}
+        wanted = {d.path: Wish(d.settings, d.policy_id) for d in self._disks.values()}
         disks = dict(self._store.content["disks"])
         for path, (settings, policy_id) in (wanted | dict(changed)).items():
             policy = None if policy_id is None else str(policy_id)
-            disks[path] = {"settings": settings.as_dict(), "policy": policy}
-        self._store.save(
-            {"disks": disks, "policies": [policy.as_dict() for policy in policies.values()]}
-        )
+            entry = {"settings": settings.as_dict(), "policy": policy}
+            if path in disks or entry != _NOTHING_WANTED:
+                disks[path] = entry
+        content = {"disks": disks, "policies": [policy.as_dict() for policy in policies.values()]}
+        if content != self._store.content:
+            self._store.save(content)
 
     # ---- flows ----
 
@@ -410,7 +397,7 @@ class Domain:
             self._begin_sampling()
             return {
                 "unit": self.unit,
-                "scheduling": self._turns.describe(self._reserved({}, self._policies)),
+                "scheduling": self._turns.describe(self._reserved()),
                 "policies": [policy.as_dict() for policy in self._policies.values()],
                 "disks": [self._describe_disk(name) for name in self._disks],
                 "flows": [self._describe_flow(flow) for flow in self._flows],
@@ -580,7 +567,12 @@ class Domain:
         for policy_id, watch in self._group_watches.items():
             policy = self._policies.get(policy_id)
             minimum = None if policy is None else policy.settings.minimum_iops
-            mine = [n for n, d in self._disks.items() if d.policy_id == policy_id]
+            mine = [
+                name
+                for name, disk in self._disks.items()
+                if disk.policy_id == policy_id
+                and group_of(disk.settings, policy_id, self._policies) is not None
+            ]
             yield watch.title, mine, minimum if mine else None, watch
 
     def pace(self, size: int) -> None:
@@ -599,13 +591,3 @@ class Domain:
         with self._change_lock:
             if self._store is not None:
                 self._store.close()
-
-
-def _together(
-    settings: Settings, policy_id: UUID | None, policies: Mapping[UUID, Policy]
-) -> Settings:
-    """Settings of a disk, and of its policy where that is dedicated, the tighter of each."""
-    policy = None if policy_id is None else policies.get(policy_id)
-    if policy is None or policy.kind is PolicyKind.AGGREGATED:
-        return settings
-    return settings.within(policy.settings)

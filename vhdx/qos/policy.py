@@ -48,7 +48,7 @@ class Settings:
     Attributes:
         minimum_iops: an alert is raised where a disk that wants as much gets less; with scheduling it
             comes first.
-        weight: with scheduling, its part of what is left, 1 to 10,000; None is 100.
+        weight: with scheduling, its part of what the device does, 1 to 10,000; None is 100.
         maximum_iops, maximum_read_iops, maximum_write_iops: a second, 1 to 10**9.
         maximum_bandwidth, maximum_read_bandwidth, maximum_write_bandwidth: bytes a second.
         burst_iops: how many may pass at once, above ``maximum_iops``; 0 keeps it exact at any time.
