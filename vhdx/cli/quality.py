@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["changes_of", "qos", "refuse_stuck", "settings_options", "top"]
 
 _WINDOWS = ("1", "60", "300")
+_OF_BYTES = ("bandwidth", "bytes")
 _WIDE = 160  # columns, where the output is no terminal
 _FIGURES = ("normalized_iops", "bandwidth", "latency", "latency_p99", "queue_time")
 
@@ -161,6 +162,14 @@ def show(path: str | None, as_json: bool) -> None:
         return
     print_table(("disk", "status", "min", "max", "bandwidth", "policy", "iops", "mean ms"), rows)
     for each in found:
+        for disk in each["disks"]:
+            if more := _in_words(disk["effective"], _IN_COLUMNS):
+                click.echo(f"{disk['disk']}: {more}")
+        named = {disk["policy_id"] for disk in each["disks"]}
+        for policy in each["policies"]:
+            if policy["kind"] == PolicyKind.AGGREGATED.value and policy["policy_id"] in named:
+                wanted = _in_words(policy["settings"]) or "nothing"
+                click.echo(f"policy {policy['name']}, its disks together: {wanted}")
         for line in _scheduling(each["scheduling"]):
             click.echo(line)
 
@@ -191,6 +200,32 @@ def _scheduling(facts: dict[str, Any]) -> list[str]:
 
 def _or_none(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+_SAID = {
+    "minimum_iops": "at least {} IOPS",
+    "maximum_iops": "at most {} IOPS",
+    "maximum_bandwidth": "at most {}/s",
+    "maximum_read_iops": "reads at most {} IOPS",
+    "maximum_write_iops": "writes at most {} IOPS",
+    "maximum_read_bandwidth": "reads at most {}/s",
+    "maximum_write_bandwidth": "writes at most {}/s",
+    "burst_iops": "bursts of {} I/Os",
+    "burst_bytes": "bursts of {}",
+    "credit_iops": "a credit of {} I/Os",
+    "credit_rate_iops": "spent at {} IOPS at most",
+    "weight": "weight {}",
+}
+_IN_COLUMNS = 3
+
+
+def _in_words(settings: dict[str, Any], skipped: int = 0) -> str:
+    """Settings but the first ``skipped``; nothing where there are none."""
+    return ", ".join(
+        text.format(format_size(settings[name]) if name.endswith(_OF_BYTES) else settings[name])
+        for name, text in list(_SAID.items())[skipped:]
+        if settings[name]
+    )
 
 
 def _row(disk: dict[str, Any], policies: list[dict[str, Any]]) -> tuple[str, ...]:

@@ -184,10 +184,10 @@ class Alert:
                 f"{self.disk} gets its minimum of {self.minimum_iops} normalised IOPS again "
                 f"({self.achieved_iops:.0f})"
             )
-        who = ", ".join(f"{name} {iops:.0f}" for name, iops in self.takers) or "no other disk"
+        who = ", ".join(f"{name} {iops:.0f}" for name, iops in self.takers)
         return (
             f"{self.disk} gets {self.achieved_iops:.0f} of its minimum of {self.minimum_iops} "
-            f"normalised IOPS; most of the rest: {who}"
+            f"normalised IOPS; " + (f"most of the rest: {who}" if who else "no other disk takes any")
         )
 
 

@@ -24,6 +24,7 @@ from vhdx.errors import (
     DamagedError,
     HostIOError,
     InUseError,
+    InvalidArgumentError,
     NoSpaceError,
     Reason,
     UnsupportedError,
@@ -50,6 +51,8 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        if not os.fspath(path):
+            raise InvalidArgumentError("the QoS file has no name")
         self.path = Path(os.path.realpath(path))  # of a link what it leads to is kept and locked
         self.generation = 0
         self._mode: int | None = None  # of the file that is there
@@ -116,8 +119,10 @@ class Store:
         """
         try:
             yield
-        except (VhdxError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except VhdxError as error:
             raise self._refuse(f"its content is not as it should be: {error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise self._refuse("its content is not as it should be") from error
 
     def _refuse(self, why: str) -> DamagedError:
         return DamagedError(
