@@ -294,7 +294,11 @@ static vx_request *take_due(flow *f, uint64_t now)
 static void finish(flow *f, vx_request *request)
 {
     request->flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
-    if (vx_run(&f->device, request) == VX_DONE)
+    /* Below it may wait again, after those who were gone have been dropped there. */
+    bool drops = atomic_load(&f->hurry) == DROP;
+    int answer = drops ? vx_fail(&f->device, request, VX_E_CANCELLED, 0, request->offset)
+                       : vx_run(&f->device, request);
+    if (answer == VX_DONE)
         request->complete(request);
 }
 
