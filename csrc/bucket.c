@@ -49,17 +49,11 @@ void vx_bucket_postpone(vx_bucket *bucket, uint64_t ticks)
     atomic_fetch_add(&bucket->paid, ticks);
 }
 
-void vx_bucket_stood_still(vx_bucket *bucket, uint64_t seen, uint64_t lost, uint64_t now)
+void vx_bucket_stood_still(vx_bucket *bucket, uint64_t lost, uint64_t now)
 {
-    uint64_t paid = atomic_load(&bucket->paid), wanted;
-    do {
-        if (paid <= now)
-            wanted = later(paid + lost, now);
-        else if (seen >= now)
-            wanted = paid + lost;
-        else /* some were admitted since, as if it had been full at `now` */
-            wanted = later(seen + lost, now) + (paid - now);
-    } while (!atomic_compare_exchange_weak(&bucket->paid, &paid, wanted));
+    uint64_t paid = atomic_load(&bucket->paid);
+    while (!atomic_compare_exchange_weak(&bucket->paid, &paid, later(paid + lost, now)))
+        ;
 }
 
 uint64_t vx_bucket_reserve(vx_bucket *bucket, uint64_t units, uint64_t from)

@@ -20,8 +20,8 @@ vx_limits *vx_limits_create(vx_qos *qos, uint32_t unit)
 
 void throttle_retime(flow *f, uint64_t due)
 {
-    f->due = due;
-    vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(due));
+    f->due = atomic_load(&f->hurry) == HOLD ? due : vx_ticks(vx_clock_now(f->qos->clock));
+    vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(f->due));
 }
 
 /* What waits at `bucket` of `limits` waits for as many units as before. */
@@ -49,6 +49,7 @@ void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh)
 {
     static const unsigned directions[VX_LIMIT_KINDS] = {3, 1, 2, 3, 1, 2}; /* 1 reads, 2 writes */
     vx_qos *qos = limits->qos;
+    throttle_notice(qos, vx_ticks(vx_clock_now(qos->clock)));
     pthread_mutex_lock(&qos->lock);
     uint64_t now = vx_ticks(vx_clock_now(qos->clock));
     uint32_t active[2] = {0, 0};
@@ -68,8 +69,6 @@ void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh)
     }
     for (unsigned d = 0; d < 2; d++)
         atomic_store(&limits->active[d], active[d]);
-    for (unsigned b = 0; b < BUCKETS; b++)
-        limits->seen[b] = atomic_load(&limits->buckets[b].paid);
     pthread_mutex_unlock(&qos->lock);
     throttle_pulse_begin(qos->pulse);
 }

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
  * Buckets of limits save by the clock, which goes on while the process is suspended. As long as a
- * limit may save for longer than LATE, a timer beats; where it is late, what was saved meanwhile goes.
+ * limit may save for longer than LATE, a timer beats. Where it is late the process stood still: before
+ * anybody looks at a bucket again, what was saved meanwhile goes, and what waits comes later by as much.
  */
 #include <stdlib.h>
 
@@ -9,63 +10,76 @@
 
 struct pulse {
     pthread_mutex_t lock; /* taken before the lock of the domain */
-    vx_qos *qos;          /* NULL: it has ended, and the timer frees this */
+    vx_qos *qos;          /* NULL: it has ended */
+    uint32_t references;  /* of the domain, and of each run of the timer that is to come */
     bool is_set;
     uint64_t due; /* ticks */
     vx_timer timer;
 };
 
-static void stood_still(vx_limits *limits, unsigned b, uint64_t lost, uint64_t now)
+static void stood_still(vx_limits *limits, unsigned b, uint64_t since, uint64_t now)
 {
-    vx_bucket_stood_still(&limits->buckets[b], limits->seen[b], lost, now);
+    vx_bucket_stood_still(&limits->buckets[b], now - since, now);
     for (flow *f = limits->qos->flows; f != NULL; f = f->next)
-        if (f->due_set == limits && f->due_bucket == b && f->due > now)
-            throttle_retime(f, f->due + lost);
+        if (f->due_set == limits && f->due_bucket == b && f->due > since)
+            throttle_retime(f, f->due + (now - since));
 }
 
 /* Whether there is anything to look after. */
-static bool look(pulse *p, uint64_t now)
+static bool look(const pulse *p, uint64_t now)
 {
-    uint64_t lost = p->is_set && now > p->due + LATE ? now - p->due : 0;
-    bool saves = false;
+    bool late = p->is_set && now > p->due + LATE, saves = false;
     for (vx_limits *limits = p->qos->limits; limits != NULL; limits = limits->next)
-        for (unsigned b = 0; b < BUCKETS; b++) {
-            if (!throttle_saves(&limits->buckets[b]))
-                continue;
-            saves = true;
-            if (lost != 0)
-                stood_still(limits, b, lost, now);
-            limits->seen[b] = atomic_load(&limits->buckets[b].paid);
-        }
+        for (unsigned b = 0; b < BUCKETS; b++)
+            if (throttle_saves(&limits->buckets[b])) {
+                saves = true;
+                if (late)
+                    stood_still(limits, b, p->due, now);
+            }
     return saves;
 }
 
+/* Under its lock. */
 static void beat(pulse *p)
 {
-    pthread_mutex_lock(&p->qos->lock);
-    uint64_t now = vx_ticks(vx_clock_now(p->qos->clock));
+    vx_qos *qos = p->qos;
+    pthread_mutex_lock(&qos->lock);
+    uint64_t now = vx_ticks(vx_clock_now(qos->clock));
     bool saves = look(p, now);
     p->due = now + LATE;
-    p->is_set = saves && vx_clock_set(p->qos->clock, &p->timer, vx_ns_of_ticks(p->due));
-    pthread_mutex_unlock(&p->qos->lock);
+    p->references -= vx_clock_cancel(qos->clock, &p->timer);
+    p->is_set = saves && vx_clock_set(qos->clock, &p->timer, vx_ns_of_ticks(p->due));
+    p->references += p->is_set;
+    atomic_store(&qos->stands_still_at, p->is_set ? p->due + LATE : UINT64_MAX);
+    pthread_mutex_unlock(&qos->lock);
 }
 
-static void destroy(pulse *p)
+void throttle_pulse_beat(pulse *p)
 {
-    pthread_mutex_destroy(&p->lock);
-    free(p);
+    pthread_mutex_lock(&p->lock);
+    if (p->is_set)
+        beat(p);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Unlocks it, with a reference fewer. */
+static void let_go(pulse *p)
+{
+    bool last = --p->references == 0;
+    pthread_mutex_unlock(&p->lock);
+    if (last) {
+        pthread_mutex_destroy(&p->lock);
+        free(p);
+    }
 }
 
 static void on_time(vx_timer *timer)
 {
     pulse *p = (pulse *)((char *)timer - offsetof(pulse, timer));
     pthread_mutex_lock(&p->lock);
-    bool ended = p->qos == NULL;
-    if (!ended)
+    if (p->qos != NULL)
         beat(p);
-    pthread_mutex_unlock(&p->lock);
-    if (ended)
-        destroy(p);
+    let_go(p);
 }
 
 pulse *throttle_pulse_create(vx_qos *qos)
@@ -75,7 +89,9 @@ pulse *throttle_pulse_create(vx_qos *qos)
         return NULL;
     pthread_mutex_init(&p->lock, NULL);
     p->qos = qos;
+    p->references = 1;
     p->timer.run = on_time;
+    atomic_init(&qos->stands_still_at, UINT64_MAX);
     return p;
 }
 
@@ -91,8 +107,5 @@ void throttle_pulse_end(pulse *p)
 {
     pthread_mutex_lock(&p->lock);
     p->qos = NULL;
-    bool is_set = p->is_set;
-    pthread_mutex_unlock(&p->lock);
-    if (!is_set)
-        destroy(p);
+    let_go(p);
 }

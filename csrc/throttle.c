@@ -94,8 +94,10 @@ static int throttle_submit(vx_device *device, vx_request *request)
     if (((active[0] | active[1]) == 0 && atomic_load(&f->waiting) == 0) ||
         atomic_load_explicit(&f->hurry, memory_order_relaxed) == PASS)
         return vx_submit(f->lower, request);
+    uint64_t now = vx_ticks(vx_clock_now(f->qos->clock));
+    throttle_notice(f->qos, now);
     if (request->length <= piece_of(f, request->operation) && atomic_load(&f->waiting) == 0 &&
-        admit(sets, active, request, vx_ticks(vx_clock_now(f->qos->clock)))) {
+        admit(sets, active, request, now)) {
         int answer = vx_submit(f->lower, request);
         if (answer != VX_AGAIN && answer != VX_FAULTED) /* parked: it may be gone */
             return answer;
@@ -239,8 +241,7 @@ static void unpay(flow *f, unsigned s, uint64_t now)
             continue;
         uint64_t cost = vx_bucket_cost(&limits->buckets[f->due_bucket],
                                        amount(limits, f->due_bucket, f->head->operation, f->piece));
-        g->due = g->due - f->due > cost ? g->due - cost : f->due;
-        vx_clock_set(f->qos->clock, &g->timer, vx_ns_of_ticks(g->due));
+        throttle_retime(g, g->due - f->due > cost ? g->due - cost : f->due);
     }
     refund(limits, f->paid[s], f->head->operation, f->piece);
     f->paid[s] = 0;
@@ -350,7 +351,7 @@ static void pass_on(flow *f, vx_request *request)
 
 /* Its time began to pass unused. What is left of it begins now, and that of others who wait for the
  * same later by as much; where nothing is left it takes its place anew. Of what saves the pulse has
- * taken the lost time, or will. */
+ * taken the lost time. */
 static void pay_again(flow *f, uint64_t now)
 {
     uint64_t lost = now - f->due;
@@ -365,6 +366,7 @@ static void pay_again(flow *f, uint64_t now)
         uint64_t units = amount(limits, f->due_bucket, f->head->operation, f->piece);
         if (lost >= vx_bucket_cost(bucket, units)) {
             f->unpaid[s] |= 1u << f->due_bucket;
+            f->paid[s] &= ~(1u << f->due_bucket); /* for good */
             continue;
         }
         vx_bucket_postpone(bucket, lost);
@@ -378,6 +380,7 @@ static void pay_again(flow *f, uint64_t now)
 static void on_time(vx_timer *timer)
 {
     flow *f = (flow *)((char *)timer - offsetof(flow, timer));
+    throttle_notice(f->qos, vx_ticks(vx_clock_now(f->qos->clock)));
     pthread_mutex_lock(&f->qos->lock);
     bool had = f->head != NULL;
     uint64_t now = vx_ticks(vx_clock_now(f->qos->clock));
@@ -427,7 +430,7 @@ static void throttle_hurry(vx_device *device, bool drop)
     for (unsigned s = 0; s < SETS && f->head != NULL; s++)
         unpay(f, s, vx_ticks(vx_clock_now(f->qos->clock)));
     if (f->head != NULL)
-        vx_clock_set(f->qos->clock, &f->timer, vx_clock_now(f->qos->clock));
+        throttle_retime(f, 0);
     pthread_mutex_unlock(&f->qos->lock);
 }
 

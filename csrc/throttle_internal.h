@@ -31,6 +31,7 @@ struct vx_qos {
     vx_limits *limits; /* all of them */
     flow *flows;       /* under lock: those with a request that waits */
     pulse *pulse;      /* notices that the process stood still, where a limit saves */
+    _Atomic uint64_t stands_still_at; /* ticks: who comes later finds that it did; see pulse.c */
 };
 
 struct vx_limits {
@@ -40,7 +41,6 @@ struct vx_limits {
     uint32_t waiting; /* flows with a request that waits; under the lock */
     _Atomic uint32_t active[2]; /* of reads and of writes: which buckets limit */
     vx_bucket buckets[BUCKETS];
-    uint64_t seen[BUCKETS]; /* under the lock: what each had been paid at the last pulse */
 };
 
 struct flow {
@@ -65,7 +65,7 @@ struct flow {
     flow *next, **link;
 };
 
-/* What the head has paid for passes, or pays more, at `due`, ticks. */
+/* What the head has paid for passes, or pays more, at `due`, ticks; now where nothing is held up. */
 void throttle_retime(flow *f, uint64_t due);
 
 /* pulse.c. Saves more than being late is made up for, so that a standstill would fill it. */
@@ -74,8 +74,15 @@ static inline bool throttle_saves(const vx_bucket *bucket)
     return atomic_load(&bucket->rate) != 0 && atomic_load(&bucket->tolerance) > LATE;
 }
 pulse *throttle_pulse_create(vx_qos *qos); /* NULL: no memory */
-/* Beats from now on where a limit saves. Without the lock. */
+/* Without the lock: beats from now on where a limit saves. */
 void throttle_pulse_begin(pulse *p);
+void throttle_pulse_beat(pulse *p);
+/* Without the lock, before a limit is looked at: takes away what a standstill before `now` saved. */
+static inline void throttle_notice(vx_qos *qos, uint64_t now)
+{
+    if (now > atomic_load_explicit(&qos->stands_still_at, memory_order_relaxed))
+        throttle_pulse_beat(qos->pulse);
+}
 void throttle_pulse_end(pulse *p); /* the clock may be gone */
 
 #endif

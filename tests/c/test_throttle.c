@@ -477,10 +477,11 @@ static void time_that_stood_still_lets_nothing_pass(void)
 
 static void a_standstill_saves_nothing(void)
 {
-    /* 100 a second, 1,000 saved at most; a client that always waits stands still with its server. */
-    for (unsigned scene = 0; scene < 4; scene++) {
+    /* 100 a second, 1,000 saved at most; a client that always waits stands still with its server. Then
+     * what comes first is the timer, or a request. */
+    for (unsigned scene = 0; scene < 8; scene++) {
         uint64_t still = scene % 2 ? 4 : 40; /* s: less than what can be saved, and more */
-        bool burst = scene / 2;
+        bool burst = scene / 2 % 2, request_first = scene / 4;
         set_up();
         vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
         vx_limits *limits = vx_limits_create(qos, UNIT);
@@ -497,12 +498,58 @@ static void a_standstill_saves_nothing(void)
         clients[0].ends = 0; /* idle: what was saved before the standstill stays, and no more */
         vx_clock_advance(clock_, vx_clock_now(clock_) + 3 * SECOND);
         vx_clock_skip(clock_, vx_clock_now(clock_) + still * SECOND);
-        vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
         uint64_t before = clients[0].units;
+        if (request_first)
+            begin(1, lower, limits, UNIT, 1, 0);
+        CHECK(clients[1].units == request_first);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
         begin(0, lower, limits, UNIT, 4, 1);
         vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
         CHECK(clients[0].units - before >= 480 && clients[0].units - before <= 520);
-        tear_down(lower, 1);
+        /* What is used just before it is used, whatever comes first. */
+        vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
+        begin(0, lower, limits, 1u << 20, 7, 0); /* 896 units */
+        vx_clock_skip(clock_, vx_clock_now(clock_) + still * SECOND);
+        if (request_first)
+            begin(1, lower, limits, UNIT, 1, 0);
+        before = clients[0].units;
+        begin(0, lower, limits, UNIT, 4, 1);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
+        CHECK(clients[0].units - before >= 190 && clients[0].units - before <= 220);
+        tear_down(lower, 2);
+    }
+}
+
+static void what_is_due_in_a_standstill_comes_later(void)
+{
+    for (unsigned scene = 0; scene < 4; scene++) {
+        bool credit = scene % 2, hurried = scene / 2;
+        set_up();
+        vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+        vx_limits *group = vx_limits_create(qos, UNIT);
+        vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 1, .credit = credit ? 100 : 0}};
+        vx_limits_set(group, wanted, false);
+        for (unsigned f = 0; f < 20; f++)
+            begin(f, lower, group, UNIT, 1, 0);
+        uint64_t passed = admitted;
+        CHECK(passed <= 1);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND / 2);
+        vx_clock_skip(clock_, vx_clock_now(clock_) + 40 * SECOND);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND / 4);
+        CHECK(admitted <= passed + 1);
+        passed = admitted;
+        vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
+        CHECK(admitted >= passed + 9 && admitted <= passed + 11);
+        if (hurried) { /* in either order, and beside a standstill */
+            for (unsigned f = 0; f < 20; f++) {
+                vx_device *flow = clients[f * 7 % 20].flow;
+                flow->operations->hurry(flow, false);
+            }
+            vx_clock_skip(clock_, vx_clock_now(clock_) + 5 * SECOND);
+            vx_clock_advance(clock_, vx_clock_now(clock_) + 1);
+            CHECK(admitted == 20);
+        }
+        tear_down(lower, 20);
     }
 }
 
@@ -637,6 +684,7 @@ int main(void)
     hurry_holds_up_nothing();
     time_that_stood_still_lets_nothing_pass();
     a_standstill_saves_nothing();
+    what_is_due_in_a_standstill_comes_later();
     without_memory_what_waits_passes_and_limits_stay();
     what_is_dropped_is_neither_done_nor_paid();
     a_large_trim_does_not_hold_up_others();

@@ -225,8 +225,11 @@ def test_a_maximum_goes_with_its_burst():
     both = saving.changed({"maximum_bandwidth": MIB, "burst_bytes": 5})
     assert both.limits()[plane.LimitKind.BYTES] == plane.Limit(MIB, 5)
     assert both.changed({"maximum_bandwidth": None}) == saving
-    assert Settings(maximum_bandwidth=2 * MIB, burst_bytes=7).within(both).burst_bytes == 7
+    assert Settings(maximum_bandwidth=2 * MIB, burst_bytes=7).within(both).burst_bytes == 5
+    assert Settings(maximum_bandwidth=MIB // 2, burst_bytes=7).within(both).burst_bytes == 7
     assert Settings(maximum_iops=2).within(both).burst_bytes == 5
+    wide = Settings(maximum_bandwidth=10 * MIB, burst_bytes=MIB)  # the tighter one's burst, too
+    assert wide.within(Settings(maximum_bandwidth=MIB)).burst_bytes == 0
 
 
 def test_a_damaged_file_is_refused_and_left(tmp_path):

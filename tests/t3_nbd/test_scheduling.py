@@ -203,18 +203,19 @@ def test_more_than_there_is_starves_nobody(experiment):
 
 
 def test_the_minimum_of_a_group_is_watched(experiment):
-    made = experiment(Scheduling(model=ModelKind.HDD), {n: Settings() for n in "abc"})
+    made = experiment(Scheduling(model=ModelKind.HDD), {n: Settings() for n in "abcd"})
     made.domain.set_policy(Policy("pair", PolicyKind.AGGREGATED, Settings(minimum_iops=70)))
     for name in "ab":
         made.domain.set_disk(name, {}, "pair")
         made.begin(name, depth=4)
+    made.domain.set_disk("d", {"minimum_iops": 1}, "pair")  # has no part of that
     made.domain.advance(10)
     assert made.alerts() == []
     made.begin("c", depth=64)
     made.domain.advance(10)
     (alert,) = made.alerts()
     assert (alert.disk, [name for name, _ in alert.takers]) == ("policy pair", ["c"])
-    assert [made.status(name) for name in "abc"] == ["InsufficientThroughput"] * 2 + ["Ok"]
+    assert [made.status(name) for name in "abcd"] == ["InsufficientThroughput"] * 2 + ["Ok"] * 2
 
 
 def test_alerts_end_with_their_minimum(experiment):

@@ -271,20 +271,22 @@ def policy_set(
     """
     made_id = policy_id
     failures: list[VhdxError] = []
+    made: dict[str, Any] | None = None
     for server in (servers := _chosen(pid)):
         body = {"change": "policy", "name": name, "kind": kind, "policy_id": made_id}
         try:
             made = server.change_qos(body | {"settings": changes_of(given)})
         except VhdxError as error:  # the others follow nevertheless
-            failures.append(error)
             if len(servers) > 1:
-                click.echo(f"vhdx: process {server.pid} does not take it: {error}", err=True)
+                click.echo(f"vhdx: process {server.pid} refuses it", err=True)
+            failures.append(error)
             continue
         made_id = made["policy_id"]  # the same in every server
         _warn(made)
+    if made is not None:
+        click.echo(made_id)
     if failures:
         raise failures[0]
-    click.echo(made_id)
 
 
 @policy.command("list")

@@ -78,7 +78,7 @@ class Control:
         self._lock = threading.Lock()
         self._closing = False
         self._streams: set[_Stream] = set()
-        self._listeners = 0  # of the loop's thread
+        self._listeners: list[web.Request] = []  # of the loop's thread
         directory = runtime_directory()
         self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}{wire.SUFFIX}"
         self._loop = asyncio.new_event_loop()
@@ -149,6 +149,15 @@ class Control:
             streams = list(self._streams)
         for stream in streams:
             stream.abort()
+        # Who listens sees the end; who does not read does not hold it up.
+        self._loop.call_soon_threadsafe(
+            self._loop.call_later, 2 * _EVENT_POLL_SECONDS, self._cut_listeners
+        )
+
+    def _cut_listeners(self) -> None:
+        for request in self._listeners:
+            if request.transport is not None:
+                request.transport.abort()
 
     def close(self) -> None:
         """Answers nobody any more, and removes the socket; operations under way were finished."""
@@ -232,15 +241,15 @@ class Control:
                 queue.put_nowait(event)
 
         domain = self._server.qos
-        if self._listeners >= _MOST_LISTENERS:
+        if len(self._listeners) >= _MOST_LISTENERS:
             raise web.HTTPServiceUnavailable(text=f"{_MOST_LISTENERS} listen to events already")
 
         def note(alert: Alert) -> None:
             self._loop.call_soon_threadsafe(put, alert.as_dict())
 
-        self._listeners += 1
+        self._listeners.append(request)
         with domain.listening(note) as before, contextlib.ExitStack() as stack:
-            stack.callback(self._stop_listening)
+            stack.callback(self._listeners.remove, request)
             await response.prepare(request)
             with contextlib.suppress(ConnectionError):
                 for alert in before:
@@ -252,9 +261,6 @@ class Control:
                         continue
                     await response.write(json.dumps(event).encode() + b"\n")
         return response
-
-    def _stop_listening(self) -> None:
-        self._listeners -= 1
 
     async def _operate(self, request: web.Request) -> web.StreamResponse:
         try:

@@ -406,7 +406,8 @@ class Domain:
     def _status(self, disk: DiskState) -> Status:
         if disk.policy_id is not None and disk.policy_id not in self._policies:
             return Status.UNKNOWN_POLICY
-        group = None if disk.policy_id is None else self._group_watches.get(disk.policy_id)
+        policy = group_of(disk.settings, disk.policy_id, self._policies)
+        group = None if policy is None else self._group_watches.get(policy.policy_id)
         short = disk.watch.insufficient or (group is not None and group.insufficient)
         return Status.INSUFFICIENT if short else Status.OK
 
@@ -585,9 +586,9 @@ class Domain:
             self._closing.set()
             sampler = self._sampler
         self._turns.close()
-        self._alerts.close()
         if sampler is not None and sampler is not threading.current_thread():
             sampler.join()
+        self._alerts.close()
         with self._change_lock:
             if self._store is not None:
                 self._store.close()

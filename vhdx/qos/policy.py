@@ -154,11 +154,9 @@ class Settings:
             minimum = min([minimum, *Settings(**tighter)._most_minimums().values()]) or None
         saving: dict[str, Any] = {}
         for maximum, saved in _SAVED.items():
-            base = other if getattr(self, maximum) is None else self
+            mine, theirs = getattr(self, maximum), getattr(other, maximum)
+            base = other if mine is None or (theirs is not None and theirs < mine) else self
             saving |= {name: getattr(base, name) for name in saved}
-        rate = saving["credit_rate_iops"]
-        if rate is not None and tighter["maximum_iops"] is not None:
-            saving["credit_rate_iops"] = max(rate, tighter["maximum_iops"])
         weight = other.weight if self.weight is None else self.weight
         return Settings(minimum_iops=minimum, weight=weight, **tighter, **saving)
 

@@ -173,22 +173,22 @@ class Store:
             try:
                 directory = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
                 try:
+                    existed = self._mode is not None
                     self._replace(text)
-                    self._make_durable(directory)
+                    self._make_durable(directory, existed=existed)
                 finally:
                     os.close(directory)
             except OSError as error:
                 raise _failed(error, self.path) from error
             self.content, self.generation = content, generation
-            self._mode = stat.S_IMODE(self.path.stat().st_mode)
 
-    def _make_durable(self, directory: int) -> None:
+    def _make_durable(self, directory: int, *, existed: bool) -> None:
         """Of the new name. Where that fails the old content comes back: nothing has changed."""
         try:
             os.fsync(directory)
         except OSError:
             with contextlib.suppress(OSError):
-                if self._mode is not None:
+                if existed:
                     self._replace(pack(self.content, self.generation))
                 else:
                     self.path.unlink()
@@ -202,10 +202,12 @@ class Store:
             with open(os.open(temporary, flags, 0o644), "w", encoding="utf-8") as file:
                 if self._mode is not None:  # whatever the umask
                     os.fchmod(file.fileno(), self._mode)
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self.path)
+            self._mode = mode
         except OSError:
             with contextlib.suppress(OSError):
                 temporary.unlink()
