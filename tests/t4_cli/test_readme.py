@@ -45,11 +45,8 @@ class Script:
     def here(self, line):
         """The line, with sockets of this directory and shorter runs."""
         run = f"{os.environ['XDG_RUNTIME_DIR']}/vhdx"
-        line = (
-            line.replace("/run/vhdx/PID-", f"{run}/")
-            .replace("/run/vhdx", run)
-            .replace("--seconds 60", f"--seconds {self.seconds}")
-        )
+        line = re.sub("/run/vhdx/(PID-)?", f"{run}/", line)
+        line = line.replace("--seconds 60", f"--seconds {self.seconds}")
         return line + f" --max-time {self.seconds}" * line.endswith("/events")
 
     def run(self, line, codes=(0,)):
