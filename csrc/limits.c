@@ -18,12 +18,6 @@ vx_limits *vx_limits_create(vx_qos *qos, uint32_t unit)
     return limits;
 }
 
-void throttle_retime(flow *f, uint64_t due)
-{
-    f->due = atomic_load(&f->hurry) == HOLD ? due : vx_ticks(vx_clock_now(f->qos->clock));
-    vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(f->due));
-}
-
 /* What waits at `bucket` of `limits` waits for as many units as before. */
 static void retime_all(vx_limits *limits, unsigned bucket, uint64_t before, uint64_t after,
                        uint64_t now)

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
  * What the files of the throttle share: limits.c has limits and their changes, throttle.c the flows
- * that pay them and wait. The functions want the lock of the domain.
+ * that pay them and wait, pulse.c notices that the process stood still. The functions want the lock of
+ * the domain, where nothing else is said.
  */
 #ifndef VX_THROTTLE_INTERNAL_H
 #define VX_THROTTLE_INTERNAL_H
@@ -66,7 +67,11 @@ struct flow {
 };
 
 /* What the head has paid for passes, or pays more, at `due`, ticks; now where nothing is held up. */
-void throttle_retime(flow *f, uint64_t due);
+static inline void throttle_retime(flow *f, uint64_t due)
+{
+    f->due = atomic_load(&f->hurry) == HOLD ? due : vx_ticks(vx_clock_now(f->qos->clock));
+    vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(f->due));
+}
 
 /* pulse.c. Saves more than being late is made up for, so that a standstill would fill it. */
 static inline bool throttle_saves(const vx_bucket *bucket)
