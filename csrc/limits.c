@@ -34,7 +34,10 @@ static void change(vx_limits *limits, unsigned bucket, uint64_t rate, uint64_t b
 {
     vx_bucket *mine = &limits->buckets[bucket];
     uint64_t before = atomic_load(&mine->rate);
+    bool saved = throttle_saves(mine);
     vx_bucket_change(mine, rate, burst, fresh ? burst : 0, now);
+    if (!saved)
+        limits->saves_since[bucket] = now;
     if (before != 0 && before != rate)
         retime_all(limits, bucket, before, rate, now);
 }
@@ -43,9 +46,7 @@ void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh)
 {
     static const unsigned directions[VX_LIMIT_KINDS] = {3, 1, 2, 3, 1, 2}; /* 1 reads, 2 writes */
     vx_qos *qos = limits->qos;
-    throttle_notice(qos, vx_ticks(vx_clock_now(qos->clock)));
-    pthread_mutex_lock(&qos->lock);
-    uint64_t now = vx_ticks(vx_clock_now(qos->clock));
+    uint64_t now = throttle_lock(qos);
     uint32_t active[2] = {0, 0};
     for (unsigned kind = 0; kind < VX_LIMIT_KINDS; kind++) {
         const vx_limit *limit = &wanted[kind];
@@ -69,9 +70,10 @@ void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh)
 
 void vx_limits_levels(vx_limits *limits, int64_t *levels)
 {
-    uint64_t now = vx_ticks(vx_clock_now(limits->qos->clock));
+    uint64_t now = throttle_lock(limits->qos);
     for (unsigned kind = 0; kind < VX_LIMIT_KINDS; kind++)
         levels[kind] = vx_bucket_level(&limits->buckets[kind], now);
+    pthread_mutex_unlock(&limits->qos->lock);
 }
 
 vx_qos *vx_qos_create(vx_clock *clock, vx_pool *pool)

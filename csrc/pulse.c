@@ -1,12 +1,15 @@
 /* SPDX-License-Identifier: MIT
  *
  * Buckets of limits save by the clock, which goes on while the process is suspended. As long as a
- * limit may save for longer than LATE, a timer beats. Where it is late the process stood still: before
- * anybody looks at a bucket again, what was saved meanwhile goes, and what waits comes later by as much.
+ * limit may save for longer than LATE, a timer beats, or whoever comes before it when it is due. Where
+ * that is more than LATE after, the process stood still: before anybody looks at a bucket again, what
+ * was saved meanwhile goes, and what waits comes later by as much.
  */
 #include <stdlib.h>
 
 #include "throttle_internal.h"
+
+#define INTERVAL (LATE / 4)
 
 struct pulse {
     pthread_mutex_t lock; /* taken before the lock of the domain */
@@ -46,11 +49,11 @@ static void beat(pulse *p)
     pthread_mutex_lock(&qos->lock);
     uint64_t now = vx_ticks(vx_clock_now(qos->clock));
     bool saves = look(p, now);
-    p->due = now + LATE;
+    p->due = now + INTERVAL;
     p->references -= vx_clock_cancel(qos->clock, &p->timer);
     p->is_set = saves && vx_clock_set(qos->clock, &p->timer, vx_ns_of_ticks(p->due));
     p->references += p->is_set;
-    atomic_store(&qos->stands_still_at, p->is_set ? p->due + LATE : UINT64_MAX);
+    atomic_store(&qos->beat_due, p->is_set ? p->due : UINT64_MAX);
     pthread_mutex_unlock(&qos->lock);
 }
 
@@ -91,7 +94,7 @@ pulse *throttle_pulse_create(vx_qos *qos)
     p->qos = qos;
     p->references = 1;
     p->timer.run = on_time;
-    atomic_init(&qos->stands_still_at, UINT64_MAX);
+    atomic_init(&qos->beat_due, UINT64_MAX);
     return p;
 }
 

@@ -361,7 +361,7 @@ static void pay_again(flow *f, uint64_t now)
             !(active_of(limits, f->head->operation) >> f->due_bucket & 1))
             continue;
         vx_bucket *bucket = &limits->buckets[f->due_bucket];
-        if (throttle_saves(bucket))
+        if (throttle_saves(bucket) && limits->saves_since[f->due_bucket] <= f->due)
             continue;
         uint64_t units = amount(limits, f->due_bucket, f->head->operation, f->piece);
         if (lost >= vx_bucket_cost(bucket, units)) {
@@ -380,10 +380,8 @@ static void pay_again(flow *f, uint64_t now)
 static void on_time(vx_timer *timer)
 {
     flow *f = (flow *)((char *)timer - offsetof(flow, timer));
-    throttle_notice(f->qos, vx_ticks(vx_clock_now(f->qos->clock)));
-    pthread_mutex_lock(&f->qos->lock);
+    uint64_t now = throttle_lock(f->qos);
     bool had = f->head != NULL;
-    uint64_t now = vx_ticks(vx_clock_now(f->qos->clock));
     if (had && now > f->due + LATE)
         pay_again(f, now);
     vx_request *due = take_due(f, now);
@@ -396,9 +394,9 @@ static void on_time(vx_timer *timer)
 
 static void park(flow *f, vx_request *request)
 {
-    request->arrived_ns = vx_clock_now(f->qos->clock);
     request->next = NULL;
-    pthread_mutex_lock(&f->qos->lock);
+    uint64_t now = throttle_lock(f->qos);
+    request->arrived_ns = vx_ns_of_ticks(now);
     bool first = f->head == NULL;
     if (first)
         f->head = request;
@@ -412,8 +410,8 @@ static void park(flow *f, vx_request *request)
     if (first) {
         vx_device_reference(&f->device); /* until nothing waits any more */
         link_flow(f);
-        f->due = vx_ticks(request->arrived_ns);
-        due = take_due(f, f->due);
+        f->due = now;
+        due = take_due(f, now);
     }
     bool idle = f->head == NULL;
     pthread_mutex_unlock(&f->qos->lock);
@@ -425,10 +423,10 @@ static void park(flow *f, vx_request *request)
 static void throttle_hurry(vx_device *device, bool drop)
 {
     flow *f = (flow *)device;
-    pthread_mutex_lock(&f->qos->lock);
+    uint64_t now = throttle_lock(f->qos);
     atomic_store(&f->hurry, drop ? DROP : PASS);
     for (unsigned s = 0; s < SETS && f->head != NULL; s++)
-        unpay(f, s, vx_ticks(vx_clock_now(f->qos->clock)));
+        unpay(f, s, now);
     if (f->head != NULL)
         throttle_retime(f, 0);
     pthread_mutex_unlock(&f->qos->lock);
@@ -505,10 +503,10 @@ vx_device *vx_throttle_create(vx_device *lower, vx_qos *qos, vx_limits *own, uin
 void vx_throttle_set_group(vx_device *device, vx_limits *group)
 {
     flow *f = (flow *)device;
-    pthread_mutex_lock(&f->qos->lock);
+    uint64_t now = throttle_lock(f->qos);
     vx_limits *before = atomic_load(&f->sets[1]);
     if (before != group && f->head != NULL)
-        unpay(f, 1, vx_ticks(vx_clock_now(f->qos->clock)));
+        unpay(f, 1, now);
     if (f->link != NULL)
         count_flow(f, 1, false);
     atomic_store(&f->sets[1], group);
@@ -517,8 +515,10 @@ void vx_throttle_set_group(vx_device *device, vx_limits *group)
     if (before != group && f->head != NULL) {
         f->paid[1] = 0;
         f->unpaid[1] = active_of(group, f->head->operation);
-        if (f->due_set == before)
-            throttle_retime(f, vx_ticks(vx_clock_now(f->qos->clock)));
+        if (f->due_set == before) {
+            f->due_set = NULL;
+            throttle_retime(f, now);
+        }
     }
     pthread_mutex_unlock(&f->qos->lock);
 }

@@ -32,7 +32,7 @@ struct vx_qos {
     vx_limits *limits; /* all of them */
     flow *flows;       /* under lock: those with a request that waits */
     pulse *pulse;      /* notices that the process stood still, where a limit saves */
-    _Atomic uint64_t stands_still_at; /* ticks: who comes later finds that it did; see pulse.c */
+    _Atomic uint64_t beat_due; /* ticks: who comes later beats first, see pulse.c; changed under lock */
 };
 
 struct vx_limits {
@@ -42,6 +42,7 @@ struct vx_limits {
     uint32_t waiting; /* flows with a request that waits; under the lock */
     _Atomic uint32_t active[2]; /* of reads and of writes: which buckets limit */
     vx_bucket buckets[BUCKETS];
+    uint64_t saves_since[BUCKETS]; /* ticks, under the lock: of a standstill before the pulse knows not */
 };
 
 struct flow {
@@ -66,10 +67,10 @@ struct flow {
     flow *next, **link;
 };
 
-/* What the head has paid for passes, or pays more, at `due`, ticks; now where nothing is held up. */
+/* What the head has paid for passes, or pays more, at `due`, ticks; at once where nothing is held up. */
 static inline void throttle_retime(flow *f, uint64_t due)
 {
-    f->due = atomic_load(&f->hurry) == HOLD ? due : vx_ticks(vx_clock_now(f->qos->clock));
+    f->due = atomic_load(&f->hurry) == HOLD ? due : 0;
     vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(f->due));
 }
 
@@ -82,11 +83,24 @@ pulse *throttle_pulse_create(vx_qos *qos); /* NULL: no memory */
 /* Without the lock: beats from now on where a limit saves. */
 void throttle_pulse_begin(pulse *p);
 void throttle_pulse_beat(pulse *p);
-/* Without the lock, before a limit is looked at: takes away what a standstill before `now` saved. */
+/* Before a limit is looked at: takes away what a standstill before `now` saved. */
 static inline void throttle_notice(vx_qos *qos, uint64_t now)
 {
-    if (now > atomic_load_explicit(&qos->stands_still_at, memory_order_relaxed))
+    if (now > atomic_load_explicit(&qos->beat_due, memory_order_relaxed))
         throttle_pulse_beat(qos->pulse);
+}
+/* Locks the domain. The time, ticks, before which no standstill is unnoticed; no other may be used
+ * until it is unlocked, because there may be one between two looks at the clock. */
+static inline uint64_t throttle_lock(vx_qos *qos)
+{
+    for (;;) {
+        pthread_mutex_lock(&qos->lock);
+        uint64_t now = vx_ticks(vx_clock_now(qos->clock));
+        if (now <= atomic_load_explicit(&qos->beat_due, memory_order_relaxed))
+            return now;
+        pthread_mutex_unlock(&qos->lock);
+        throttle_pulse_beat(qos->pulse);
+    }
 }
 void throttle_pulse_end(pulse *p); /* the clock may be gone */
 

@@ -520,6 +520,42 @@ static void a_standstill_saves_nothing(void)
     }
 }
 
+static void whoever_looks_first_after_a_standstill(void)
+{
+    /* Ten a second and a burst of ten, used up; an hour later a change, a group taken away, a hurry, a
+     * look, or a request comes before the timer. */
+    for (unsigned scene = 0; scene < 5; scene++) {
+        set_up();
+        int64_t levels[VX_LIMIT_KINDS];
+        vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
+        vx_limits *group = vx_limits_create(qos, UNIT), *own = vx_limits_create(qos, UNIT);
+        vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 10, .burst = 10}};
+        vx_limits_set(group, wanted, true);
+        clients[0].flow = vx_throttle_create(lower, qos, own, 0);
+        vx_throttle_set_group(clients[0].flow, group);
+        begin(0, lower, own, UNIT, 14, 0);
+        CHECK(clients[0].operations >= 10 && clients[0].operations < 14);
+        begin(1, lower, group, UNIT, 2, 0);
+        CHECK(clients[1].operations == 0);
+        uint64_t passed = admitted;
+        vx_clock_skip(clock_, vx_clock_now(clock_) + 3600 * SECOND);
+        if (scene == 0)
+            vx_limits_set(group, wanted, false);
+        else if (scene == 1)
+            vx_throttle_set_group(clients[0].flow, NULL);
+        else if (scene == 2)
+            clients[0].flow->operations->hurry(clients[0].flow, false);
+        else if (scene == 3)
+            begin(2, lower, group, UNIT, 1, 0);
+        vx_limits_levels(group, levels);
+        CHECK(levels[0] >= -8 && levels[0] <= 2);
+        CHECK(admitted <= passed + 1);
+        vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
+        CHECK(clients[0].operations == 14 && clients[1].operations == 2);
+        tear_down(lower, scene == 3 ? 3 : 2);
+    }
+}
+
 static void what_is_due_in_a_standstill_comes_later(void)
 {
     for (unsigned scene = 0; scene < 4; scene++) {
@@ -684,6 +720,7 @@ int main(void)
     hurry_holds_up_nothing();
     time_that_stood_still_lets_nothing_pass();
     a_standstill_saves_nothing();
+    whoever_looks_first_after_a_standstill();
     what_is_due_in_a_standstill_comes_later();
     without_memory_what_waits_passes_and_limits_stay();
     what_is_dropped_is_neither_done_nor_paid();
