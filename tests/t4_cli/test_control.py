@@ -43,6 +43,12 @@ def run(*arguments, code=0):
     return done.stdout if code == 0 else done.stderr
 
 
+def suspend(process):
+    """Returns when it stands still; the signal alone takes its time."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+
+
 @pytest.fixture
 def image(tmp_path):
     path = tmp_path / "disk.vhdx"
@@ -400,8 +406,9 @@ def test_a_server_that_is_stuck_is_named(image, monkeypatch):
     monkeypatch.setattr(control.client, "_ANSWER_SECONDS", 0.5)
     with subprocess.Popen([*VHDX, "serve", image], stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        process.send_signal(signal.SIGSTOP)
-        [found] = control.servers()
-        assert (found.pid, found.answers) == (process.pid, False)
-        process.send_signal(signal.SIGCONT)
-        process.kill()
+        try:
+            suspend(process)
+            [found] = control.servers()
+            assert (found.pid, found.answers) == (process.pid, False)
+        finally:
+            process.kill()

@@ -14,7 +14,13 @@ import pytest
 
 import vhdx
 from tests.t3_nbd.client import Client
-from tests.t4_cli.test_control import VHDX, image, run, runtime  # noqa: F401 - fixtures
+from tests.t4_cli.test_control import (
+    VHDX,
+    image,  # noqa: F401 - a fixture
+    run,
+    runtime,  # noqa: F401 - a fixture
+    suspend,
+)
 
 
 @pytest.fixture
@@ -78,7 +84,7 @@ def test_what_cannot_be_is_said(limited, image, wrong, code, says):  # noqa: F81
 
 @pytest.mark.usefixtures("runtime")
 def test_a_server_that_is_stopped_is_named(limited, image):  # noqa: F811
-    os.kill(limited.pid, signal.SIGSTOP)
+    suspend(limited)
     try:
         said = run("qos", "show", code=4)
         assert str(limited.pid) in said
@@ -103,7 +109,7 @@ def test_a_suspended_server_gains_nothing(image, options):  # noqa: F811
             for n in range(each):
                 client.send(read, offset=512 * n, length=512)
         time.sleep(0.5)  # a credit is used up
-        os.kill(process.pid, signal.SIGSTOP)
+        suspend(process)
         for client in flows:  # what was answered before does not count
             client.socket.setblocking(False)
             with contextlib.suppress(BlockingIOError):
@@ -113,7 +119,7 @@ def test_a_suspended_server_gains_nothing(image, options):  # noqa: F811
         began = time.monotonic()
         os.kill(process.pid, signal.SIGCONT)
         time.sleep(0.5)
-        os.kill(process.pid, signal.SIGSTOP)
+        suspend(process)
         took, answered = time.monotonic() - began, 0
         for client in flows:
             with contextlib.suppress(BlockingIOError):
