@@ -159,6 +159,16 @@ def _measured(
     return rows
 
 
+def _with_and_without_burst(
+    image: Path, work: Path, most: str, burst: str, rate: int
+) -> list[Callable[[], Target]]:
+    limit = (most, str(rate))
+    return [
+        partial(_ours, image, work, *limit),
+        partial(_ours, image, work, *limit, burst, str(rate // 10), name=BURST),
+    ]
+
+
 def _accuracy(image: Path, raw: Path, work: Path, seconds: int) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for name, rates in RATES.items():
@@ -166,17 +176,7 @@ def _accuracy(image: Path, raw: Path, work: Path, seconds: int) -> dict[str, Any
         units = max(1, size // UNIT)
         for rate in rates:
             makers: list[Callable[[], Target]] = [
-                partial(_ours, image, work, "--max-iops", str(rate)),
-                partial(
-                    _ours,
-                    image,
-                    work,
-                    "--max-iops",
-                    str(rate),
-                    "--burst-iops",
-                    str(rate // 10),
-                    name=BURST,
-                ),
+                *_with_and_without_burst(image, work, "--max-iops", "--burst-iops", rate),
                 partial(_qemu, raw, work, f"x-iops-total={rate},x-iops-size={UNIT}"),
             ]
             rows = _measured(makers, rate / units, work, size, seconds)
@@ -189,17 +189,7 @@ def _accuracy(image: Path, raw: Path, work: Path, seconds: int) -> dict[str, Any
     for megabytes in MEGABYTES:
         rate = megabytes * 1_000_000
         makers = [
-            partial(_ours, image, work, "--max-bandwidth", str(rate)),
-            partial(
-                _ours,
-                image,
-                work,
-                "--max-bandwidth",
-                str(rate),
-                "--burst-bytes",
-                str(rate // 10),
-                name=BURST,
-            ),
+            *_with_and_without_burst(image, work, "--max-bandwidth", "--burst-bytes", rate),
             partial(_qemu, raw, work, f"x-bps-total={rate}"),
             partial(_nbdkit, raw, work, rate),
             partial(_nbdkit, raw, work, rate, f"burstiness={64 * KIB / rate:.6f}"),

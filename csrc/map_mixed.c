@@ -14,8 +14,8 @@ static bool bit_of(const vx_bitmap *bitmap, uint64_t at)
     return byte >> (at % 8) & 1u;
 }
 
-/* The end of the run of bits that equal `value` from sector `at` on; at most `end`. Each bit is looked
- * at once: it may be set at any moment. */
+/* The end of the run of bits that equal `value` from sector `at` on; at most `end`. Where a bit does is
+ * settled by one look: it may be set at any moment. */
 static uint64_t run_of_bits(const vx_bitmap *bitmap, uint64_t at, uint64_t end, bool value)
 {
     uint8_t whole = value ? 0xff : 0;

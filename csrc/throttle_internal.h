@@ -42,7 +42,7 @@ struct vx_limits {
     uint32_t waiting; /* flows with a request that waits; under the lock */
     _Atomic uint32_t active[2]; /* of reads and of writes: which buckets limit */
     vx_bucket buckets[BUCKETS];
-    uint64_t saves_since[BUCKETS]; /* ticks, under the lock: of a standstill before the pulse knows not */
+    uint64_t saves_since[BUCKETS]; /* ticks, under the lock: an earlier standstill the pulse missed */
 };
 
 struct flow {

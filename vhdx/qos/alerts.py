@@ -87,7 +87,7 @@ class Alerts:
                 _log.warning("the hook of an alert failed: %r", error)
 
     def close(self) -> None:
-        """What was told is told; a hook that runs ends by itself."""
+        """What was told is told, but for the oldest where too many wait; a hook that runs goes on."""
         while True:
             try:
                 self._to_run.put_nowait(None)

@@ -47,7 +47,7 @@ class Store:
         path: of the file; made by the first :meth:`save`.
 
     Attributes:
-        content: "disks" by absolute path of the image, and "policies".
+        content: "disks" by real path of the image, and "policies".
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
