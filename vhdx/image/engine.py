@@ -402,6 +402,15 @@ class Engine:
         with self._commit_lock:
             yield self._leaf
 
+    def forget_log(self) -> None:
+        """Replays nothing any more that was logged so far; inside changing() only.
+
+        Call it before logged pages of metadata are changed in place: a reader that replays more than
+        the newest entry would undo that change.
+        """
+        self._leaf.flush()
+        self._journal.restart(self._referenced_end)
+
     def log(self, patches: list[tuple[int, bytes]]) -> None:
         """Changes these bytes of the file (offset, data) in one log entry; inside changing() only."""
         pages: dict[int, bytearray] = {}
@@ -489,7 +498,7 @@ class Engine:
             if end < leaf.size:
                 # A log that says the file was longer would be refused.
                 self._referenced_end = end
-                self._journal.note_size(end)
+                self._journal.restart(end)
                 leaf.resize(end)
 
     def adopt(self, geometry: bat.Geometry, table: region.Region) -> None:

@@ -9,10 +9,18 @@ one is always durable and whole.
 Order of a commit: the caller made the data durable; then for each group of pages: log entry, barrier,
 apply; and before a further entry a barrier again, so that an entry needs none before it.
 
-An entry that does not fit before the end of the log goes to its front, and begins a sequence of its
-own. No entry wraps, and the last two sectors stay unused, because QEMU never ends to search a log
-whose entries reach its end. Three entries always fit, so the one that is being written never
-overwrites the one that still counts.
+Generations. All entries under one LogGuid form a single run of consecutive numbers, and nothing valid
+under that LogGuid stands anywhere else in the log. A new LogGuid begins a new generation: its first
+entry is made durable, then a header that names it. It is begun where an entry does not fit before the
+end of the log, where the file gets shorter, and before metadata that an entry holds are changed
+without the log. The specification would do with less: its search (2.3.3) takes only consecutive
+numbers, and replay begins at the newest entry's tail. But QEMU accepts the entry behind a run's first
+one whatever its number is, replays a run from its first entry on, and refuses a run in which any entry
+asks for a longer file.
+
+No entry wraps, and the last two sectors stay unused, because QEMU never ends its search of a log whose
+entries reach its end. Three entries always fit, so the one that is being written never overwrites the
+one that still counts.
 """
 
 from __future__ import annotations
@@ -36,6 +44,9 @@ if TYPE_CHECKING:
 
     from vhdx.format.log import Patch
 
+    _Content = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]
+    """Offsets of 4 KiB pages in the file, bytes, and their content, n by 4096 bytes."""
+
 __all__ = ["MOST_PAGES", "Journal", "Pages", "replay_to_file"]
 
 _READ, _WRITE, _ZERO, _FLUSH = (
@@ -51,6 +62,7 @@ _UNUSED = 2 * log.SECTOR
 _KEPT_PAGES = 2048
 
 _BARRIER = plane.Step(_FLUSH)
+_EMPTY = (np.empty(0, np.uint64), np.empty((0, log.SECTOR), np.uint8))
 
 
 def _header_step(header: headers.Header) -> plane.Step:
@@ -124,31 +136,19 @@ class Journal:
         """Something else than :meth:`commit` wrote where metadata are, or will be."""
         self._pages.forget()
 
-    def open(self, log_span_size: int, data_write_guid: UUID | None = None) -> None:
+    def open(self, file_size: int, data_write_guid: UUID | None = None) -> None:
         """Prepares the first change of this open; three barriers.
 
         Args:
-            log_span_size: bytes of the file now, durable already.
+            file_size: bytes of the file now, durable already.
             data_write_guid: a new one when None.
         """
         data = uuid4() if data_write_guid is None else data_write_guid
         header = self._header.successor(file_write_guid=uuid4(), data_write_guid=data)
-        guid = uuid4()
+        self._leaf.batch([_header_step(header), _BARRIER])
+        self._header = header
         self._sequence = secrets.randbits(62) + 1
-        empty = self._pack(guid, np.empty(0, np.uint64), np.empty((0, 4096), np.uint8), log_span_size)
-        self._leaf.batch(
-            [
-                _header_step(header),
-                _BARRIER,
-                *self._entry_steps(empty),
-                _BARRIER,
-                _header_step(second := header.successor(log_guid=guid)),
-                _BARRIER,
-                _header_step(third := second.successor()),
-            ]
-        )
-        self._header = third
-        self._advance(len(empty))
+        self._begin_generation(_EMPTY, file_size)
 
     def commit(
         self,
@@ -167,42 +167,60 @@ class Journal:
             raise PoisonedError("metadata was to be changed without a log")  # a bug of ours
         for first in range(0, len(offsets), MOST_PAGES):
             some = slice(first, first + MOST_PAGES)
-            steps: list[plane.Step] = []
-            if not self._applied_durable:
-                # Its tail is itself: what was applied before must be durable.
-                steps.append(_BARRIER)
-            entry = self._pack(self._header.log_guid, offsets[some], pages[some], file_size)
-            steps += self._entry_steps(entry)
-            steps.append(_BARRIER)
-            steps += _page_steps(_WRITE, offsets[some], pages[some])
-            self._applied_durable = False
-            try:
+            self._commit_entry((offsets[some], pages[some]), file_size)
+
+    def _commit_entry(self, content: _Content, file_size: int) -> None:
+        # Its tail is itself: what was applied before must be durable.
+        steps = [] if self._applied_durable else [_BARRIER]
+        apply = _page_steps(_WRITE, *content)
+        length = log.entry_length(len(content[0]))
+        try:
+            if self._fits(length):
+                entry = self._pack(self._header.log_guid, content, file_size)
+                steps += [*self._entry_steps(entry), _BARRIER, *apply]
+                self._applied_durable = False
                 self._leaf.batch(steps)
-            except BaseException:
-                self._pages.forget()  # how much of it was applied is not known
-                raise
-            self._pages.keep(offsets[some], pages[some])
-            self._advance(len(entry))  # only now: a failed entry is written over
+                self._advance(length)  # only now: a failed entry is written over
+            else:
+                self._head = 0
+                self._begin_generation(content, file_size)
+                self._applied_durable = False
+                self._leaf.batch(apply)
+        except BaseException:
+            self._pages.forget()  # how much of it was applied is not known
+            raise
+        self._pages.keep(*content)
 
-    def note_size(self, file_size: int) -> None:
-        """An empty entry, durable: the file need not be longer than ``file_size`` any more.
+    def restart(self, file_size: int) -> None:
+        """Begins a new generation, durably, so that nothing that was logged before is replayed again.
 
-        It begins a sequence of its own at the front of the log: QEMU replays sequences from their
-        first entry on, and refuses those with an entry that wants a longer file.
+        It is called before the file gets shorter, and before metadata are changed without the log.
+
+        Args:
+            file_size: bytes that the file has, or will have, at the least.
         """
-        if self._counting[0] < log.SECTOR:  # what counts now stands there
-            self._note(file_size)
-        self._head = 0
-        self._sequence += 1
-        self._note(file_size)
+        if not self._fits(log.entry_length(0)):
+            self._head = 0
+        self._begin_generation(_EMPTY, file_size)
 
-    def _note(self, file_size: int) -> None:
-        empty = np.empty(0, np.uint64), np.empty((0, 4096), np.uint8)
-        entry = self._pack(self._header.log_guid, *empty, file_size)
-        # What was applied before must be durable, because this entry is its own tail.
-        self._leaf.batch([_BARRIER, *self._entry_steps(entry), _BARRIER])
+    def _begin_generation(self, content: _Content, file_size: int) -> None:
+        """Writes the first entry of a new LogGuid at the head; then both headers name it.
+
+        The entry before it counts until the first of the two headers is durable, so what that entry
+        changed is made durable first.
+        """
+        guid = uuid4()
+        entry = self._pack(guid, content, file_size)
+        steps = [] if self._applied_durable else [_BARRIER]
+        self._leaf.batch([*steps, *self._entry_steps(entry), _BARRIER])
         self._applied_durable = True
+        header = self._header.successor(log_guid=guid)
+        self._leaf.batch([_header_step(header), _BARRIER])
+        self._header = header
         self._advance(len(entry))
+        # The other copy too, so that a damaged header does not lead back to the old LogGuid.
+        self._leaf.batch([_header_step(second := header.successor())])
+        self._header = second
 
     def barrier_passed(self) -> None:
         """Notes that everything applied so far is durable (the data barrier of a commit)."""
@@ -223,30 +241,25 @@ class Journal:
         self._leaf.flush()
         self._header = second
 
-    def _pack(
-        self,
-        guid: UUID,
-        offsets: npt.NDArray[np.uint64],
-        pages: npt.NDArray[np.uint8],
-        file_size: int,
-    ) -> npt.NDArray[np.uint8]:
+    def _fits(self, length: int) -> bool:
+        """Whether an entry of this length fits between the head and the end of the log."""
+        return self._head + length <= self._header.log_length - _UNUSED
+
+    def _pack(self, guid: UUID, content: _Content, file_size: int) -> npt.NDArray[np.uint8]:
+        """The entry at the head; its tail is itself."""
         size = file_size // MIB * MIB
-        if self._head + log.entry_length(len(offsets)) > self._header.log_length - _UNUSED:
-            self._head = 0
-            self._sequence += 1  # not a continuation of what stands at the end
         return log.pack_entry(
             guid,
             self._sequence,
             self._head,
-            offsets,
-            pages,
+            *content,
             flushed_file_offset=size,
             last_file_offset=size,
         )
 
     def _entry_steps(self, entry: npt.NDArray[np.uint8]) -> list[plane.Step]:
         start, length = self._head, len(entry)
-        assert start + length <= self._header.log_length - _UNUSED
+        assert self._fits(length)
         assert start + length <= self._counting[0] or start >= self._counting[1]
         return [plane.Step(_WRITE, self._header.log_offset + start, buffer=entry)]
 

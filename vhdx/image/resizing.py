@@ -72,6 +72,7 @@ def grow(engine: Engine, size: int) -> None:
     _check(engine, size)
     engine.map.flush()
     with engine.changing() as leaf:
+        engine.forget_log()  # entries are cleared in place below
         old = engine.structure.geometry
         new = replace(old, virtual_size=size)
         patches = [_size_patch(engine, size)]
@@ -253,6 +254,7 @@ def shrink(engine: Engine, size: int) -> None:
     """Makes the disk smaller; the caller lets nobody reach behind ``size`` any more."""
     engine.map.flush()
     with engine.changing() as leaf:
+        engine.forget_log()  # entries are cleared in place below
         old = engine.structure.geometry
         new = replace(old, virtual_size=size)
         indices, values = _entries_behind(engine, leaf, new)
