@@ -127,6 +127,7 @@ class Taken:
         furthest: the first byte behind every block and region, which may be past the end of the
             file.
         anchors: offsets that UNMAPPED and UNDEFINED entries keep, and nothing else claims.
+        blocks: places of payload blocks, anchors included.
     """
 
     def __init__(self, structure: Structure, file_size: int) -> None:
@@ -134,6 +135,7 @@ class Taken:
         self._map = np.zeros(-(-file_size // MIB) + 1, np.bool_)
         self.furthest = max(each.end for each in structure.regions)
         self.anchors: set[int] = set()
+        self.blocks = 0
         self._claim_span(0, HEADER_SECTION)
         header = structure.header
         self._claim_span(header.log_offset, header.log_offset + header.log_length)
@@ -229,6 +231,7 @@ def survey(structure: Structure, leaf: plane.Device) -> Taken:
         anchored &= offsets <= np.uint64(max(0, file_size - block_size))
         taken.claim(indices[anchored], offsets[anchored], block_size)
         taken.anchors.update(offsets[anchored].tolist())
+        taken.blocks += int(stored.sum()) + int(anchored.sum())
         bitmaps = ~payload & (states >= bat.BitmapState.PRESENT) & (offsets >= HEADER_SECTION)
         bitmaps &= indices < structure.geometry.entries
         bitmaps &= offsets <= np.uint64(max(0, file_size - MIB))

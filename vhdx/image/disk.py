@@ -114,6 +114,10 @@ class Format(Protocol):
     def chain(self) -> list[dict[str, Any]]:
         """The layers, this one first."""
 
+    @property
+    def has_released(self) -> bool:
+        """Whether space that was trimmed waits for a flush to be given back."""
+
     def close(self) -> None:
         """Makes everything durable and lets go of the files."""
 
@@ -286,6 +290,12 @@ class Disk:
     def flush(self) -> None:
         """Makes durable what was written by every call that has returned."""
         self._device.flush()
+
+    def reclaim(self) -> None:
+        """Gives the space of trimmed blocks back to the host now; flushes if that needs it."""
+        self._check_open()
+        if self._image.has_released:
+            self.flush()
 
     def resize(self, size: int, *, shrink: bool = False, unsafe: bool = False) -> None:
         """Changes the size while the disk is used; what is new reads as zeros.

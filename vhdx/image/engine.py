@@ -35,6 +35,7 @@ from vhdx.image import journal
 from vhdx.image.allocation import check_entries, survey
 from vhdx.image.bitmaps import SectorBitmaps
 from vhdx.image.entries import OWN, PARENT, entries_of, hole_of, is_placed
+from vhdx.image.reclaim import flush_soon
 from vhdx.image.space import Space
 from vhdx.units import GIB, MIB, TIB
 
@@ -57,6 +58,7 @@ _RESIDENT_CHUNKS = 4096
 _RANGE_PAGES = 4096
 _COMMIT_PAGES = 1024
 _FIRST_GRANT, _LARGEST_GRANT = 64 * MIB, 4 * GIB
+_MOST_WAITING = 64 * MIB  # of released space, before a commit is asked for at once
 
 
 class Engine:
@@ -230,7 +232,11 @@ class Engine:
                 raise ClosedError("the disk was closed", path=self.host.path)
             if self._closed or self._frozen:
                 return
-            count = max(wanted, 1, self._grant_bytes // block)
+            # Ahead only as many as the disk lacks, so that its file never gets much longer than it.
+            lacking = self._geometry.blocks - self._space.kept
+            count = max(wanted, min(self._grant_bytes // block, lacking))
+            if count <= 0:
+                return
             try:
                 offsets = self._space.take(count)
             except NoSpaceError:
@@ -285,9 +291,7 @@ class Engine:
         done = ~mismatched & is_placed(kinds)
         if done.any():
             assert self._space is not None
-            generation = self.map.statistics()["dirty_generation"]
-            with self._lock:
-                self._space.release_after(generation, offsets[done])
+            self.release_later(offsets[done])
         return pages[mismatched]
 
     def commit(self, changes: plane.Changes) -> None:
@@ -347,6 +351,7 @@ class Engine:
             self._space.give_back(ready)
             if len(ready):
                 start = int(self._space.take(1)[0])
+                self._space.assign(-1)
                 self._bitmap_stock += range(start, start + self._geometry.block_size, MIB)
         places = [self._bitmap_stock.pop(0) for _ in range(min(count, len(self._bitmap_stock)))]
         places += [self._space.take_region(MIB) for _ in range(count - len(places))]
@@ -432,11 +437,17 @@ class Engine:
             self.map.poison()  # the entry may be durable, and not applied
             raise
 
-    def take_region(self, length: int) -> int:
-        """Space at the end of the file that reads zeros, durable after the next barrier; bytes."""
+    def take_region(self, length: int, blocks: int = 0) -> int:
+        """Space at the end of the file that reads zeros, durable after the next barrier; bytes.
+
+        Args:
+            length: a multiple of 1 MiB.
+            blocks: payload blocks that will stand there.
+        """
         assert self._space is not None
         with self._lock:
             start = self._space.take_region(length)
+            self._space.assign(blocks)
             self._referenced_end = max(self._referenced_end, start + length)
         return start
 
@@ -452,6 +463,17 @@ class Engine:
         generation = self.map.statistics()["dirty_generation"]
         with self._lock:
             self._space.release_after(generation, offsets)
+            waiting = self._space.waiting
+        most = max(_MOST_WAITING, self._geometry.virtual_size // 4)
+        flush_soon(self.map, much=waiting * self._geometry.block_size > most)
+
+    @property
+    def has_released(self) -> bool:
+        """Whether space waits for a commit to be given back."""
+        if self._space is None:
+            return False
+        with self._lock:
+            return self._space.waiting > 0
 
     def republish(self, page: int, old: np.uint64, new: npt.NDArray[np.uint64], offset: int) -> bool:
         """Publishes ``new`` where ``old`` stands, and frees its place; False where it does not."""

@@ -14,13 +14,13 @@ under that LogGuid stands anywhere else in the log. A new LogGuid begins a new g
 entry is made durable, then a header that names it. It is begun where an entry does not fit before the
 end of the log, where the file gets shorter, and before metadata that an entry holds are changed
 without the log. The specification would do with less: its search (2.3.3) takes only consecutive
-numbers, and replay begins at the newest entry's tail. But QEMU accepts the entry behind a run's first
-one whatever its number is, replays a run from its first entry on, and refuses a run in which any entry
-asks for a longer file.
+numbers, and replay begins at the newest entry's tail. But QEMU accepts the entry behind a run's
+first one whatever its number is, replays a run from its first entry on, and refuses a run in which
+any entry asks for a longer file.
 
-No entry wraps, and the last two sectors stay unused, because QEMU never ends its search of a log whose
-entries reach its end. Three entries always fit, so the one that is being written never overwrites the
-one that still counts.
+No entry wraps, and the last two sectors stay unused, because QEMU never ends its search of a log
+whose entries reach its end. Three entries always fit, so the one that is being written never
+overwrites the one that still counts.
 """
 
 from __future__ import annotations

@@ -82,6 +82,11 @@ class PlainImage:
             hint="convert it: only what is not zero is copied",
         )
 
+    @property
+    def has_released(self) -> bool:
+        """The host has released space at once."""
+        return False
+
     def chain(self) -> list[dict[str, Any]]:
         """One layer."""
         return [{"path": self.path, "virtual_size": self.device.size, **self.describe()}]

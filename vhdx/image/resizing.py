@@ -179,7 +179,7 @@ def _allocate(
     blocks = np.arange(old.blocks, new.blocks, dtype=np.uint64)
     if not len(blocks):
         return
-    start = engine.take_region(len(blocks) * new.block_size)
+    start = engine.take_region(len(blocks) * new.block_size, len(blocks))
     leaf.zero(start, len(blocks) * new.block_size, no_hole=True)
     offsets = np.uint64(start) + np.arange(len(blocks), dtype=np.uint64) * np.uint64(new.block_size)
     states = np.full(len(blocks), BlockState.FULLY_PRESENT, np.uint64)

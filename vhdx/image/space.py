@@ -43,11 +43,22 @@ class Space:
         self._free: deque[int] = deque(taken.gaps(block_size).tolist())
         self._pending: deque[tuple[int, npt.NDArray[np.uint64]]] = deque()
         self._committed = 0
+        self._in_use = taken.blocks
 
     @property
     def end(self) -> int:
         """The first byte behind everything that was handed out and not given back."""
         return self._end
+
+    @property
+    def waiting(self) -> int:
+        """Places that are free as soon as a commit is durable."""
+        return sum(len(offsets) for _, offsets in self._pending)
+
+    @property
+    def kept(self) -> int:
+        """Places that blocks have or will have: those handed out, but for those that wait."""
+        return self._in_use - self.waiting
 
     def take(self, count: int) -> npt.NDArray[np.uint64]:
         """Offsets of up to ``count`` places (1 or more) that read zeros.
@@ -63,6 +74,7 @@ class Space:
             except BaseException:
                 self._free.extendleft(reversed(some))
                 raise
+            self._in_use += len(some)
             return np.array(some, np.uint64)
         start = round_up(self._end, MIB)
         while True:
@@ -74,6 +86,7 @@ class Space:
                     raise
                 count //= 2
         self._end = start + count * self._block
+        self._in_use += count
         return start + np.arange(count, dtype=np.uint64) * np.uint64(self._block)
 
     def take_region(self, length: int) -> int:
@@ -107,7 +120,12 @@ class Space:
             return None
         found = min(self._free)
         self._free.remove(found)
+        self._in_use += 1
         return found
+
+    def assign(self, count: int) -> None:
+        """So many blocks got places otherwise (positive), or lost one for something else."""
+        self._in_use += count
 
     def release_after(self, generation: int, offsets: npt.NDArray[np.uint64]) -> None:
         """These places are free as soon as ``generation`` is committed."""
@@ -129,9 +147,11 @@ class Space:
                 [plane.Step(plane.Operation.TRIM, offset, self._block) for offset in offsets.tolist()]
             )
             self._free.extend(offsets.tolist())
+            self._in_use -= len(offsets)
 
     def give_back(self, offsets: npt.NDArray[np.uint64]) -> None:
         """Places that were never used; the end moves down over what is free."""
+        self._in_use -= len(offsets)
         free = sorted({*self._free, *offsets.tolist()})
         while free and free[-1] + self._block == self._end:
             self._end = free.pop()

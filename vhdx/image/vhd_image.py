@@ -28,6 +28,7 @@ from vhdx.image.host import HostFile
 from vhdx.image.parents import Missing
 from vhdx.image.plain import PlainImage
 from vhdx.image.raw import RawImage
+from vhdx.image.reclaim import flush_soon
 from vhdx.units import GIB, MIB, round_up
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ class VhdImage(PlainImage):
         self._unsure: set[int] = set()  # sectors of the table that a failed commit may have written
         self._changed = False
         self._table = self._read_table()
+        self._in_use = int((self._table[: self._blocks] != vhd.UNUSED).sum())  # and granted places
         self._end = self._leaf.size
         if write:
             self._end = self._check_table()
@@ -282,7 +284,11 @@ class VhdImage(PlainImage):
     def grant(self, wanted: int) -> None:
         """Hands out places that were given back, then fresh ones behind everything."""
         with self._lock:
-            count = max(wanted, 1, _GRANT_BYTES // self.block_size)
+            # Ahead only as many as the disk lacks, so that its file never gets much longer than it.
+            lacking = self._blocks - self._in_use + len(self._released)
+            count = max(wanted, min(_GRANT_BYTES // self.block_size, lacking))
+            if count <= 0:
+                return
             offsets, end = self._free[:count], self._end
             if not offsets:
                 try:
@@ -299,6 +305,7 @@ class VhdImage(PlainImage):
             if end == self._end:
                 del self._free[: len(offsets)]
             self._end = end
+            self._in_use += len(offsets)
 
     def _fresh(self, count: int) -> tuple[list[int], int]:
         """Places behind everything, and where the last of them ends."""
@@ -343,6 +350,8 @@ class VhdImage(PlainImage):
                 offsets = plane.fields(found[~mismatched])[1].tolist()
                 with self._lock:
                     self._released += [(generation, offset) for offset in offsets]
+                    waiting = len(self._released) * self.block_size
+                flush_soon(self.device, much=waiting > max(_GRANT_BYTES, self.size // 4))
                 pages = pages[mismatched]
 
     def commit(self, changes: plane.Changes) -> None:
@@ -386,6 +395,7 @@ class VhdImage(PlainImage):
             ready = [at for when, at in self._released if when <= generation]
             self._released = [each for each in self._released if each[0] > generation]
             self._free += ready
+            self._in_use -= len(ready)
         # The host gets it back; it is zeroed when it is granted again.
         self._leaf.batch(
             [plane.Step(plane.Operation.TRIM, offset, self.block_size) for offset in ready]
@@ -416,6 +426,12 @@ class VhdImage(PlainImage):
             "parent": None if self._footer.disk_type == vhd.DiskType.DYNAMIC else parent,
             "blocks": {"not_present": self._blocks - stored, "fully_present": stored},
         }
+
+    @property
+    def has_released(self) -> bool:
+        """Whether space of trimmed blocks waits for a commit."""
+        with self._lock:
+            return bool(self._released)
 
     def chain(self) -> list[dict[str, Any]]:
         """This layer and those below it."""

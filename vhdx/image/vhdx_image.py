@@ -185,6 +185,11 @@ class VhdxImage:
         with self._alone("compaction"):
             return compacting.compact(self.engine, self._switch, progress, cancel, pace)
 
+    @property
+    def has_released(self) -> bool:
+        """Whether space of trimmed and zeroed blocks waits for a commit."""
+        return self.engine.has_released
+
     def chain(self) -> list[dict[str, Any]]:
         """This layer and those below it, for ``vhdx info --chain``."""
         header = self.engine.header

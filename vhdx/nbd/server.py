@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from vhdx import plane
-from vhdx.errors import InvalidArgumentError, ProtocolError
+from vhdx.errors import InvalidArgumentError, ProtocolError, VhdxError
 from vhdx.image.disk import Disk
 from vhdx.image.opening import open_disk
 from vhdx.nbd.address import bind, parse_address, private_address, uri_of
@@ -356,6 +356,9 @@ class Server:
             self._run(client, negotiated, export, flow)
         finally:
             self.qos.disconnect(flow)
+        # A client that trimmed and left will not flush; a failure poisons the disk, and is seen then.
+        with contextlib.suppress(VhdxError):
+            export.disk.reclaim()
 
     def _run(self, client: _Client, negotiated: Negotiated, export: _Export, flow: Flow) -> None:
         with self._lock:
