@@ -196,8 +196,25 @@ def test_a_repair_that_was_killed_early_is_done_again(image):
     kept = undo_path(image).read_bytes()
     for length in (0, 10, 60, len(kept) - 1, len(kept)):
         image.write_bytes(damaged)
-        undo_path(image).write_bytes(kept[:length])
+        undo_path(image).unlink()
+        left = image.with_name(f".{image.name}.undo.0123abcd.partial")
+        left.write_bytes(kept[:length])  # it was not renamed yet
         assert vhdx.repair(image).findings == []
+        assert not left.exists()
+    image.write_bytes(damaged)
+    undo_path(image).write_bytes(kept)  # it was renamed, and nothing was changed yet
+    assert vhdx.repair(image).findings == []
+
+
+@pytest.mark.parametrize("content", [b"", b"notes", bytes(4096)])
+def test_a_file_that_has_the_name_of_the_undo_file_is_kept(image, content):
+    break_header(image)
+    damaged = image.read_bytes()
+    undo_path(image).write_bytes(content)
+    with pytest.raises(vhdx.ExistsError):
+        vhdx.repair(image)
+    assert undo_path(image).read_bytes() == content
+    assert image.read_bytes() == damaged
 
 
 def overlap(path):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Released space goes back to the host without a flush; a file never gets much longer than its disk."""
+"""Released space goes back without a flush; a file never gets much longer than its disk."""
 
 from __future__ import annotations
 
@@ -76,7 +76,9 @@ os.kill(os.getpid(), 9)
 """
 
 
-@pytest.mark.parametrize(("name", "compacts"), [("a.vhdx", True), ("a.vhdx", False), ("a.vhd", False)])
+@pytest.mark.parametrize(
+    ("name", "compacts"), [("a.vhdx", True), ("a.vhdx", False), ("a.vhd", False)]
+)
 def test_file_stays_near_the_size_of_its_disk(tmp_path, name, compacts):
     path = tmp_path / name
     vhdx.create(path, 24 * MIB, block_size=MIB)

@@ -6,10 +6,14 @@ from __future__ import annotations
 import itertools
 import struct
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from uuid import UUID
 
 from vhdx.errors import DamagedError, Reason
 from vhdx.units import KIB, MIB, TIB
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "INCOMPLETE",
@@ -17,6 +21,7 @@ __all__ = [
     "LARGEST_DISK",
     "PARENT_LOCATOR",
     "TABLE_SIZE",
+    "WRITTEN",
     "DiskParameters",
     "Item",
     "pack_metadata",
@@ -49,6 +54,16 @@ KNOWN = {
     CHS_PARAMETERS,
     PMEM_LABEL,
 }
+
+WRITTEN = {
+    FILE_PARAMETERS,
+    VIRTUAL_DISK_SIZE,
+    VIRTUAL_DISK_ID,
+    LOGICAL_SECTOR_SIZE,
+    PHYSICAL_SECTOR_SIZE,
+    PARENT_LOCATOR,
+}
+"""Items that :func:`pack_metadata` makes from the parameters of the disk."""
 
 _HEADER = struct.Struct("<8sHH20x")
 _ENTRY = struct.Struct("<16sIIII")
@@ -195,10 +210,19 @@ def parse_parameters(values: dict[UUID, bytes], region_offset: int) -> DiskParam
     )
 
 
-def pack_metadata(parameters: DiskParameters, parent_locator: bytes | None = None) -> bytes:
+def pack_metadata(
+    parameters: DiskParameters,
+    parent_locator: bytes | None = None,
+    items: Sequence[tuple[Item, bytes]] = (),
+) -> bytes:
     """Table and items, in the order and at the offsets that Windows uses.
 
     The bytes go to the start of the metadata region.
+
+    Args:
+        parameters: of the disk.
+        parent_locator: of a differencing image.
+        items: further ones, with their content; their offsets do not count.
     """
     flags = (_LEAVE_ALLOCATED if parameters.leave_blocks_allocated else 0) | (
         _HAS_PARENT if parameters.has_parent else 0
@@ -213,18 +237,22 @@ def pack_metadata(parameters: DiskParameters, parent_locator: bytes | None = Non
     ]
     if parent_locator is not None:
         values.append((PARENT_LOCATOR, parent_locator, _IS_REQUIRED))
+    for item, value in items:
+        more = (item.is_user, _IS_USER), (item.is_virtual_disk, _IS_VIRTUAL_DISK)
+        kept = sum(flag for is_set, flag in (*more, (item.is_required, _IS_REQUIRED)) if is_set)
+        values.append((item.guid, value, kept))
     table = bytearray(TABLE_SIZE)
     _HEADER.pack_into(table, 0, b"metadata", 0, len(values))
-    items = bytearray()
+    contents = bytearray()
     for i, (guid, value, item_flags) in enumerate(values):
         _ENTRY.pack_into(
             table,
             32 + 32 * i,
             guid.bytes_le,
-            TABLE_SIZE + len(items),
+            TABLE_SIZE + len(contents) if value else 0,
             len(value),
             item_flags,
             0,
         )
-        items += value
-    return bytes(table + items)
+        contents += value
+    return bytes(table + contents)

@@ -18,6 +18,7 @@ from vhdx.image.disk import Disk, ExtentState
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile
 from vhdx.image.opening import FORMATS, open_disk
+from vhdx.image.replacing import new_file
 from vhdx.image.structure import read_structure
 from vhdx.image.vhd_layout import check_vhd, write_vhd
 from vhdx.image.vhd_opening import find_footer, open_vhd
@@ -101,6 +102,12 @@ def convert(
     Raises:
         VhdxError: as :func:`vhdx.open` and :func:`vhdx.create`; reason CANCELLED when cancelled.
     """
+    if _is_same_file(source, destination):
+        raise InvalidArgumentError(
+            "source and destination are the same file",
+            path=destination,
+            hint="choose another name; vhdx compact makes an image smaller in place",
+        )
     named = format_of_name(destination)
     target = "vhd" if azure and to is None and named is None else destination_format(destination, to)
     if azure:
@@ -111,7 +118,7 @@ def convert(
         open_disk(
             source, "r", format=format, chain=chain, parent_search=parent_search, view=view
         ) as disk,
-        layout.new_file(destination, force=force, sparse=sparse) as leaf,
+        new_file(destination, force=force, sparse=sparse) as leaf,
     ):
         if target == "raw":
             leaf.resize(disk.size)
@@ -153,6 +160,13 @@ def convert(
         finally:
             engine.close()
         return size - disk.size
+
+
+def _is_same_file(source: StrPath, destination: StrPath) -> bool:
+    try:
+        return os.path.samefile(source, destination)
+    except (OSError, ValueError):
+        return False  # one of them is not there
 
 
 def _fill_vhd(

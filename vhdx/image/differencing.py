@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Differencing images: creating a child, and finding the children of a parent."""
+"""Differencing images: how a child names its parent, and creating one."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ import os
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING
 
-from vhdx.errors import InUseError, InvalidArgumentError, VhdxError
-from vhdx.format import locator
-from vhdx.format.header import NIL, SIGNATURE
+from vhdx.errors import InvalidArgumentError
+from vhdx.format import locator, metadata
+from vhdx.format.header import NIL
 from vhdx.image import layout
+from vhdx.image.children import note_child
 from vhdx.image.host import open_host
 from vhdx.image.parents import candidates, existing
+from vhdx.image.replacing import new_file
 from vhdx.image.structure import Structure, read_structure
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from uuid import UUID
 
     from vhdx.image.layout import StrPath
 
-__all__ = ["DEFAULT_CHILD_BLOCK_SIZE", "children_near", "create_child", "guard_parent", "locator_for"]
+__all__ = ["DEFAULT_CHILD_BLOCK_SIZE", "create_child", "inherited_items", "locator_for"]
 
 DEFAULT_CHILD_BLOCK_SIZE = 2 << 20
-_MOST_NEIGHBOURS = 4096
 _LONGEST_CHAIN = 256
 
 
@@ -45,24 +45,44 @@ def locator_for(
         parent, child: paths on this host.
         linkage: the parent's DataWriteGuid.
         windows_path: the parent's absolute path on a Windows host, if the caller knows one.
+
+    Raises:
+        InvalidArgumentError: the parent would not be found again by what is written.
     """
-    relative = relative_windows_path(parent, child)
-    try:
-        relative.encode("utf-16-le")
-    except UnicodeEncodeError:
-        relative = ""
-    if not relative or "\\" in Path(os.path.realpath(parent)).name:
-        raise InvalidArgumentError(
-            "a parent of this name cannot be written into an image", path=parent, hint="rename it"
-        )
     entries = {
         "parent_linkage": f"{{{linkage}}}",
-        "relative_path": relative,
+        "relative_path": relative_windows_path(parent, child),
         "parent_linkage2": f"{{{NIL}}}",
     }
     if windows_path is not None:
         entries["absolute_win32_path"] = windows_path
-    return locator.ParentLocator(entries)
+    made = locator.ParentLocator(entries)
+    try:
+        again = locator.parse_locator(locator.pack_locator(made), 0)
+    except UnicodeEncodeError:
+        again = None
+    places = [] if again is None else candidates(os.fspath(child), again, ())
+    # A backslash or a colon in a name means something else to Windows, and so to every reader.
+    if not places or os.path.realpath(places[0]) != os.path.realpath(parent):
+        raise InvalidArgumentError(
+            "a parent of this name cannot be written into an image",
+            path=parent,
+            hint="rename it, or its directory",
+        )
+    return made
+
+
+def inherited_items(structure: Structure) -> list[tuple[metadata.Item, bytes]]:
+    """Metadata items of the virtual disk that a child gets from its parent ([MS-VHDX] 2.6.1.2).
+
+    Those that every image has are not among them: they are written from the disk's parameters.
+    """
+    base, overlay = structure.metadata_region.offset, structure.overlay
+    return [
+        (item, overlay.read(base + item.offset, item.length))
+        for item in structure.items
+        if item.is_virtual_disk and (item.is_user or item.guid not in metadata.WRITTEN)
+    ]
 
 
 def create_child(
@@ -106,8 +126,10 @@ def create_child(
         if os.path.exists(path):
             _check_not_in_chain(path, parent, structure)
         link = locator_for(parent, path, structure.header.data_write_guid, windows_path)
-        with layout.new_file(path, force=force) as leaf:
-            layout.write_image(leaf, child, sparse=True, parent=link)
+        items = inherited_items(structure)
+        with new_file(path, force=force) as leaf:
+            layout.write_image(leaf, child, sparse=True, parent=link, items=items)
+        note_child(parent, path)
     finally:
         host.close()
 
@@ -130,60 +152,3 @@ def _check_not_in_chain(path: StrPath, parent: StrPath, structure: Structure) ->
             layer, below = here, read_structure(host)
         finally:
             host.close()
-
-
-def children_near(path: StrPath, structure: Structure) -> Iterator[Path]:
-    """Images in the same directory that name ``path`` as their parent and still fit it."""
-    here = Path(os.path.realpath(path))
-    try:
-        names = sorted(os.listdir(here.parent))
-    except OSError:
-        return
-    for name in names[:_MOST_NEIGHBOURS]:
-        other = here.with_name(name)
-        if name == here.name or not _looks_like_vhdx(other):
-            continue
-        try:
-            host = open_host(other, write=False, locked=False)
-        except VhdxError:
-            continue
-        try:
-            found = read_structure(host).parent
-        except VhdxError:
-            continue
-        finally:
-            host.close()
-        if found is None or structure.header.data_write_guid not in found.linkages:
-            continue
-        named = any(
-            PureWindowsPath(p).name.casefold() == here.name.casefold() for _, p in found.paths
-        )
-        places = (existing(place) for place in candidates(str(other), found, ()))
-        if named or any(p is not None and os.path.samefile(p, here) for p in places):
-            yield other
-
-
-def _looks_like_vhdx(path: Path) -> bool:
-    try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(len(SIGNATURE)) == SIGNATURE
-    except OSError:
-        return False
-
-
-def guard_parent(path: StrPath, structure: Structure) -> None:
-    """Refuses to change an image that a child beside it depends on.
-
-    Raises:
-        InUseError: naming the child.
-    """
-    child = next(children_near(path, structure), None)
-    if child is not None:
-        raise InUseError(
-            f"{child.name} depends on it as it is: a change would destroy that image",
-            path=path,
-            hint="change the child instead, or merge it; force=True (--force of resize and snapshot) "
-            "changes it all the same",
-        )

@@ -414,7 +414,19 @@ class Engine:
         the newest entry would undo that change.
         """
         self._leaf.flush()
-        self._journal.restart(self._referenced_end)
+        with self._poisoning():
+            self._journal.restart(self._referenced_end)
+
+    @contextlib.contextmanager
+    def _poisoning(self) -> Iterator[None]:
+        """Poisons the map where what is inside fails so that the state of the log is not known."""
+        try:
+            yield
+        except NoSpaceError:
+            raise
+        except BaseException:
+            self.map.poison()
+            raise
 
     def log(self, patches: list[tuple[int, bytes]]) -> None:
         """Changes these bytes of the file (offset, data) in one log entry; inside changing() only."""
@@ -520,7 +532,8 @@ class Engine:
             if end < leaf.size:
                 # A log that says the file was longer would be refused.
                 self._referenced_end = end
-                self._journal.restart(end)
+                with self._poisoning():
+                    self._journal.restart(end)
                 leaf.resize(end)
 
     def adopt(self, geometry: bat.Geometry, table: region.Region) -> None:

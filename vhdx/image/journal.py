@@ -32,7 +32,7 @@ from uuid import UUID, uuid4
 import numpy as np
 
 from vhdx import plane
-from vhdx.errors import PoisonedError
+from vhdx.errors import NoSpaceError, PoisonedError
 from vhdx.format import header as headers
 from vhdx.format import log
 from vhdx.units import MIB
@@ -59,6 +59,7 @@ MOST_PAGES = 83
 """Pages of one log entry; three of them always fit into the log."""
 
 _UNUSED = 2 * log.SECTOR
+_AGAIN = "free some space, then close the image and open it again"
 _KEPT_PAGES = 2048
 
 _BARRIER = plane.Step(_FLUSH)
@@ -215,7 +216,11 @@ class Journal:
         self._leaf.batch([*steps, *self._entry_steps(entry), _BARRIER])
         self._applied_durable = True
         header = self._header.successor(log_guid=guid)
-        self._leaf.batch([_header_step(header), _BARRIER])
+        try:
+            self._leaf.batch([_header_step(header), _BARRIER])
+        except NoSpaceError as error:
+            # Which LogGuid counts is not known, so nothing can be logged under either.
+            raise PoisonedError("a header may or may not be written", hint=_AGAIN) from error
         self._header = header
         self._advance(len(entry))
         # The other copy too, so that a damaged header does not lead back to the old LogGuid.

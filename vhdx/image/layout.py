@@ -1,40 +1,30 @@
 # SPDX-License-Identifier: MIT
 """Creates VHDX files in the layout that Windows uses.
 
-Header section, log at 1 MiB, metadata at 2 MiB, BAT at 3 MiB, payload behind it. Everything is
-written to a temporary name beside the destination, the headers last and behind a barrier, and linked
-to the final name only when it is durable: an interrupted create leaves nothing that opens.
+Header section, log at 1 MiB, metadata at 2 MiB, BAT at 3 MiB, payload behind it. Headers are written
+last and behind a barrier, so an interrupted create leaves nothing that opens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import numpy as np
 
 from vhdx import plane
-from vhdx.errors import (
-    ExistsError,
-    HostIOError,
-    InvalidArgumentError,
-    NoSpaceError,
-    NotFoundError,
-    Reason,
-    VhdxError,
-)
+from vhdx.errors import InvalidArgumentError, UnsupportedError
 from vhdx.format import bat, header, metadata, region
 from vhdx.format.bat import BlockState, Geometry
 from vhdx.format.locator import pack_locator
-from vhdx.image import lock
+from vhdx.image.replacing import new_file
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vhdx.format.locator import ParentLocator
 
     StrPath = str | os.PathLike[str]
@@ -45,9 +35,6 @@ __all__ = [
     "allocate",
     "check_parameters",
     "create_vhdx",
-    "new_file",
-    "partial_name",
-    "sync_directory",
     "write_image",
 ]
 
@@ -59,7 +46,6 @@ _BAT_OFFSET = 3 * MIB
 _ALLOCATE_AT_ONCE = 1 << 30
 _BAT_ENTRIES_AT_ONCE = 1 << 20
 _PREALLOCATED_BAT = 16 * MIB
-_LONGEST_NAME = 255
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all."""
@@ -162,16 +148,33 @@ def write_image(
     *,
     sparse: bool,
     parent: ParentLocator | None = None,
+    items: Sequence[tuple[metadata.Item, bytes]] = (),
     progress: Progress | None = None,
 ) -> None:
-    """Writes an empty image over an empty leaf, headers last."""
+    """Writes an empty image over an empty leaf, headers last.
+
+    Args:
+        leaf: the file.
+        parameters: of the disk.
+        sparse: whether the host may leave out what is zero.
+        parent: locator of a differencing image.
+        items: further metadata items, with their content.
+        progress: called while a fixed image is allocated.
+
+    Raises:
+        UnsupportedError: the items have no room.
+    """
     geometry = Geometry(
         parameters.virtual_size,
         parameters.block_size,
         parameters.logical_sector_size,
         parameters.has_parent,
     )
-    packed = None if parent is None else pack_locator(parent)
+    packed = metadata.pack_metadata(
+        parameters, None if parent is None else pack_locator(parent), items
+    )
+    if len(packed) > _METADATA_LENGTH:
+        raise UnsupportedError(f"its metadata have {len(packed)} bytes, more than 1 MiB")
     payload = _BAT_OFFSET + geometry.table_length
     fixed = parameters.leave_blocks_allocated
     end = payload + (geometry.blocks * geometry.block_size if fixed else 0)
@@ -181,7 +184,7 @@ def write_image(
     if fixed:
         allocate(leaf, payload, end, sparse=sparse, progress=progress)
         _fill_bat(leaf, geometry, payload)
-    leaf.write(metadata.pack_metadata(parameters, packed), _METADATA_OFFSET)
+    leaf.write(packed, _METADATA_OFFSET)
     table = region.pack_table(
         [
             region.Region(region.BAT, _BAT_OFFSET, geometry.table_length, True),
@@ -225,116 +228,3 @@ def _fill_bat(leaf: plane.Device, geometry: Geometry, payload: int) -> None:
             np.uint64(payload) + blocks * np.uint64(geometry.block_size),
         )
         leaf.write(table, _BAT_OFFSET + int(indices[0]) * bat.ENTRY_SIZE)
-
-
-@contextlib.contextmanager
-def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[plane.Device]:
-    """A leaf over a new file that gets the name ``path`` when the block ends without an exception.
-
-    The content and the name are durable afterwards. With an exception nothing is left behind.
-
-    Raises:
-        ExistsError: ``path`` is there already and ``force`` is not set.
-        NotFoundError, NoSpaceError, HostIOError: the file cannot be made.
-    """
-    target = Path(path)
-    try:
-        guard = _guard_target(target, force=force)
-        temporary = target.with_name(partial_name(target))
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except FileNotFoundError as error:
-        raise NotFoundError("there is no such directory", path=path) from error
-    except ValueError as error:
-        if isinstance(error, VhdxError):
-            raise
-        raise InvalidArgumentError("no file can have this name", path=path) from error
-    except OSError as error:
-        if isinstance(error, VhdxError):
-            raise
-        raise _host_error(error, path) from error
-    leaf = plane.File(fd, 0, read_only=False, sparse=sparse, bulk=True, path=os.fspath(path))
-    try:
-        yield leaf
-        leaf.flush()
-        try:
-            if force:
-                temporary.replace(target)
-            else:
-                _rename_new(temporary, target)
-            sync_directory(target.parent)
-        except FileExistsError as error:
-            raise _exists(path) from error
-        except OSError as error:
-            raise error if isinstance(error, VhdxError) else _host_error(error, path) from error
-    finally:
-        leaf.close()
-        if guard is not None:
-            os.close(guard)
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def partial_name(target: Path) -> str:
-    """A name for what will be ``target`` when it is whole."""
-    suffix = f".{secrets.token_hex(4)}.partial"
-    stem = os.fsdecode(os.fsencode(target.name)[: _LONGEST_NAME - len(suffix) - 1])
-    return f".{stem}{suffix}"
-
-
-def _guard_target(target: Path, *, force: bool) -> int | None:
-    """A locked descriptor of what is to be replaced, so that nobody loses an image that is open."""
-    if not os.path.lexists(target):
-        return None
-    if not force:
-        raise _exists(target)
-    if target.exists() and not target.is_file():
-        raise HostIOError("it is no regular file", reason=Reason.NOT_A_FILE, path=target)
-    try:
-        fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return None  # not ours to write, so nobody of ours writes it; the directory decides
-    try:
-        lock.acquire(fd, os.fspath(target), write=True)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _rename_new(temporary: Path, target: Path) -> None:
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise
-    except OSError:
-        # A file system without hard links: the name may be taken in between, but not seen half.
-        if os.path.lexists(target):
-            raise FileExistsError(target) from None
-        temporary.rename(target)
-
-
-def _exists(path: StrPath) -> ExistsError:
-    return ExistsError("it exists already", path=path, hint="remove it, or use --force (force=True)")
-
-
-def _host_error(error: OSError, path: StrPath) -> HostIOError | NoSpaceError:
-    if error.errno == NoSpaceError.error_number:
-        return NoSpaceError("no space left on the host", path=path)
-    reason = Reason.PERMISSION if isinstance(error, PermissionError) else Reason.IO
-    return HostIOError((error.strerror or str(error)).lower(), reason=reason, path=path)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes names in a directory durable.
-
-    Raises:
-        HostIOError: which of them are is not known.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise _host_error(error, path) from error

@@ -38,8 +38,11 @@ def _taken(fd: int, byte: int) -> bool:
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 
-def acquire(fd: int, path: str, *, write: bool) -> None:
+def acquire(fd: int, path: str, *, write: bool) -> bool:
     """Locks the open file for reading, or for writing.
+
+    Returns:
+        False where the file system knows no locks, so that nobody can be kept out.
 
     Raises:
         InUseError: somebody else has it open in a way that excludes this; says who where /proc
@@ -56,7 +59,7 @@ def acquire(fd: int, path: str, *, write: bool) -> None:
         )
     except OSError as error:
         if error.errno in {errno.EINVAL, errno.ENOLCK, errno.EOPNOTSUPP}:
-            return  # a file system without locks: nobody can be kept out there
+            return False
         if error.errno in {errno.EAGAIN, errno.EACCES}:
             conflict = True
         else:
@@ -70,6 +73,7 @@ def acquire(fd: int, path: str, *, write: bool) -> None:
             path=path,
             hint="close it there first (vhdx stop, if a server of yours has it)",
         )
+    return True
 
 
 def downgrade(fd: int) -> None:

@@ -28,10 +28,13 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.format import locator, metadata
-from vhdx.image import layout, resizing
-from vhdx.image.differencing import children_near, locator_for
+from vhdx.image import resizing
+from vhdx.image.attributes import check_owner, copy_attributes
+from vhdx.image.children import children_of, note_child
+from vhdx.image.differencing import locator_for
 from vhdx.image.engine import Engine
 from vhdx.image.host import open_host
+from vhdx.image.replacing import sync_directory
 from vhdx.image.structure import read_structure
 from vhdx.image.vhdx_image import open_layer, open_vhdx, prepare_for_writing
 
@@ -84,19 +87,45 @@ def merge(
         stack.callback(guard.close)
         parent_path = _parent_of(name, search)
         _check_names(name, parent_path)
+        check_owner(name)
         if not force:
             _check_siblings(name, parent_path)
         guid = _accept_own_guid(name, parent_path)
         base = open_layer(open_host(parent_path, write=True), search=search, data_write_guid=guid)
         stack.callback(base.close)
         _merge_into(base, name, progress, cancel)
+        others = _others_based_on(name)
         try:
+            _keep_attributes(name, parent_path)
             os.replace(parent_path, name)
-            layout.sync_directory(Path(name).parent)
+            sync_directory(Path(name).parent)
         except OSError as error:
             raise HostIOError(
                 f"it is merged, but {parent_path} cannot take its name: {error.strerror}", path=name
             ) from error
+        for other in others:
+            note_child(name, other)
+        if base.parent is not None:
+            note_child(base.parent.engine.host.path, name)
+
+
+def _keep_attributes(name: str, parent_path: str) -> None:
+    """The parent's file gets the owner, mode and attributes of the name that it is to take."""
+    fd = os.open(parent_path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        copy_attributes(name, fd)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _others_based_on(path: str) -> list[Path]:
+    """Images that are based on the image at ``path``."""
+    host = open_host(path, write=False, locked=False)
+    try:
+        return list(children_of(path, read_structure(host)))
+    finally:
+        host.close()
 
 
 def _merge_into(
@@ -217,15 +246,10 @@ def _check_names(name: str, parent_path: str) -> None:
 
 
 def _check_siblings(name: str, parent_path: str) -> None:
-    host = open_host(parent_path, write=False)
-    try:
-        others = list(children_near(parent_path, read_structure(host)))
-    finally:
-        host.close()
-    for other in others:
+    for other in _others_based_on(parent_path):
         if not os.path.samefile(other, name):
             raise InUseError(
-                f"{other.name} is based on the same parent and would be lost",
+                f"{other} is based on the same parent and would be lost",
                 path=name,
                 hint="use --force (force=True) if it is not needed",
             )
@@ -340,6 +364,7 @@ def rebase(
             if engine.map.size and not (unsafe or linkage in structure.parent.linkages):
                 _keep_content(engine, new.device, progress)
             _set_locator(engine, locator_for(parent, name, linkage))
+            note_child(parent, name)
         finally:
             engine.close()
 

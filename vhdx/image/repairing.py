@@ -35,9 +35,11 @@ from vhdx.errors import (
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.format.bat import BlockState
-from vhdx.image import journal, layout
+from vhdx.image import journal
 from vhdx.image.checking import Report, examine
 from vhdx.image.host import HostFile, open_host
+from vhdx.image.partial import create_partial
+from vhdx.image.replacing import rename_new, sync_directory
 from vhdx.image.shifted import find_shifted_pages
 from vhdx.image.structure import active_sequence, read_structure
 
@@ -56,8 +58,8 @@ _LEAVE_ALLOCATED = 1
 
 
 def undo_path(path: str | PathLike[str]) -> Path:
-    """Where a repair keeps what it overwrites."""
-    return Path(os.fsdecode(path) + ".undo")
+    """Where a repair keeps what it overwrites: beside the file itself, whatever link leads to it."""
+    return Path(os.path.realpath(os.fsdecode(path)) + ".undo")
 
 
 class _Undo:
@@ -67,18 +69,17 @@ class _Undo:
         self.guid = uuid4()  # the FileWriteGuid that the repair gives the image
         self._path, self._leaf = undo_path(host.path), host.leaf
         self._size = host.leaf.size
-        self._used = False  # what it keeps may have been overwritten
+        self._named = False  # from then on the image may have been changed
         try:
-            if _never_used(self._path, before):
+            if os.path.lexists(self._path):
+                if not _never_used(self._path, before):
+                    raise self._exists()
                 self._path.unlink()
-            self._file = self._path.open("xb")
-        except FileExistsError as error:
-            raise ExistsError(
-                "an earlier repair is kept there",
-                path=self._path,
-                hint="undo it with check --undo, or remove the file",
-            ) from error
+            self._temporary, fd = create_partial(self._path)
+            self._file = open(fd, "wb")  # noqa: SIM115 - closed by close()
         except OSError as error:
+            if isinstance(error, VhdxError):
+                raise
             raise HostIOError(str(error.strerror), path=self._path) from error
         rest = (self._size, before.bytes_le, self.guid.bytes_le)
         checksum = google_crc32c.value(_HEADER.pack(_SIGNATURE, _VERSION, 0, *rest))
@@ -87,6 +88,13 @@ class _Undo:
         except OSError as error:
             self.close()
             raise self._failed(error) from error
+
+    def _exists(self) -> ExistsError:
+        return ExistsError(
+            "an earlier repair is kept there",
+            path=self._path,
+            hint="undo it with check --undo, or remove the file",
+        )
 
     def save(self, offset: int, length: int) -> None:
         """Keeps what the file has there now.
@@ -113,22 +121,25 @@ class _Undo:
             self._file.write(_RECORD.pack(at, len(data), google_crc32c.value(data)) + data)
 
     def sync(self) -> None:
-        """Makes what was saved durable; only then may the image be changed."""
+        """Makes what was saved durable, under its name; only then may the image be changed."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
-            layout.sync_directory(self._path.resolve().parent)
+            if not self._named:
+                rename_new(self._temporary, self._path)
+                self._named = True
+            sync_directory(self._path.parent)
+        except FileExistsError as error:
+            raise self._exists() from error
         except OSError as error:
             raise self._failed(error) from error
-        self._used = True
 
     def close(self) -> None:
         """Keeps the file if the image may have been changed, else removes it."""
         with contextlib.suppress(OSError):
+            self._temporary.unlink()
+        with contextlib.suppress(OSError):
             self._file.close()
-        if not self._used:
-            with contextlib.suppress(OSError):
-                self._path.unlink()
 
 
 def _never_used(kept: Path, now: UUID) -> bool:
@@ -138,8 +149,8 @@ def _never_used(kept: Path, now: UUID) -> bool:
             head = file.read(_HEADER.size)
     except OSError:
         return False
-    if len(head) < _HEADER.size or not any(head):
-        return True  # it was never durable, so nothing was changed
+    if len(head) < _HEADER.size:
+        return False  # it is none of ours
     fields = _HEADER.unpack(head)
     return bool(fields[0] == _SIGNATURE and fields[4] == now.bytes_le)
 
@@ -354,7 +365,7 @@ def undo(path: str | PathLike[str]) -> None:
             )
         if not again:  # from here on it may be done again, whatever the image looks like
             kept.rename(under_way)
-            layout.sync_directory(kept.resolve().parent)
+            sync_directory(kept.resolve().parent)
         if leaf.size < size:
             leaf.resize(size)
         steps = [
@@ -367,7 +378,7 @@ def undo(path: str | PathLike[str]) -> None:
     finally:
         host.close()
     under_way.unlink()
-    layout.sync_directory(kept.resolve().parent)
+    sync_directory(kept.resolve().parent)
 
 
 def _parse(kept: Path, data: bytes) -> tuple[int, set[bytes], list[tuple[int, bytes]]]:

@@ -24,10 +24,13 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.format import metadata
-from vhdx.image import layout, lock
-from vhdx.image.differencing import DEFAULT_CHILD_BLOCK_SIZE, locator_for
+from vhdx.image import layout
+from vhdx.image.attributes import check_owner, copy_attributes
+from vhdx.image.differencing import DEFAULT_CHILD_BLOCK_SIZE, inherited_items, locator_for
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile
+from vhdx.image.partial import create_partial
+from vhdx.image.replacing import sync_directory
 from vhdx.image.structure import read_structure
 
 if TYPE_CHECKING:
@@ -74,7 +77,11 @@ def check_place(path: str, checkpoint: Path, base: Engine) -> None:
         raise HostIOError(f"it has lost its name: {error.strerror}", path=path) from error
     if base.host.key not in {(status.st_dev, status.st_ino), (0, 0)}:
         raise HostIOError("another file has its name by now", path=path)
-    if os.path.lexists(checkpoint) and not os.path.samefile(path, checkpoint):
+    if _is_same_name(path, checkpoint):
+        raise InvalidArgumentError(
+            "the checkpoint would have the disk's own name", path=checkpoint, hint="choose another"
+        )
+    if os.path.lexists(checkpoint) and not _is_second_name(path, checkpoint):
         raise _exists(checkpoint)
     if checkpoint.suffix.lower() in {".raw", ".img"}:
         raise InvalidArgumentError(
@@ -89,6 +96,28 @@ def check_place(path: str, checkpoint: Path, base: Engine) -> None:
             path=checkpoint,
             hint="keep it in the directory of the image",
         )
+    check_owner(path)
+    locator_for(checkpoint, path, base.header.data_write_guid)  # refuses what cannot be named
+
+
+def _is_same_name(path: str, checkpoint: Path) -> bool:
+    """Whether both lead to one entry of one directory, by whatever way."""
+    if os.path.realpath(path) == os.path.realpath(checkpoint):
+        return True
+    try:
+        if not os.path.samefile(path, checkpoint):
+            return False
+        if os.stat(path).st_nlink == 1:
+            return True  # a mount shows the directory twice, or letters of either case will do
+        beside = os.path.samefile(os.path.dirname(path), checkpoint.parent)
+    except OSError:
+        return False
+    return beside and os.path.basename(path).casefold() == checkpoint.name.casefold()
+
+
+def _is_second_name(path: str, checkpoint: Path) -> bool:
+    """Whether the checkpoint is a hard link to the disk's file: a snapshot was killed right here."""
+    return not checkpoint.is_symlink() and os.path.samefile(path, checkpoint)
 
 
 @contextlib.contextmanager
@@ -97,7 +126,7 @@ def second_name(path: str, checkpoint: Path) -> Iterator[None]:
     try:
         os.link(path, checkpoint)
     except FileExistsError as error:
-        if not os.path.samefile(path, checkpoint):  # else a snapshot was killed right here
+        if not _is_second_name(path, checkpoint):
             raise _exists(checkpoint) from error
     except OSError as error:
         raise HostIOError(
@@ -106,7 +135,7 @@ def second_name(path: str, checkpoint: Path) -> Iterator[None]:
     except ValueError as error:
         raise InvalidArgumentError("no file can have this name", path=checkpoint) from error
     try:
-        layout.sync_directory(checkpoint.parent)
+        sync_directory(checkpoint.parent)
         yield
     except BaseException:
         with contextlib.suppress(OSError):
@@ -124,7 +153,6 @@ class FreshChild:
 
     def __init__(self, path: str, checkpoint: Path, base: Engine, pool: plane.Pool) -> None:
         self._target = Path(path)
-        self._temporary = self._target.with_name(layout.partial_name(self._target))
         parameters = base.structure.parameters
         child = metadata.DiskParameters(
             virtual_size=parameters.virtual_size,
@@ -136,14 +164,14 @@ class FreshChild:
             has_parent=True,
         )
         link = locator_for(checkpoint, self._target, base.header.data_write_guid)
-        fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        os.fchmod(fd, os.stat(self._target).st_mode & 0o777)
+        items = inherited_items(base.structure)
+        self._temporary, fd = create_partial(self._target)
         sparse = base.host.sparse
         leaf = plane.File(fd, 0, read_only=False, sparse=sparse, path=path)
         host: HostFile | None = None
         try:
-            lock.acquire(fd, path, write=True)
-            layout.write_image(leaf, child, sparse=sparse, parent=link)
+            copy_attributes(self._target, fd)
+            layout.write_image(leaf, child, sparse=sparse, parent=link, items=items)
             status = os.fstat(fd)
             host = HostFile(
                 path, leaf, read_only=False, sparse=sparse, key=(status.st_dev, status.st_ino), fd=fd
@@ -170,7 +198,7 @@ class FreshChild:
         """
         failure: BaseException | None = None
         try:
-            layout.sync_directory(self._target.parent)
+            sync_directory(self._target.parent)
             base.freeze(os.fspath(checkpoint))
         except BaseException as error:
             self.engine.map.poison()

@@ -9,6 +9,7 @@ from uuid import UUID, uuid4
 from vhdx.errors import InvalidArgumentError
 from vhdx.format import vhd
 from vhdx.image import layout
+from vhdx.image.replacing import new_file
 from vhdx.units import GIB, KIB, MIB, round_up
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def create_vhd(
 ) -> None:
     """Creates an empty image; see :func:`vhdx.create`."""
     block = check_vhd(path, size, type=type, block_size=block_size)
-    with layout.new_file(path, force=force, sparse=sparse) as leaf:
+    with new_file(path, force=force, sparse=sparse) as leaf:
         write_vhd(
             leaf, size, type=type, block_size=block, sparse=sparse, disk_id=disk_id, progress=progress
         )

@@ -26,7 +26,7 @@ from vhdx.image.vhd_image import FixedVhd, VhdImage
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["find_footer", "has_footer", "open_vhd"]
+__all__ = ["find_footer", "guard_vhd_parent", "has_footer", "open_vhd"]
 
 _LONGEST_CHAIN = 256
 _MOST_BLOCKS = 1 << 24
@@ -76,7 +76,7 @@ def open_vhd(
     """
     if write and not force and host.key != (0, 0):
         try:
-            _guard_parent(host, footer)
+            guard_vhd_parent(host, footer)
         except BaseException:
             host.close()
             raise
@@ -156,7 +156,7 @@ def _footer_of(host: HostFile) -> vhd.Footer | None:
         return None  # not one that is known
 
 
-def _guard_parent(host: HostFile, footer: vhd.Footer) -> None:
+def guard_vhd_parent(host: HostFile, footer: vhd.Footer) -> None:
     """Refuses to change an image that a differencing one beside it is based on.
 
     Raises:

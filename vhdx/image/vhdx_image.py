@@ -23,7 +23,7 @@ from vhdx.errors import (
 from vhdx.format import header as headers
 from vhdx.image import compacting, journal, resizing, snapshots
 from vhdx.image.allocation import block_counts, survey
-from vhdx.image.differencing import guard_parent
+from vhdx.image.children import guard_parent, note_child
 from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.overlay import ReplayedFile
@@ -143,6 +143,9 @@ class VhdxImage:
                     # From here on there is no way back, and what fails is the child's.
                     failure = child.settle(self._switch, old, name)
             child.engine.host.path = self.path
+            note_child(name, self._real_path)
+            if self.parent is not None:
+                note_child(self.parent.engine.host.path, name)
             self._follow(old, child.engine, name)
         if failure is not None:
             raise failure

@@ -395,7 +395,7 @@ class Server:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        if self._address.path is not None:
+        if self._address.path is not None and Path(self._address.path).is_socket():
             with contextlib.suppress(OSError):
                 Path(self._address.path).unlink()
 

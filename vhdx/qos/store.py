@@ -30,6 +30,7 @@ from vhdx.errors import (
     UnsupportedError,
     VhdxError,
 )
+from vhdx.image.attributes import copy_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -200,7 +201,9 @@ class Store:
             temporary.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(temporary, flags, 0o644), "w", encoding="utf-8") as file:
-                if self._mode is not None:  # whatever the umask
+                if self.path.exists():
+                    copy_attributes(self.path, file.fileno())
+                elif self._mode is not None:  # somebody removed it
                     os.fchmod(file.fileno(), self._mode)
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
                 file.write(text)
@@ -232,6 +235,8 @@ def _checksum(content: Any) -> str:
 
 
 def _failed(error: OSError, path: Path) -> VhdxError:
+    if isinstance(error, VhdxError):
+        return error
     if error.errno == NoSpaceError.error_number:
         return NoSpaceError("no space left for the QoS file", path=path)
     return HostIOError(f"the QoS file cannot be written: {error.strerror}", path=path)

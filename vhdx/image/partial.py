@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: MIT
+"""Files under a temporary name, until they are whole and take the name that they are for.
+
+The name is ``.NAME.XXXXXXXX.partial``, beside the target. The file is locked as long as somebody
+writes it. So one that nobody has locked was left by a program that was killed, and the next one that
+makes a file of the same name removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+from pathlib import Path
+
+from vhdx.errors import InUseError
+from vhdx.image import lock
+
+__all__ = ["create_partial", "is_partial"]
+
+_SUFFIX = re.compile(r"\.[0-9a-f]{8}\.partial")
+_LONGEST_NAME = 255
+_SUFFIX_LENGTH = len(".01234567.partial")
+_MOST_TRIES = 20
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file of this name is one that was never finished, or is not yet."""
+    return name.startswith(".") and _SUFFIX.fullmatch(name[-_SUFFIX_LENGTH:]) is not None
+
+
+def _stem(target: Path) -> str:
+    room = _LONGEST_NAME - _SUFFIX_LENGTH - 1
+    return "." + os.fsdecode(os.fsencode(target.name)[:room])
+
+
+def create_partial(target: Path) -> tuple[Path, int]:
+    """A new, locked file that will be ``target``; what killed programs left for it is removed.
+
+    Returns:
+        Its path, and a descriptor for reading and writing.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    _remove_left_overs(target)
+    for _ in range(_MOST_TRIES):
+        path = target.with_name(f"{_stem(target)}.{secrets.token_hex(4)}.partial")
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            lock.acquire(fd, os.fspath(target), write=True)
+            if _is_named(path, fd):
+                return path, fd
+        except InUseError:
+            pass  # somebody took it for a left-over, before it was locked
+        except BaseException:
+            os.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        os.close(fd)
+    raise InUseError("its temporary files are removed all the time", path=target, hint="try again")
+
+
+def _is_named(path: Path, fd: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _remove_left_overs(target: Path) -> None:
+    stem = _stem(target)
+    try:
+        names = os.listdir(target.parent)
+    except OSError:
+        return  # whoever makes a file there will say so
+    for name in names:
+        if name.startswith(stem) and _SUFFIX.fullmatch(name[len(stem) :]):
+            with contextlib.suppress(OSError):
+                _remove_unlocked(target.with_name(name))
+
+
+def _remove_unlocked(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        # Where the file system knows no locks nobody can tell whether it is still written.
+        if lock.acquire(fd, os.fspath(path), write=True) and _is_named(path, fd):
+            path.unlink()
+    finally:
+        os.close(fd)

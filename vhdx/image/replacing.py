@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: MIT
+"""New files that take a name when they are whole, with the attributes that the name had before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vhdx import plane
+from vhdx.errors import (
+    ExistsError,
+    HostIOError,
+    InvalidArgumentError,
+    NoSpaceError,
+    NotFoundError,
+    Reason,
+    VhdxError,
+)
+from vhdx.image import lock
+from vhdx.image.attributes import check_owner, copy_attributes
+from vhdx.image.children import guard_replaced
+from vhdx.image.partial import create_partial
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    StrPath = str | os.PathLike[str]
+
+__all__ = ["new_file", "rename_new", "sync_directory"]
+
+
+@contextlib.contextmanager
+def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[plane.Device]:
+    """A leaf over a new file that gets the name ``path`` when the block ends without an exception.
+
+    The content and the name are durable afterwards. With an exception nothing is left behind. With
+    ``force`` what has the name is replaced; a symbolic link stays, and what it leads to is replaced.
+
+    Raises:
+        ExistsError: ``path`` is there already and ``force`` is not set.
+        InUseError: what has the name is open, or another image is based on it.
+        NotFoundError, NoSpaceError, HostIOError: the file cannot be made.
+    """
+    target = Path(os.path.realpath(path)) if force else Path(path)
+    guard: int | None = None
+    try:
+        guard = _guard_target(target, force=force)
+        temporary, fd = create_partial(target)
+    except BaseException as error:
+        if guard is not None:
+            os.close(guard)
+        if isinstance(error, VhdxError):
+            raise
+        if isinstance(error, FileNotFoundError):
+            raise NotFoundError("there is no such directory", path=path) from error
+        if isinstance(error, ValueError):
+            raise InvalidArgumentError("no file can have this name", path=path) from error
+        if isinstance(error, OSError):
+            raise _host_error(error, path) from error
+        raise
+    leaf = plane.File(fd, 0, read_only=False, sparse=sparse, bulk=True, path=os.fspath(path))
+    try:
+        if guard is not None:
+            copy_attributes(target, fd)
+        yield leaf
+        leaf.flush()
+        try:
+            if force:
+                temporary.replace(target)
+            else:
+                rename_new(temporary, target)
+            sync_directory(target.parent)
+        except FileExistsError as error:
+            raise _exists(path) from error
+        except OSError as error:
+            raise error if isinstance(error, VhdxError) else _host_error(error, path) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        leaf.close()
+        if guard is not None:
+            os.close(guard)
+
+
+def _guard_target(target: Path, *, force: bool) -> int | None:
+    """A locked descriptor of what is to be replaced, so that nobody loses an image that is open."""
+    if not os.path.lexists(target):
+        return None
+    if not force:
+        raise _exists(target)
+    if target.exists() and not target.is_file():
+        raise HostIOError("it is no regular file", reason=Reason.NOT_A_FILE, path=target)
+    check_owner(target)
+    try:
+        fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:
+        fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)  # the directory decides who replaces it
+    try:
+        lock.acquire(fd, os.fspath(target), write=True)
+        guard_replaced(target)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def rename_new(temporary: Path, target: Path) -> None:
+    """Gives a file the name ``target``, which nobody may have; the temporary name may stay.
+
+    Raises:
+        FileExistsError: somebody has it.
+    """
+    try:
+        os.link(temporary, target)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without hard links: the name may be taken in between, but not seen half.
+        if os.path.lexists(target):
+            raise FileExistsError(target) from None
+        temporary.rename(target)
+
+
+def _exists(path: StrPath) -> ExistsError:
+    return ExistsError("it exists already", path=path, hint="remove it, or use --force (force=True)")
+
+
+def _host_error(error: OSError, path: StrPath) -> HostIOError | NoSpaceError:
+    """What the host refused, for ``path``."""
+    if error.errno == NoSpaceError.error_number:
+        return NoSpaceError("no space left on the host", path=path)
+    reason = Reason.PERMISSION if isinstance(error, PermissionError) else Reason.IO
+    return HostIOError((error.strerror or str(error)).lower(), reason=reason, path=path)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes names in a directory durable.
+
+    Raises:
+        HostIOError: which of them are is not known.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _host_error(error, path) from error
