@@ -214,7 +214,7 @@ def test_merge_by_any_name(place, way):
     with contextlib.suppress(vhdx.VhdxError):
         vhdx.merge(other)
     assert content(path) == CONTENT
-    if os.path.lexists(other):
+    if way is not by_descriptor:  # that is the file which had the name before
         with vhdx.open(other, parent_search=[place / "images"]) as disk:
             assert disk.pread(len(CONTENT), MIB) == CONTENT
 
