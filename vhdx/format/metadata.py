@@ -24,6 +24,8 @@ __all__ = [
     "WRITTEN",
     "DiskParameters",
     "Item",
+    "find_reserved",
+    "find_reserved_parameters",
     "pack_metadata",
     "parse_parameters",
     "parse_table",
@@ -158,6 +160,23 @@ def parse_table(data: bytes, region_offset: int, region_length: int) -> list[Ite
         if following < offset + length:
             raise refuse("metadata items overlap", 0)
     return list(items.values())
+
+
+def find_reserved(data: bytes) -> tuple[int, str] | None:
+    """Where a valid table sets bits that must be zero (2.6.1), and what; bytes from its start."""
+    if any(data[8:10]) or any(data[12:32]):
+        return 8, "the metadata table's header has reserved bits"
+    for i in range(_HEADER.unpack_from(data)[2]):
+        guid, _, _, flags, reserved = _ENTRY.unpack_from(data, 32 + 32 * i)
+        if flags & ~(_IS_USER | _IS_VIRTUAL_DISK | _IS_REQUIRED) or reserved:
+            return 32 + 32 * i, f"the entry of metadata item {UUID(bytes_le=guid)} has reserved bits"
+    return None
+
+
+def find_reserved_parameters(values: dict[UUID, bytes]) -> str | None:
+    """What of the valid file parameters must be zero and is not (2.6.2.1)."""
+    flags = struct.unpack("<II", values[FILE_PARAMETERS])[1]
+    return "the file parameters have reserved bits" if flags & ~3 else None
 
 
 def _power_of_two(value: int, low: int, high: int) -> bool:

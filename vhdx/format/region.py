@@ -20,6 +20,7 @@ __all__ = [
     "TABLE_SIZE",
     "Region",
     "check_regions",
+    "find_reserved",
     "pack_table",
     "parse_table",
 ]
@@ -80,6 +81,17 @@ def parse_table(data: bytes) -> list[Region] | None:
         guid, offset, length, required = _ENTRY.unpack_from(data, 16 + 32 * i)
         regions.append(Region(UUID(bytes_le=guid), offset, length, bool(required & 1)))
     return regions
+
+
+def find_reserved(data: bytes) -> tuple[int, str] | None:
+    """Where a valid table sets bits that must be zero (2.2.3), and what; bytes from its start."""
+    if any(data[12:16]):
+        return 12, "the region table's header has reserved bits"
+    for i in range(_HEADER.unpack_from(data)[2]):
+        guid, _, _, required = _ENTRY.unpack_from(data, 16 + 32 * i)
+        if required & ~1:
+            return 16 + 32 * i, f"the entry of region {UUID(bytes_le=guid)} has reserved bits"
+    return None
 
 
 def check_regions(

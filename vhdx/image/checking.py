@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from vhdx import plane
-from vhdx.errors import DamagedError, UnsupportedError, VhdxError
+from vhdx.errors import DamagedError, Reason, UnsupportedError, VhdxError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.format.bat import BitmapState, BlockState, Geometry
@@ -22,7 +22,7 @@ from vhdx.image.allocation import Taken, bat_runs, check_entries, is_payload, su
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.overlay import Overlay
 from vhdx.image.shifted import find_shifted_pages
-from vhdx.image.structure import Structure, active_sequence, read_structure
+from vhdx.image.structure import Structure, active_sequence, find_refusals, read_structure
 from vhdx.image.vhdx_image import open_vhdx
 from vhdx.image.view import View
 from vhdx.units import MIB
@@ -170,7 +170,10 @@ def _as_opened(report: Report, host: HostFile, structure: Structure) -> None:
     # A log that cannot be read must not hide what else is wrong, or it would be cleared.
     view = View(log=0) if codes else View()
     if structure.parameters.has_parent:
-        _attempt(report, lambda: read_structure(host, view))
+        again = _attempt(report, lambda: read_structure(host, view))
+        for refusal in () if again is None else again.refusals:
+            if refusal.reason == Reason.PARENT_LOCATOR:
+                _damage(report, refusal)
     _attempt(report, lambda: survey(structure, host.leaf))
     if header.log_length == 0 or header.log_offset + header.log_length > host.leaf.size:
         report.add(
@@ -314,8 +317,11 @@ def _metadata(
     if geometry.entries * bat.ENTRY_SIZE > table.length:
         report.add("bat_size", ERROR, table.offset, "the BAT has no room for all blocks")
         return None
+    for refusal in find_refusals(overlay, where, values, None):
+        if "disagree" not in refusal.message:  # that was said already
+            _damage(report, refusal)
     return Structure(
-        "", header, True, table, where, tuple(regions), False, tuple(items), parameters, geometry,
+        "", header, True, table, where, tuple(regions), tuple(items), parameters, geometry,
         None, overlay, sequence,
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     _Content = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]
     """Offsets of 4 KiB pages in the file, bytes, and their content, n by 4096 bytes."""
 
-__all__ = ["MOST_PAGES", "Journal", "Pages", "replay_to_file"]
+__all__ = ["MOST_PAGES", "Journal", "Pages", "change_once", "replay_to_file"]
 
 _READ, _WRITE, _ZERO, _FLUSH = (
     plane.Operation.READ,
@@ -96,6 +96,25 @@ def replay_to_file(
         header = header.successor(log_guid=headers.NIL)
         leaf.batch([_header_step(header), _BARRIER])
     return header
+
+
+def change_once(leaf: plane.Device, header: headers.Header, offset: int, data: bytes) -> None:
+    """Changes whole 4 KiB pages of metadata through the log, in a session of its own.
+
+    Args:
+        leaf: the file, with nothing in its log.
+        header: the current one; its DataWriteGuid stays.
+        offset: bytes in the file.
+        data: up to :data:`MOST_PAGES` pages.
+    """
+    one = Journal(leaf, header)
+    size = leaf.size
+    leaf.flush()
+    one.open(size, header.data_write_guid)
+    pages = np.frombuffer(data, np.uint8).reshape(-1, log.SECTOR)
+    offsets = np.arange(len(pages), dtype=np.uint64) * np.uint64(log.SECTOR) + np.uint64(offset)
+    one.commit(offsets, pages, size)
+    one.close(size)
 
 
 def _patch_step(patch: Patch) -> plane.Step:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,11 +15,12 @@ from vhdx.image.overlay import Overlay
 from vhdx.image.view import AS_SPECIFIED, View
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from uuid import UUID
 
     from vhdx.image.host import HostFile
 
-__all__ = ["Structure", "active_sequence", "read_structure"]
+__all__ = ["Structure", "active_sequence", "find_refusals", "read_structure"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class Structure:
         other_header_valid: whether the other copy is valid too.
         bat, metadata_region: where these regions stand.
         regions: all of them, unknown ones included.
-        table_damaged: whether the first copy of the region table is bad.
         items: of the metadata table, unknown ones included.
         parameters: of the disk.
         geometry: of the BAT.
         parent: the locator of a differencing image.
         overlay: metadata with the log replayed.
         sequence: what the log holds to replay, or None.
+        refusals: what is harmless to a reader, and must be right before anything is written.
     """
 
     creator: str
@@ -46,13 +48,13 @@ class Structure:
     bat: region.Region
     metadata_region: region.Region
     regions: tuple[region.Region, ...]
-    table_damaged: bool
     items: tuple[metadata.Item, ...]
     parameters: metadata.DiskParameters
     geometry: Geometry
     parent: locator.ParentLocator | None
     overlay: Overlay
     sequence: log.Sequence | None
+    refusals: tuple[DamagedError, ...] = ()
 
 
 def read_structure(host: HostFile, view: View = AS_SPECIFIED) -> Structure:
@@ -101,7 +103,7 @@ def _read(host: HostFile, view: View) -> Structure:
         overlay = Overlay(leaf, [], leaf.size)
     else:
         overlay = Overlay(leaf, log.patches_of(sequence), sequence.head.last_file_offset)
-    table_at, regions, damaged = _regions(overlay, view)
+    table_at, regions = _regions(overlay, view)
     bat, where = region.check_regions(regions, table_at, header.log_offset, header.log_length)
     for each in (bat, where):
         if each.end > overlay.size:
@@ -131,6 +133,7 @@ def _read(host: HostFile, view: View) -> Structure:
             reason=Reason.BAT_SIZE,
             offset=bat.offset,
         )
+    parent = _locator(parameters, values, items, where)
     return Structure(
         creator,
         header,
@@ -138,14 +141,70 @@ def _read(host: HostFile, view: View) -> Structure:
         bat,
         where,
         tuple(regions),
-        damaged,
         tuple(items),
         parameters,
         geometry,
-        _locator(parameters, values, items, where),
+        parent,
         overlay,
         sequence,
+        tuple(find_refusals(overlay, where, values, parent)),
     )
+
+
+def find_refusals(
+    overlay: Overlay,
+    where: region.Region,
+    values: dict[UUID, bytes],
+    parent: locator.ParentLocator | None,
+) -> Iterator[DamagedError]:
+    """What other implementations refuse, or two copies say differently.
+
+    Args:
+        overlay: the file.
+        where: the metadata region.
+        values: of the known metadata items.
+        parent: locator of a differencing image.
+    """
+    tables = [overlay.read(at, region.TABLE_SIZE) for at in region.TABLE_OFFSETS]
+    parsed = [region.parse_table(table) for table in tables]
+    if parsed[0] is not None and parsed[1] is not None and parsed[0] != parsed[1]:
+        yield DamagedError(
+            f"the two region tables disagree: {_difference(parsed[0], parsed[1])}",
+            reason=Reason.REGION_TABLE,
+            offset=region.TABLE_OFFSETS[1],
+            hint="check --repair makes the second like the first",
+        )
+    for at, table, regions in zip(region.TABLE_OFFSETS, tables, parsed, strict=True):
+        found = None if regions is None else region.find_reserved(table)
+        if found is not None:
+            yield DamagedError(found[1], reason=Reason.REGION_TABLE, offset=at + found[0])
+    reserved = metadata.find_reserved(overlay.read(where.offset, metadata.TABLE_SIZE))
+    if reserved is not None:
+        yield DamagedError(
+            reserved[1], reason=Reason.METADATA_TABLE, offset=where.offset + reserved[0]
+        )
+    message = metadata.find_reserved_parameters(values)
+    if message is not None:
+        yield DamagedError(message, reason=Reason.METADATA_ITEM, offset=where.offset)
+    if parent is not None and any("\0" in key for key in parent.entries):
+        yield DamagedError(
+            "a key of the parent locator holds a NUL character",
+            reason=Reason.PARENT_LOCATOR,
+            offset=where.offset,
+        )
+
+
+def _difference(first: list[region.Region], second: list[region.Region]) -> str:
+    """The first thing that two region tables say differently."""
+    for one, other in itertools.zip_longest(first, second):
+        if one != other:
+            shown = [
+                "nothing" if each is None else f"{each.length:#x} bytes at {each.offset:#x}"
+                for each in (one, other)
+            ]
+            guid = (one or other).guid
+            return f"region {guid} has {shown[0]} in the first and {shown[1]} in the second"
+    return "their entries have another order"
 
 
 def active_sequence(
@@ -189,12 +248,12 @@ def active_sequence(
     return sequence
 
 
-def _regions(overlay: Overlay, view: View) -> tuple[int, list[region.Region], bool]:
+def _regions(overlay: Overlay, view: View) -> tuple[int, list[region.Region]]:
     chosen = view.region_table
     for offset in region.TABLE_OFFSETS if chosen is None else [region.TABLE_OFFSETS[chosen - 1]]:
         found = region.parse_table(overlay.read(offset, region.TABLE_SIZE))
         if found is not None:
-            return offset, found, offset != region.TABLE_OFFSETS[0]
+            return offset, found
     raise DamagedError(
         "neither region table is valid" if chosen is None else f"region table {chosen} is not valid",
         reason=Reason.REGION_TABLE,

@@ -140,6 +140,7 @@ class VhdImage(PlainImage):
         self._released: list[tuple[int, int]] = []  # generation, offset of the data
         self._unsure: set[int] = set()  # sectors of the table that a failed commit may have written
         self._changed = False
+        self._kept_end = 0  # bytes of the file up to here that are not ours stay
         self._table = self._read_table()
         self._in_use = int((self._table[: self._blocks] != vhd.UNUSED).sum())  # and granted places
         self._end = self._leaf.size
@@ -226,12 +227,30 @@ class VhdImage(PlainImage):
             block = int(blocks[which + 1])
             raise self._damaged(f"block {block} overlaps another", block, Reason.BAT_OVERLAP)
         taken = sorted([*metadata, *zip(starts.tolist(), ends.tolist(), strict=True)])
+        end = round_up(taken[-1][1], vhd.SECTOR)
+        footer_at = self._leaf.size - vhd.FOOTER_SIZE
+        if footer_at > end and not self._is_zero(end, footer_at):
+            # What others keep there, such as XenServer's batmap, or what a crash left.
+            self._kept_end = end = round_up(footer_at, vhd.SECTOR)
         for (_, low), (high, _) in itertools.pairwise(taken):
+            if high - low < self.block_size or not self._is_zero(low, high):
+                continue  # no room, or bytes that mean something to somebody else
             data = round_up(low + self._bitmap, _ALIGNMENT)
             while data + self.block_size <= high:
                 self._free.append(data)
                 data = round_up(data + self.block_size + self._bitmap, _ALIGNMENT)
-        return round_up(taken[-1][1], vhd.SECTOR)
+        return end
+
+    def _is_zero(self, start: int, end: int) -> bool:
+        """Whether the file holds nothing but zeros there."""
+        for extent in self._leaf.extents(start, end - start):
+            if extent.state != plane.DATA:
+                continue
+            stop = min(extent.offset + extent.length, end)
+            for at in range(max(extent.offset, start), stop, MIB):
+                if any(self._leaf.read(min(MIB, stop - at), at)):
+                    return False
+        return True
 
     # ---- answers to faults ----
 
@@ -269,7 +288,8 @@ class VhdImage(PlainImage):
         """The copy of the footer is there, durably, before the footer moves."""
         with self._gate_lock:
             if not self._changed:
-                if self._leaf.read(vhd.FOOTER_SIZE, 0) != self._footer.pack():
+                # A valid one says the same of the disk, or the image was not opened for writing.
+                if vhd.parse_footer(self._leaf.read(vhd.FOOTER_SIZE, 0)) is None:
                     self._leaf.write(self._footer.pack(), 0)
                     self._leaf.flush()
                 self._write_footer(max(self._end, self._leaf.size - vhd.FOOTER_SIZE))
@@ -396,10 +416,13 @@ class VhdImage(PlainImage):
             self._released = [each for each in self._released if each[0] > generation]
             self._free += ready
             self._in_use -= len(ready)
-        # The host gets it back; it is zeroed when it is granted again.
-        self._leaf.batch(
-            [plane.Step(plane.Operation.TRIM, offset, self.block_size) for offset in ready]
-        )
+        # The host gets it back; data are zeroed when they are granted again. What is not zero in a gap
+        # is taken for somebody else's by the next open, so the bitmap goes, too.
+        steps = []
+        for offset in ready:
+            steps.append(plane.Step(plane.Operation.ZERO, offset - self._bitmap, self._bitmap))
+            steps.append(plane.Step(plane.Operation.TRIM, offset, self.block_size))
+        self._leaf.batch(steps)
 
     # ---- facts and the end ----
 
@@ -456,7 +479,8 @@ class VhdImage(PlainImage):
             self._footer.data_offset + vhd.HEADER_SIZE,
         )
         ends = starts + self._bitmap + self.block_size
-        end = round_up(max(int(ends.max()) if len(ends) else 0, metadata), vhd.SECTOR)
+        last = max(int(ends.max()) if len(ends) else 0, metadata, self._kept_end)
+        end = round_up(last, vhd.SECTOR)
         if end + vhd.FOOTER_SIZE >= self._leaf.size:
             return
         # A crash may leave it out: then there is the copy at the start.

@@ -103,6 +103,8 @@ def _open(
                 "the dynamic disk header lies outside the file", reason=Reason.TRUNCATED, offset=at
             )
         header = vhd.parse_header(host.leaf.read(vhd.HEADER_SIZE, at), at, footer)
+        if write:
+            _refuse_disagreement(host.leaf, footer)
         if -(-footer.virtual_size // header.block_size) > _MOST_BLOCKS:
             raise UnsupportedError(f"it has more than {_MOST_BLOCKS} blocks")
         missing: MissingParentError | None = None
@@ -129,6 +131,34 @@ def _check_size(footer: vhd.Footer) -> None:
     size = footer.virtual_size
     if not 0 < size <= 2 * vhd.LARGEST_DISK or size % vhd.SECTOR:
         raise DamagedError(f"the footer says that the disk has {size} bytes", reason=Reason.HEADERS)
+
+
+def _refuse_disagreement(leaf: plane.Device, footer: vhd.Footer) -> None:
+    """Refuses to write an image whose two footers describe different disks.
+
+    Raises:
+        DamagedError: saying both.
+    """
+    try:
+        copy = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, 0))
+    except UnsupportedError as error:
+        raise DamagedError(
+            f"the copy of the footer at the start of the file says that {error.message}",
+            reason=Reason.HEADERS,
+            offset=0,
+        ) from error
+    if copy is None:
+        return  # the next write makes it anew
+    for what in ("virtual_size", "current_size", "disk_type", "data_offset", "unique_id"):
+        last, first = getattr(footer, what), getattr(copy, what)
+        if last != first:
+            raise DamagedError(
+                f"its two footers disagree: {what.replace('_', ' ')} is {last} in the one at the end "
+                f"of the file, and {first} in the copy at its start",
+                reason=Reason.HEADERS,
+                offset=0,
+                hint="read or convert it (the one at the end counts); a write could lose blocks",
+            )
 
 
 def _candidates(host: HostFile, header: vhd.DynamicHeader, search: tuple[str, ...]) -> Iterator[Path]:

@@ -21,6 +21,7 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.format import header as headers
+from vhdx.format import region
 from vhdx.image import compacting, journal, resizing, snapshots
 from vhdx.image.allocation import block_counts, survey
 from vhdx.image.children import guard_parent, note_child
@@ -310,6 +311,8 @@ def _open(
         dirty = structure.header.log_guid != headers.NIL
         if write:
             structure = prepare_for_writing(host, structure)
+            if _mend_region_table(host, structure):
+                structure = read_structure(host)
         engine = Engine(
             host,
             structure,
@@ -358,6 +361,8 @@ def prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
         DamagedError: it has no usable log, or must not be changed.
     """
     header = structure.header
+    for refusal in structure.refusals:
+        raise refusal
     if header.log_length == 0:
         raise DamagedError(
             "it has no log, so it cannot be changed safely",
@@ -377,6 +382,20 @@ def prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
         journal.replay_to_file(host.leaf, header, structure.sequence)
         structure = read_structure(host)
     return structure
+
+
+def _mend_region_table(host: HostFile, structure: Structure) -> bool:
+    """Makes a damaged copy of the region table like the valid one ([MS-VHDX] 2.2.3).
+
+    No content changes, so the DataWriteGuid stays.
+    """
+    tables = [host.leaf.read(region.TABLE_SIZE, at) for at in region.TABLE_OFFSETS]
+    damaged = [region.parse_table(table) is None for table in tables]
+    if damaged[0] == damaged[1]:
+        return False
+    at, good = region.TABLE_OFFSETS[damaged[1]], tables[damaged[0]]
+    journal.change_once(host.leaf, structure.header, at, good)
+    return True
 
 
 def _open_parent(
