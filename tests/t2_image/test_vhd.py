@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from dataclasses import replace
+from uuid import UUID, uuid4
 
 import numpy as np
 import pytest
@@ -585,3 +586,88 @@ def test_azure_images_are_named_for_what_they_are(tmp_path):
     with pytest.raises(vhdx.InvalidArgumentError, match="512 bytes"):
         vhdx.convert(tmp_path / "4k.vhdx", tmp_path / "4k.vhd")
     vhdx.convert(tmp_path / "4k.vhdx", tmp_path / "4k.vhd", logical_sector_size=512)
+
+
+# ---- what others keep in a VHD ----
+
+
+def dynamic_with(path, between: bytes, blocks=()):
+    """A dynamic VHD of 4 blocks with foreign bytes between its table and its blocks."""
+    block, sectors = 2 * MIB, []
+    table_at, at = 1536, 2048 + -(-len(between) // 512) * 512
+    entries = [vhd.UNUSED] * 128
+    for number in blocks:
+        entries[number] = at // 512
+        sectors.append((at, b"\xff" * 512 + bytes([number + 1]) * block))
+        at += 512 + block
+    footer = vhd.new_footer(4 * block, vhd.DiskType.DYNAMIC, uuid4()).pack()
+    with path.open("wb") as file:
+        file.write(footer + vhd.DynamicHeader(table_at, 4, block).pack())
+        file.write(struct.pack(">128I", *entries) + between)
+        for where, data in sectors:
+            file.seek(where)
+            file.write(data)
+        file.seek(at)
+        file.write(footer)
+    return footer
+
+
+@pytest.mark.parametrize("blocks", [(), (2,)])
+def test_bytes_of_others_behind_the_table_stay(tmp_path, blocks):
+    path, batmap = tmp_path / "xen.vhd", b"tdbatmap".ljust(512, b"\1") + bytes(512)
+    dynamic_with(path, batmap, blocks)
+    with vhdx.open(path, "r+") as disk:
+        for turn in range(3):
+            disk.pwrite(bytes([turn + 9]) * disk.size, 0)
+            disk.trim(0, disk.size)
+            disk.flush()
+        disk.pwrite(b"end", 0)
+    assert path.read_bytes()[2048 : 2048 + len(batmap)] == batmap
+    with vhdx.open(path, "r+") as disk:
+        disk.trim(0, disk.size)
+    assert path.read_bytes()[2048 : 2048 + len(batmap)] == batmap
+
+
+def test_bytes_of_others_between_blocks_stay(tmp_path):
+    path, note = tmp_path / "d.vhd", b"somebody's note"
+    dynamic_with(path, bytes(3 * MIB), (1,))
+    with path.open("r+b") as file:
+        file.seek(2 * MIB)
+        file.write(note)
+    with vhdx.open(path, "r+") as disk:
+        disk.pwrite(b"x" * disk.size, 0)
+    assert path.read_bytes()[2 * MIB : 2 * MIB + len(note)] == note
+    with vhdx.open(path) as disk:
+        assert disk.pread(disk.size, 0) == b"x" * disk.size
+
+
+def different(footer: bytes, **changes) -> bytes:
+    parsed = vhd.parse_footer(footer)
+    return replace(parsed, original=b"", **changes).pack()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"current_size": 4 * MIB}, {"unique_id": UUID(int=7)}, {"data_offset": 1024}]
+)
+def test_footers_that_disagree_are_not_settled_by_a_write(tmp_path, changes):
+    path = tmp_path / "d.vhd"
+    footer = dynamic_with(path, b"", (0, 3))
+    data = bytearray(path.read_bytes())
+    data[:512] = different(footer, **changes)  # the one at the end counts, and is right
+    path.write_bytes(data)
+    with vhdx.open(path) as disk:
+        assert disk.pread(1, 6 * MIB) == b"\4"
+    with pytest.raises(vhdx.DamagedError, match="its two footers disagree"):
+        vhdx.open(path, "r+")
+    assert path.read_bytes() == data
+
+
+def test_a_copy_of_the_footer_that_differs_in_passing_stays(tmp_path):
+    path = tmp_path / "d.vhd"
+    footer = dynamic_with(path, b"", (0,))
+    data = bytearray(path.read_bytes())
+    data[:512] = different(footer, timestamp=1)
+    path.write_bytes(data)
+    with vhdx.open(path, "r+") as disk:
+        disk.pwrite(b"new", 2 * MIB)
+    assert path.read_bytes()[:512] == data[:512]

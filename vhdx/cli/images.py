@@ -257,14 +257,29 @@ def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
 @click.argument("path", type=click.Path())
 @click.argument("size", type=SIZE)
 @click.option("--shrink", is_flag=True, help="Allow a smaller size, down to the last partition.")
-@click.option("--unsafe", is_flag=True, help="With --shrink: although there is no partition table.")
-@click.option("--force", is_flag=True, help="Although a child beside it is based on it; it is lost.")
-def resize(path: str, size: int, shrink: bool, unsafe: bool, force: bool) -> None:
+@click.option(
+    "--unsafe",
+    is_flag=True,
+    help="With --shrink: even without a partition table, or if it cuts off the backup of a GPT.",
+)
+@click.option(
+    "--move-gpt",
+    is_flag=True,
+    help="Move the backup of a GPT to the new end. No guest may use the disk meanwhile.",
+)
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Proceed even if a child image depends on this one. The child becomes unusable.",
+)
+def resize(path: str, size: int, shrink: bool, unsafe: bool, move_gpt: bool, force: bool) -> None:
     """Change the virtual size. Partitions in it are left to the guest.
 
     Example: vhdx resize disk.vhdx 128G
     """
-    control.resize(path, size, shrink=shrink, unsafe=unsafe, force=force)
+    note = control.resize(path, size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt, force=force)
+    if note is not None:
+        click.echo(f"vhdx: {path}: {note}", err=True)
 
 
 @click.command()

@@ -89,24 +89,40 @@ def extents(
 
 
 def resize(
-    path: StrPath, size: int, *, shrink: bool = False, unsafe: bool = False, force: bool = False
-) -> None:
+    path: StrPath,
+    size: int,
+    *,
+    shrink: bool = False,
+    unsafe: bool = False,
+    move_gpt: bool = False,
+    force: bool = False,
+) -> str | None:
     """Changes the virtual size of an image; see :meth:`vhdx.Disk.resize`.
 
     Args:
         path: of the image.
-        size, shrink, unsafe: as there.
-        force: although a child beside it is based on it; that child is lost.
+        size, shrink, unsafe, move_gpt: as there; a GPT is not moved while the image is served.
+        force: although a child is based on it; that child is lost.
+
+    Returns:
+        What is left to be done in the guest, or None.
     """
 
-    def idle() -> None:
+    def idle() -> str | None:
         with image.open(path, "r+", force=force) as disk:
-            disk.resize(size, shrink=shrink, unsafe=unsafe)
+            return disk.resize(size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt)
 
-    def served(owner: Owner) -> None:
-        owner.ask("resize", size=size, shrink=shrink, unsafe=unsafe)
+    def served(owner: Owner) -> str | None:
+        if move_gpt:
+            raise InUseError(
+                "it is served, so a guest may use its GPT, which must not be moved then",
+                path=path,
+                hint="stop the server first (vhdx stop), or let the guest move it",
+            )
+        note = owner.ask("resize", size=size, shrink=shrink, unsafe=unsafe)
+        return None if note is None else str(note)
 
-    _either(path, idle, served)
+    return _either(path, idle, served)
 
 
 def compact(

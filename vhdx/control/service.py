@@ -428,11 +428,11 @@ def _map(stream: _Stream, disk: Disk, body: dict[str, Any]) -> None:
     stream.emit({"item": some})
 
 
-def _resize(stream: _Stream, disk: Disk, body: dict[str, Any]) -> None:
+def _resize(stream: _Stream, disk: Disk, body: dict[str, Any]) -> str | None:
     del stream
     if body.get("size") is None:
         raise InvalidArgumentError("size is missing")
-    disk.resize(
+    return disk.resize(
         _option(body, "size", int, None),
         shrink=_option(body, "shrink", bool, False),
         unsafe=_option(body, "unsafe", bool, False),

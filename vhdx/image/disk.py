@@ -97,8 +97,8 @@ class Format(Protocol):
     def describe(self) -> dict[str, Any]:
         """What ``vhdx info`` shows beyond the common part; sizes in bytes."""
 
-    def resize(self, size: int, *, shrink: bool, unsafe: bool) -> None:
-        """Changes the size of the disk."""
+    def resize(self, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> str | None:
+        """Changes the size of the disk; what is left to be done in the guest, or None."""
 
     def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
         """Keeps the disk as it is now under another name, and goes on in a child."""
@@ -297,16 +297,23 @@ class Disk:
         if self._image.has_released:
             self.flush()
 
-    def resize(self, size: int, *, shrink: bool = False, unsafe: bool = False) -> None:
+    def resize(
+        self, size: int, *, shrink: bool = False, unsafe: bool = False, move_gpt: bool = False
+    ) -> str | None:
         """Changes the size while the disk is used; what is new reads as zeros.
 
-        Partitions and file systems in it are left to the guest, a GPT's second copy, too. After a
-        crash the disk has the old size or the new one.
+        Partitions and file systems in it are left to the guest. After a crash the disk has the old
+        size or the new one.
 
         Args:
             size: bytes, a multiple of the logical sector.
             shrink: allow a smaller size. It is refused below the end of the last partition.
-            unsafe: allow it where there is no partition table, so that nothing says what is in use.
+            unsafe: allow it where there is no partition table, so that nothing says what is in use,
+                and where a GPT's second copy would be cut off.
+            move_gpt: move the second copy of a GPT to the new end; no guest may use the disk then.
+
+        Returns:
+            What is left to be done in the guest, or None.
 
         Raises:
             InvalidArgumentError: not a possible size, or it would cut off a partition.
@@ -314,7 +321,7 @@ class Disk:
             UnsupportedError: the format cannot, or a parent would show.
         """
         self._check_open()
-        self._image.resize(size, shrink=shrink, unsafe=unsafe)
+        return self._image.resize(size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt)
 
     def snapshot(self, checkpoint: str | os.PathLike[str] | None = None) -> str:
         """Keeps the disk as it is now, while it is used, and goes on in a fresh child.

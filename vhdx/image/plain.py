@@ -53,7 +53,7 @@ class PlainImage:
         """File size, and what of it the host has set aside."""
         return {"file_size": self.host.leaf.size, "allocated_size": self.host.allocated()}
 
-    def resize(self, size: int, *, shrink: bool, unsafe: bool) -> None:
+    def resize(self, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> str | None:
         """Refused."""
         raise UnsupportedError(
             f"the size of a {self.name} image cannot be changed here",

@@ -200,12 +200,18 @@ def _zero_tail(engine: Engine, leaf: plane.Device, old: Geometry) -> None:
 
 
 def check_shrink(
-    engine: Engine, device: plane.Device, size: int, parent_size: int | None, *, unsafe: bool
+    engine: Engine,
+    device: plane.Device,
+    size: int,
+    parent_size: int | None,
+    *,
+    unsafe: bool,
+    move_gpt: bool,
 ) -> None:
-    """Refuses what would cut a partition off or let the parent show.
+    """Refuses what would cut a partition or a GPT's second copy off, or let the parent show.
 
     Raises:
-        InvalidArgumentError: saying which partition is in the way.
+        InvalidArgumentError: saying what is in the way.
         UnsupportedError: a differencing image below its parent's size.
     """
     _check(engine, size)
@@ -247,6 +253,13 @@ def check_shrink(
             f"{name} ends at {last.end} bytes ({format_size(last.end)}); {least} is the least size",
             path=path,
             hint="shrink the partition in the guest first",
+        )
+    if table.kind == "gpt" and not (move_gpt or unsafe):
+        raise InvalidArgumentError(
+            "its GPT keeps a second copy at the end of the disk, which would be cut off",
+            path=path,
+            hint="use --move-gpt (move_gpt=True) while no guest uses the disk; or --unsafe, and move "
+            "it in the guest (sgdisk -e)",
         )
 
 

@@ -229,21 +229,23 @@ class VhdImage(PlainImage):
         taken = sorted([*metadata, *zip(starts.tolist(), ends.tolist(), strict=True)])
         end = round_up(taken[-1][1], vhd.SECTOR)
         footer_at = self._leaf.size - vhd.FOOTER_SIZE
-        if footer_at > end and not self._is_zero(end, footer_at):
-            # What others keep there, such as XenServer's batmap, or what a crash left.
-            self._kept_end = end = round_up(footer_at, vhd.SECTOR)
-        for (_, low), (high, _) in itertools.pairwise(taken):
-            if high - low < self.block_size or not self._is_zero(low, high):
-                continue  # no room, or bytes that mean something to somebody else
+        for (_, low), (high, _) in itertools.pairwise([*taken, (max(end, footer_at), 0)]):
+            if not self._is_zero(low, high):
+                # What others keep there, such as XenServer's batmap, or what a crash left. How much of
+                # it means something is not known, so all of it stays.
+                self._kept_end = max(self._kept_end, high)
+                continue
+            if high > end:
+                break  # fresh blocks begin there
             data = round_up(low + self._bitmap, _ALIGNMENT)
             while data + self.block_size <= high:
                 self._free.append(data)
                 data = round_up(data + self.block_size + self._bitmap, _ALIGNMENT)
-        return end
+        return max(end, round_up(self._kept_end, vhd.SECTOR))
 
     def _is_zero(self, start: int, end: int) -> bool:
         """Whether the file holds nothing but zeros there."""
-        for extent in self._leaf.extents(start, end - start):
+        for extent in self._leaf.extents(start, max(0, end - start)):
             if extent.state != plane.DATA:
                 continue
             stop = min(extent.offset + extent.length, end)
@@ -416,8 +418,8 @@ class VhdImage(PlainImage):
             self._released = [each for each in self._released if each[0] > generation]
             self._free += ready
             self._in_use -= len(ready)
-        # The host gets it back; data are zeroed when they are granted again. What is not zero in a gap
-        # is taken for somebody else's by the next open, so the bitmap goes, too.
+        # The host gets it back; data are zeroed when they are granted again. What is not zero in a
+        # gap is taken for somebody else's by the next open, so the bitmap goes, too.
         steps = []
         for offset in ready:
             steps.append(plane.Step(plane.Operation.ZERO, offset - self._bitmap, self._bitmap))

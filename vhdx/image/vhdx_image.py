@@ -22,7 +22,7 @@ from vhdx.errors import (
 )
 from vhdx.format import header as headers
 from vhdx.format import region
-from vhdx.image import compacting, journal, resizing, snapshots
+from vhdx.image import compacting, gpt, journal, resizing, snapshots
 from vhdx.image.allocation import block_counts, survey
 from vhdx.image.children import guard_parent, note_child
 from vhdx.image.engine import Engine
@@ -207,27 +207,51 @@ class VhdxImage:
         }
         return [here, *([] if self.parent is None else self.parent.chain())]
 
-    def resize(self, size: int, *, shrink: bool, unsafe: bool) -> None:
+    def resize(self, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> str | None:
         """Changes the virtual size while the disk is used; see :meth:`vhdx.Disk.resize`."""
         if self._switch is None:
             raise ReadOnlyError("it is open for reading only", path=self.path)
-        with self._alone("resize"), self.engine.structure_lock:
-            engine, now = self.engine, self.device.size
-            if size == now:
-                return
+        with self._alone("resize"):
+            now = self.device.size
             if size > now:
-                resizing.grow(engine, size)
-                engine.map.resize(size)
-                self._switch.follow()
-                return
-            if not shrink:
-                raise InvalidArgumentError(
-                    f"it has {now} bytes, so {size} bytes would cut some off",
-                    path=self.path,
-                    hint="use --shrink (shrink=True) if that is what you want",
-                )
-            below = None if self.parent is None else self.parent.device.size
-            resizing.check_shrink(engine, self.device, size, below, unsafe=unsafe)
+                return self._grow(now, size, move_gpt=move_gpt)
+            if size < now:
+                self._shrink(now, size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt)
+            return None
+
+    def _grow(self, now: int, size: int, *, move_gpt: bool) -> str | None:
+        assert self._switch is not None
+        # What stands in the way is said before anything changes.
+        moved = self._plan_move(now, size) if move_gpt else None
+        with self.engine.structure_lock:
+            resizing.grow(self.engine, size)
+            self.engine.map.resize(size)
+            self._switch.follow()
+        if moved is not None:
+            self._move_gpt(moved)
+        table = read_partitions(self.device.read, now, self.logical_sector_size)
+        if move_gpt or table is None or table.kind != "gpt":
+            return None
+        return (
+            "its GPT has its second copy where the disk ended before; the guest has to move it "
+            "(sgdisk -e, or the disk tool of Windows), or resize --move-gpt does while no guest runs"
+        )
+
+    def _shrink(self, now: int, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> None:
+        assert self._switch is not None
+        if not shrink:
+            raise InvalidArgumentError(
+                f"it has {now} bytes, so {size} bytes would cut some off",
+                path=self.path,
+                hint="use --shrink (shrink=True) if that is what you want",
+            )
+        below = None if self.parent is None else self.parent.device.size
+        engine = self.engine
+        resizing.check_shrink(engine, self.device, size, below, unsafe=unsafe, move_gpt=move_gpt)
+        moved = self._plan_move(now, size) if move_gpt else None
+        if moved is not None:
+            self._move_gpt(moved)
+        with engine.structure_lock:
             with self._switch.paused():
                 engine.map.resize(size)
                 self._switch.follow()
@@ -237,6 +261,20 @@ class VhdxImage:
                 with self._switch.paused():
                     engine.map.resize(engine.structure.parameters.virtual_size)
                     self._switch.follow()
+
+    def _plan_move(self, now: int, size: int) -> gpt.Moved | None:
+        try:
+            return gpt.plan_move(self.device.read, now, size, self.logical_sector_size)
+        except InvalidArgumentError as error:
+            error.path = self.path
+            raise
+
+    def _move_gpt(self, moved: gpt.Moved) -> None:
+        """Writes the backup, then the primary that refers to it."""
+        for part in (moved.backup, moved.primary):
+            for offset, data in part:
+                self.device.write(data, offset)
+            self.device.flush()
 
     def close(self) -> None:
         """Closes this layer, then those below; the first failure is raised.

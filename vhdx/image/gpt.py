@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: MIT
+"""Moves the backup GPT of a disk that gets another size (UEFI 2.10, 5.3).
+
+A GPT keeps a second copy of itself in the last sectors of the disk, and the first copy says where.
+When the disk grows the copy is no longer at its end; when it shrinks the copy is cut off. The new
+backup is written and made durable before the primary refers to it, so a crash leaves a whole table.
+Nobody else may write the disk meanwhile: a guest that runs has its own idea of the table.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from vhdx.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Read = Callable[[int, int], bytes]
+
+__all__ = ["Moved", "plan_move"]
+
+_HEADER = struct.Struct("<8sIIIIQQQQ16sQIII")
+_LARGEST_ARRAY = 1 << 20
+_MBR_ENTRY, _MBR_ENTRIES = 16, 4
+_PROTECTIVE = 0xEE
+_HINT = "repair it in the guest (sgdisk -v, gdisk) first"
+
+
+@dataclass(frozen=True)
+class _Header:
+    """The fields of a GPT header; sectors, but for entries and sizes of them (bytes)."""
+
+    signature: bytes
+    revision: int
+    length: int
+    checksum: int
+    reserved: int
+    mine: int
+    alternate: int
+    first_usable: int
+    last_usable: int
+    disk: bytes
+    entries_at: int
+    count: int
+    entry_size: int
+    entries_checksum: int
+    rest: bytes  # of the sector, behind the fields
+
+    @staticmethod
+    def parse(sector: bytes) -> _Header | None:
+        """The header in a sector, or None where none is valid."""
+        fields: list[Any] = [*_HEADER.unpack_from(sector), sector[_HEADER.size :]]
+        header = _Header(*fields)
+        if header.signature != b"EFI PART" or not _HEADER.size <= header.length <= len(sector):
+            return None
+        plain = sector[:16] + bytes(4) + sector[20 : header.length]
+        return header if zlib.crc32(plain) == header.checksum else None
+
+    def pack(self) -> bytes:
+        """The sector, with its checksum."""
+        fields = [getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]]
+        fields[3] = 0
+        plain = _HEADER.pack(*fields) + self.rest
+        return plain[:16] + struct.pack("<I", zlib.crc32(plain[: self.length])) + plain[20:]
+
+
+@dataclass(frozen=True)
+class Moved:
+    """What is to be written; each a list of offset (bytes of the disk) and data.
+
+    Attributes:
+        backup: entries and header of the second copy.
+        primary: the first header, and the protective MBR.
+    """
+
+    backup: list[tuple[int, bytes]]
+    primary: list[tuple[int, bytes]]
+
+
+def plan_move(read: Read, size: int, new_size: int, sector: int) -> Moved | None:
+    """What makes the GPT of a disk fit a disk of another size.
+
+    Args:
+        read: (length, offset) gives bytes of the disk.
+        size, new_size: of the disk now and then, bytes.
+        sector: logical sector size, bytes.
+
+    Returns:
+        None where the disk has no GPT, or one that fits already.
+
+    Raises:
+        InvalidArgumentError: its first copy is not whole, or a partition is in the way.
+    """
+    if size < 3 * sector:
+        return None
+    first = _Header.parse(read(sector, sector))
+    if first is None:
+        if _protective(read, new_size // sector):
+            raise InvalidArgumentError("the first copy of its GPT is not whole", hint=_HINT)
+        return None
+    total = first.count * first.entry_size
+    if first.mine != 1 or total > _LARGEST_ARRAY or first.entries_at * sector + total > size:
+        raise InvalidArgumentError("its GPT is not whole", hint=_HINT)
+    entries = read(total, first.entries_at * sector)
+    if zlib.crc32(entries) != first.entries_checksum:
+        raise InvalidArgumentError("the entries of its GPT have a wrong checksum", hint=_HINT)
+    last = new_size // sector - 1
+    entries_at = last - -(-total // sector)
+    furthest = max((_ends(entries, first.entry_size)), default=first.first_usable - 1)
+    if entries_at <= max(furthest, first.first_usable):
+        raise InvalidArgumentError(
+            f"there is no room for the second copy of the GPT behind sector {furthest}",
+            hint="make the last partition smaller in the guest first",
+        )
+    if (first.alternate, first.last_usable) == (last, entries_at - 1):
+        return None
+    primary = replace(first, alternate=last, last_usable=entries_at - 1)
+    backup = replace(primary, mine=last, alternate=1, entries_at=entries_at)
+    return Moved(
+        [(entries_at * sector, entries), (last * sector, backup.pack())],
+        [(sector, primary.pack()), *_protective(read, new_size // sector)],
+    )
+
+
+def _ends(entries: bytes, entry_size: int) -> list[int]:
+    """The last sector of each partition."""
+    return [
+        struct.unpack_from("<Q", entries, at + 40)[0]
+        for at in range(0, len(entries) - entry_size + 1, entry_size)
+        if any(entries[at : at + 16])
+    ]
+
+
+def _protective(read: Read, sectors: int) -> list[tuple[int, bytes]]:
+    """The MBR whose one partition covers the disk, where it is of that kind."""
+    data = bytearray(read(512, 0))
+    for at in range(446, 446 + _MBR_ENTRIES * _MBR_ENTRY, _MBR_ENTRY):
+        if data[at + 4] == _PROTECTIVE and struct.unpack_from("<I", data, at + 8)[0] == 1:
+            struct.pack_into("<I", data, at + 12, min(sectors - 1, 0xFFFFFFFF))
+            return [(0, bytes(data))]
+    return []
