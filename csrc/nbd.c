@@ -19,7 +19,7 @@ static bool wants_input(vx_nbd_connection *c)
     if (c->filling != NULL)
         return true;
     /* A whole request that could not be taken waits for room, not for more bytes. */
-    return c->end - c->begin < INPUT_BYTES && nbd_may_start(c, 0);
+    return c->end - c->begin < INPUT_BYTES && !c->held && nbd_may_take(c);
 }
 
 /* Reads once. False: the peer is done or gone. */
@@ -46,19 +46,19 @@ static bool receive(vx_nbd_connection *c, bool wait)
     size_t to_payload = (size_t)n < rest ? (size_t)n : rest;
     c->filled += to_payload;
     c->end += (size_t)n - to_payload;
-    if (c->filling != NULL && to_payload == rest) {
-        operation *op = c->filling;
-        c->filling = NULL;
-        if (!(op->wire.flags & NBD_FLAG_FUA) && nbd_try_operation(c, op)) {
-            pthread_mutex_lock(&c->lock);
-            op->next = c->completed;
-            c->completed = op;
-            pthread_mutex_unlock(&c->lock);
-        } else {
-            nbd_send_to_pool(c, op);
-        }
-    }
+    c->moved_ns = vx_now_ns();
+    if (c->filling != NULL && to_payload == rest)
+        nbd_filled(c);
     return true;
+}
+
+/* Its client stands still while it borrows what another connection has long been waiting for. */
+static bool is_in_the_way(const vx_nbd_connection *c)
+{
+    uint64_t now = vx_now_ns(), since = vx_pool_shortage_since(c->pool, now);
+    bool client_is_asked = c->output.bytes > 0 || c->filling != NULL;
+    return c->borrowed > 0 && client_is_asked && since != 0 && now - since > VX_NBD_STALL_NS &&
+           now - c->moved_ns > VX_NBD_STALL_NS;
 }
 
 /* Waits for the socket or a completion. False: the peer is gone. */
@@ -66,8 +66,7 @@ static bool wait_for_events(vx_nbd_connection *c)
 {
     bool input = wants_input(c);
     bool starved = c->starved && c->filling == NULL;
-    c->starved = false;
-    if (input && !starved && c->under_way == 0 && c->output.bytes == 0)
+    if (input && !starved && c->under_way == 0 && c->output.bytes == 0 && c->filling == NULL)
         return receive(c, true);
     short events = (short)((input ? POLLIN : 0) | (c->output.bytes > 0 ? POLLOUT : 0));
     /* Of a client whose requests a throttle holds up: whether it is still there. */
@@ -75,38 +74,35 @@ static bool wait_for_events(vx_nbd_connection *c)
     struct pollfd fds[2] = {{.fd = c->wake, .events = POLLIN},
                             {.fd = look && !c->gone ? c->fd : -1, .events = events}};
     /* Other connections' requests hold the memory: nobody wakes this one, so it looks again. */
-    if (poll(fds, 2, starved ? STARVED_POLL_MS : -1) < 0)
+    int timeout = starved ? STARVED_POLL_MS : c->borrowed > 0 ? STALL_POLL_MS : -1;
+    if (poll(fds, 2, timeout) < 0)
         return errno == EINTR;
     if (input && fds[1].revents & (POLLIN | POLLERR | POLLHUP))
         return receive(c, false);
-    if (fds[1].revents & (POLLERR | POLLHUP))
+    if (fds[1].revents & (POLLERR | POLLHUP) || is_in_the_way(c))
         c->gone = true;
     return true;
-}
-
-static void abandon_filling(vx_nbd_connection *c)
-{
-    if (c->filling != NULL)
-        nbd_free_operation(c->filling, c);
-    c->filling = NULL;
 }
 
 int vx_nbd_serve(vx_nbd_connection *c)
 {
     for (;;) {
-        if (atomic_load(&c->stopping) && c->filling == NULL)
+        if (atomic_load(&c->stopping) && c->filling == NULL && c->writing == NULL)
             c->disconnecting = true;
-        uint64_t under_way, waiting;
+        uint64_t freed, waiting;
         if (!nbd_take_input(c)) {
             c->result = c->gone ? VX_E_IO : VX_E_PROTOCOL;
             c->disconnecting = true;
         }
-        under_way = c->under_way;
+        freed = c->freed;
         if (c->under_way > 0 || atomic_load(&c->stopping))
             nbd_take_completions(c);
+        nbd_start_reads(c);
         waiting = c->output.bytes;
         if (!c->gone && c->output.bytes > 0 && nbd_output_send(&c->output, c->fd) < 0)
             c->gone = true;
+        if (c->output.bytes < waiting)
+            c->moved_ns = vx_now_ns();
         if (c->gone) {
             c->disconnecting = true;
             nbd_output_release(&c->output);
@@ -114,7 +110,9 @@ int vx_nbd_serve(vx_nbd_connection *c)
                 c->output.staging = NULL;
         }
         if (c->disconnecting)
-            abandon_filling(c);
+            nbd_abandon_input(c);
+        if (c->gone)
+            nbd_forget_reads(c);
         if ((c->gone || atomic_load(&c->stopping)) && !c->hurried && nbd_is_paced(c)) {
             c->hurried = true; /* nobody is to wait for what is held up */
             c->device->operations->hurry(c->device, !atomic_load(&c->stopping));
@@ -123,9 +121,10 @@ int vx_nbd_serve(vx_nbd_connection *c)
             nbd_drop(c);
         if (c->disconnecting && c->under_way == 0 && c->output.bytes == 0)
             return c->result;
-        /* Room came up since the front request was refused: no event will say so again. */
-        if (c->held && (c->under_way < under_way || c->output.bytes < waiting ||
-                        (c->under_way == 0 && c->output.bytes == 0 && !c->starved)))
+        /* Room came up since a request found none: no event will say so again. */
+        if ((c->held || c->reads != NULL) &&
+            (c->freed != freed || c->output.bytes < waiting ||
+             (c->operations == 0 && c->output.bytes == 0 && !c->starved)))
             continue;
         if (c->ended && !c->held && !c->disconnecting)
             c->disconnecting = true; /* everything that came whole was taken */
@@ -176,6 +175,8 @@ vx_nbd_connection *vx_nbd_create(int fd, vx_device *device, vx_pool *pool,
     c->fd = fd;
     c->device = vx_device_reference(device);
     c->pool = pool;
+    c->reads_end = &c->reads;
+    c->moved_ns = vx_now_ns();
     c->terms = *terms;
     c->rules = (nbd_terms){.size = vx_device_size(device),
                            .largest_payload = terms->largest_payload,

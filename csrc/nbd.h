@@ -5,7 +5,17 @@
  *
  * The thread reads whatever has arrived, serves inline what cannot block, and answers with one send.
  * What may block goes to the pool; replies leave as requests complete. Only this thread touches the
- * socket. It stops reading while too much is under way or the client does not read its replies.
+ * socket.
+ *
+ * Memory. A READ or WRITE of more than VX_NBD_PIECE bytes is carried out in pieces of that size: of a
+ * WRITE each piece as soon as it has arrived, of a READ each piece when there is room for its answer.
+ * One piece a direction always has room: it is the connection's own (VX_NBD_CONNECTION_BYTES holds it
+ * and the fixed buffers). Further ones are charged to the pool that all connections share. So a client
+ * that stalls, whatever it does, keeps its own memory and what it borrowed, and nobody waits for it:
+ * READs that find no room wait in a list, and requests behind them are taken. Only a READ that must be
+ * answered as a whole (simple replies, DF) and is larger than a piece may have to wait for what others
+ * borrowed. While one waits, a connection whose client has not moved for VX_NBD_STALL_NS while it
+ * borrows is cut off.
  *
  * A request that was accepted is finished before vx_nbd_serve returns, also when the client is gone;
  * but what a throttle still holds up then fails, because nobody can be told that it was done.
@@ -17,6 +27,12 @@
 #include "meter.h"
 #include "pool.h"
 
+#ifndef VX_NBD_PIECE /* smaller in the fuzzer, whose disk is small */
+#define VX_NBD_PIECE ((size_t)1 << 20)
+#endif
+#define VX_NBD_CONNECTION_BYTES ((uint64_t)4 << 20) /* what a connection may take without asking */
+#define VX_NBD_STALL_NS ((uint64_t)5000000000)
+
 typedef struct vx_nbd_connection vx_nbd_connection;
 
 typedef struct vx_nbd_terms {
@@ -24,7 +40,7 @@ typedef struct vx_nbd_terms {
     uint32_t context_id;      /* of base:allocation, when block_status */
     uint32_t requests_limit;  /* under way at once */
     uint32_t slot;            /* spreads connections over epoch slots */
-    uint64_t bytes_limit;     /* payload under way at once */
+    uint64_t bytes_limit;     /* payload under way at once, but for one piece a direction */
     bool read_only;
     bool structured;
     bool block_status;

@@ -20,24 +20,45 @@
 #define STATUS_EXTENTS 1024u    /* extents in one answer to BLOCK_STATUS */
 #define READ_HOLES 32u          /* holes that a structured read tells apart */
 #define STARVED_POLL_MS 5
-#define SPARE_BUFFER ((size_t)1 << 20)
-#define SPARE_BUFFERS 4u
-#define OUTPUT_LIMIT ((uint64_t)64 << 20)
+#define STALL_POLL_MS 1000
+#define SPARE_BUFFERS 2u    /* of VX_NBD_PIECE bytes each */
+#define MOST_STATUSES 8u    /* BLOCK_STATUS under way, with their arrays of extents */
+#define OUTPUT_LIMIT ((uint64_t)128 << 20)
 #define HELD_BYTES ((uint64_t)4 << 20) /* payload under way while a throttle holds requests up */
 
 /* HELD: there is no room for it now. SHORT: more of it must arrive. LOST: it, or the stream, is. */
 enum outcome { TAKEN, HELD, SHORT, LOST };
 
-/* A request that has a life of its own: large, or not answered inline. */
+/* Which way payload goes; each has a piece of memory of its own. OTHER has no payload. */
+enum direction { READING, WRITING, OTHER };
+
+/* A READ that was not answered inline, or a WRITE of more than a piece: done by one or more operations.
+ * It is counted in under_way from the moment it is made to the moment it is answered. */
+typedef struct transfer {
+    nbd_request wire;
+    uint32_t begun;      /* bytes whose operations were started, or will not be */
+    uint32_t operations; /* started and not yet answered */
+    enum nbd_error error; /* the first */
+    bool abandoned;       /* a WRITE whose client left before all of it had arrived: no answer */
+    bool flushed;         /* what came before the answer to a WRITE with FUA */
+    uint64_t began_ns;    /* 0: not metered */
+    uint64_t queued_ns;
+    struct transfer *next; /* READs that wait, in their order */
+} transfer;
+
+/* A request that has a life of its own, or a piece of one. */
 typedef struct operation {
     vx_job job;
     vx_request request;
-    nbd_request wire;
+    nbd_request wire; /* of a piece: its range */
+    transfer *command; /* or NULL: it is the request itself */
     vx_nbd_connection *connection;
     struct operation *next;
     uint8_t *buffer;
     size_t capacity; /* of buffer */
-    uint64_t charged;
+    enum direction direction;
+    bool is_own;      /* its buffer is the connection's own of that direction, and not charged */
+    uint64_t charged; /* to the pool */
     uint64_t began_ns; /* 0: not metered */
     struct operation *later, **later_link; /* of the connection's list */
     vx_extent extents[READ_HOLES];
@@ -53,19 +74,29 @@ struct vx_nbd_connection {
 
     uint8_t *input;
     size_t begin, end;
-    operation *filling; /* a WRITE whose payload is still arriving */
+    operation *filling; /* a WRITE, or a piece of it, whose payload is still arriving */
     uint64_t filled;
+    transfer *writing; /* a WRITE of which further pieces are to come */
+    transfer *reads, **reads_end; /* that wait for room */
     uint64_t discard; /* payload of a refused WRITE, still to be thrown away */
+    transfer *discarding; /* the WRITE that it is the rest of, because a piece failed */
     nbd_request refused;
     enum nbd_error refusal;
 
     nbd_output output;
-    uint64_t under_way, bytes_under_way;
+    uint64_t under_way;     /* requests that are not answered yet */
+    uint64_t operations;    /* that hold memory: under way, or their data on their way out */
+    uint64_t bytes[2];      /* of payload in operations, by direction */
+    uint64_t borrowed;      /* of those, charged to the pool */
+    uint64_t freed;         /* operations so far */
+    uint32_t statuses;      /* BLOCK_STATUS under way */
+    bool own_used[2];       /* by direction */
+    uint64_t moved_ns;      /* when the client last sent or took a byte */
     bool disconnecting; /* no further request is read */
     bool gone;          /* the peer takes no replies */
     bool ended;         /* the peer sends nothing more; what it sent is still answered */
     bool held;          /* the front request found no room when it was last tried */
-    bool starved;       /* the front request waits for the pool's byte limit */
+    bool starved;       /* a READ that must be answered as a whole waits for what others borrowed */
     int result;
 
     pthread_mutex_t lock;
@@ -74,7 +105,7 @@ struct vx_nbd_connection {
     bool signalled;       /* under lock: a byte is in `wake` */
     _Atomic bool stopping;
 
-    uint8_t *spare[SPARE_BUFFERS]; /* of SPARE_BUFFER bytes each */
+    uint8_t *spare[SPARE_BUFFERS];
     uint32_t spare_count;
     vx_extent holes[READ_HOLES];
     vx_nbd_counters counters;
@@ -91,11 +122,14 @@ static inline void nbd_count(_Atomic uint64_t *counter, uint64_t by)
 
 /* ---- nbd_operation.c ---- */
 
-/* Whether the limits allow one more operation of so many bytes; one alone is always allowed. */
-bool nbd_may_start(const vx_nbd_connection *c, uint64_t bytes);
-/* TAKEN, and *started with a buffer of `length`; HELD: no room now (limits); LOST: no memory. */
-enum outcome nbd_start_operation(vx_nbd_connection *c, const nbd_request *wire, size_t length,
-                                 operation **started);
+/* One request less is under way. */
+void nbd_answered(vx_nbd_connection *c);
+/* Whether the limits allow one more request. */
+bool nbd_may_take(const vx_nbd_connection *c);
+/* TAKEN, and *started with a buffer of `length`; HELD: no room now (limits); LOST: no memory. `command`
+ * is what it is a piece of, or NULL; `wire` is its own range. */
+enum outcome nbd_start_operation(vx_nbd_connection *c, transfer *command, const nbd_request *wire,
+                                 enum direction direction, size_t length, operation **started);
 /* Gives back what an operation holds; `context` is its connection (for nbd_output). */
 void nbd_free_operation(void *owner, void *context);
 /* What a command asks of the device; CACHE is no operation, and counts as a read. */
@@ -118,5 +152,13 @@ void nbd_drop(vx_nbd_connection *c);
 bool nbd_take_input(vx_nbd_connection *c);
 /* Answers what completed, as far as there is room. */
 void nbd_take_completions(vx_nbd_connection *c);
+/* The payload of c->filling is here: runs it. */
+void nbd_filled(vx_nbd_connection *c);
+/* Starts READs that wait, as far as there is room for them. */
+void nbd_start_reads(vx_nbd_connection *c);
+/* The client sends nothing more: what it has not sent whole is forgotten. */
+void nbd_abandon_input(vx_nbd_connection *c);
+/* The client takes no answers: READs that wait are forgotten. */
+void nbd_forget_reads(vx_nbd_connection *c);
 
 #endif

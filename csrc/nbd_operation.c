@@ -6,9 +6,15 @@
 #include <string.h>
 #include <unistd.h>
 
+void nbd_answered(vx_nbd_connection *c)
+{
+    c->under_way--;
+    atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
+}
+
 static uint8_t *take_buffer(vx_nbd_connection *c, size_t capacity)
 {
-    if (capacity == SPARE_BUFFER && c->spare_count > 0)
+    if (capacity == VX_NBD_PIECE && c->spare_count > 0)
         return c->spare[--c->spare_count];
     return malloc(capacity);
 }
@@ -17,12 +23,22 @@ void nbd_free_operation(void *owner, void *context)
 {
     operation *op = owner;
     vx_nbd_connection *c = context;
-    if (op->charged > 0)
+    c->operations--;
+    c->freed++;
+    if (op->charged > 0) {
         vx_pool_discharge(c->pool, op->charged);
-    c->under_way--;
-    c->bytes_under_way -= op->charged;
-    atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
-    if (op->capacity == SPARE_BUFFER && c->spare_count < SPARE_BUFFERS)
+        c->borrowed -= op->charged;
+    }
+    if (op->direction != OTHER) {
+        c->bytes[op->direction] -= op->capacity;
+        if (op->is_own)
+            c->own_used[op->direction] = false;
+    }
+    if (op->status != NULL)
+        c->statuses--;
+    if (op->command == NULL)
+        nbd_answered(c);
+    if (op->capacity == VX_NBD_PIECE && c->spare_count < SPARE_BUFFERS)
         c->spare[c->spare_count++] = op->buffer;
     else
         free(op->buffer);
@@ -46,44 +62,67 @@ static bool nbd_is_limited(const vx_nbd_connection *c)
     return nbd_is_paced(c) && c->device->operations->is_limited(c->device);
 }
 
-bool nbd_may_start(const vx_nbd_connection *c, uint64_t bytes)
+bool nbd_may_take(const vx_nbd_connection *c)
+{
+    return c->under_way < c->terms.requests_limit;
+}
+
+/* Whether the connection's own limit allows so much more payload; a first piece it always does. */
+static bool may_hold(const vx_nbd_connection *c, enum direction direction, size_t capacity)
 {
     uint64_t limit = c->terms.bytes_limit;
     if (limit > HELD_BYTES && nbd_is_holding(c))
         limit = HELD_BYTES;
-    return c->under_way == 0 || (c->under_way < c->terms.requests_limit &&
-                                 c->bytes_under_way + bytes <= limit);
+    return c->bytes[direction] == 0 || c->bytes[READING] + c->bytes[WRITING] + capacity <= limit;
 }
 
-enum outcome nbd_start_operation(vx_nbd_connection *c, const nbd_request *wire, size_t length,
-                                    operation **started)
+/* Takes the connection's own memory of that direction, or borrows. False: neither is to be had. */
+static bool reserve(vx_nbd_connection *c, operation *op)
 {
-    /* Buffers of one size are kept for the next request; small ones are not worth it. */
-    size_t capacity = length > INLINE_READ && length < SPARE_BUFFER ? SPARE_BUFFER : length;
-    if (!nbd_may_start(c, capacity))
-        return HELD;
-    c->starved = !vx_pool_charge(c->pool, capacity, nbd_is_limited(c));
-    if (c->starved)
-        return HELD;
-    operation *op = malloc(sizeof *op);
-    uint8_t *buffer = NULL;
-    if (op != NULL && length > 0)
-        buffer = take_buffer(c, capacity);
-    if (op == NULL || (length > 0 && buffer == NULL)) {
-        vx_pool_discharge(c->pool, capacity);
-        free(op);
-        return LOST;
+    if (op->direction == OTHER)
+        return true;
+    if (!may_hold(c, op->direction, op->capacity))
+        return false;
+    op->is_own = op->capacity <= VX_NBD_PIECE && !c->own_used[op->direction];
+    if (op->is_own) {
+        c->own_used[op->direction] = true;
+        return true;
     }
+    if (!vx_pool_charge(c->pool, op->capacity, nbd_is_limited(c)))
+        return false;
+    op->charged = op->capacity;
+    c->borrowed += op->charged;
+    return true;
+}
+
+enum outcome nbd_start_operation(vx_nbd_connection *c, transfer *command, const nbd_request *wire,
+                                 enum direction direction, size_t length, operation **started)
+{
+    operation *op = malloc(sizeof *op);
+    if (op == NULL)
+        return LOST;
     memset(op, 0, offsetof(operation, extents));
     op->status = NULL;
     op->wire = *wire;
+    op->command = command;
     op->connection = c;
-    op->buffer = buffer;
-    op->capacity = capacity;
-    op->charged = capacity;
+    op->direction = direction;
+    /* Buffers of one size are kept for the next request; small ones are not worth it. */
+    op->capacity = length > INLINE_READ && length < VX_NBD_PIECE ? VX_NBD_PIECE : length;
+    if (!reserve(c, op)) {
+        free(op);
+        return HELD;
+    }
+    c->operations++;
+    if (direction != OTHER)
+        c->bytes[direction] += op->capacity;
+    if (command == NULL)
+        c->under_way++;
+    if (length > 0 && (op->buffer = take_buffer(c, op->capacity)) == NULL) {
+        nbd_free_operation(op, c);
+        return LOST;
+    }
     op->began_ns = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
-    c->under_way++;
-    c->bytes_under_way += capacity;
     atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
     *started = op;
     return TAKEN;

@@ -17,7 +17,7 @@ static void reply_status(vx_nbd_connection *c, enum nbd_error error, const nbd_r
     if (!c->rules.structured)
         n = nbd_put_simple(out, error, wire->cookie);
     else if (error != NBD_OK)
-        n = nbd_put_error(out, wire->cookie, error);
+        n = nbd_put_error(out, true, wire->cookie, error);
     else if (wire->command == NBD_READ) /* zero length: a READ must not get a simple reply */
         n = nbd_put_chunk(out, true, NBD_CHUNK_NONE, wire->cookie, 0);
     else
@@ -60,8 +60,9 @@ static void reply_block_status(vx_nbd_connection *c, const nbd_request *wire,
     nbd_output_staged(&c->output, (size_t)(at - out));
 }
 
-/* A read whose data stand in op->buffer, with holes that were not filled in. */
-static void reply_read(vx_nbd_connection *c, operation *op)
+/* A read whose data stand in op->buffer, with holes that were not filled in. `last`: nothing of the
+ * request follows. */
+static void reply_read(vx_nbd_connection *c, operation *op, bool last)
 {
     const nbd_request *wire = &op->wire;
     uint64_t at = 0, length = wire->length;
@@ -77,40 +78,114 @@ static void reply_read(vx_nbd_connection *c, operation *op)
         bool is_hole = stop == at;
         if (is_hole)
             stop = at + op->extents[hole++].length;
-        bool last = stop == length;
+        bool end = stop == length;
         uint8_t *out = nbd_output_stage(&c->output);
         uint32_t n = (uint32_t)(stop - at);
         uint64_t offset = wire->offset + at;
-        nbd_output_staged(&c->output, is_hole ? nbd_put_hole(out, last, wire->cookie, offset, n)
-                                              : nbd_put_data(out, last, wire->cookie, offset, n));
+        nbd_output_staged(&c->output,
+                          is_hole ? nbd_put_hole(out, end && last, wire->cookie, offset, n)
+                                  : nbd_put_data(out, end && last, wire->cookie, offset, n));
         if (!is_hole)
-            nbd_output_refer(&c->output, op->buffer + at, n, last ? op : NULL);
-        else if (last)
+            nbd_output_refer(&c->output, op->buffer + at, n, end ? op : NULL);
+        else if (end)
             nbd_output_refer(&c->output, op->buffer, 0, op);
         at = stop;
     }
 }
 
+/* The whole request is done; it is not under way any more. */
+static void end_transfer(vx_nbd_connection *c, transfer *command)
+{
+    if (command->began_ns != 0 && vx_meter_is_on(c->meter))
+        vx_meter_note(c->meter, nbd_operation_of(command->wire.command), command->wire.length,
+                      vx_now_ns() - command->began_ns, command->queued_ns);
+    free(command);
+    nbd_answered(c);
+}
+
+static bool is_complete(const transfer *command)
+{
+    return command->operations == 0 && command->begun == command->wire.length;
+}
+
+/* A piece of a READ is here: sends it. Other pieces may come before and after. */
+static void reply_piece(vx_nbd_connection *c, operation *op)
+{
+    transfer *command = op->command;
+    enum nbd_error error = nbd_error_of(op->request.result, &op->wire);
+    if (command->error == NBD_OK)
+        command->error = error;
+    bool last = is_complete(command), sent = false;
+    if (c->gone) {
+        /* nobody listens */
+    } else if (error == NBD_OK) {
+        reply_read(c, op, last);
+        sent = true;
+    } else if (c->rules.structured) {
+        nbd_count(&c->counters.errors, 1);
+        nbd_output_staged(&c->output, nbd_put_error(nbd_output_stage(&c->output), last,
+                                                    command->wire.cookie, error));
+    } else {
+        reply_status(c, error, &command->wire);
+    }
+    if (!sent)
+        nbd_free_operation(op, c);
+    if (last)
+        end_transfer(c, command);
+}
+
+/* Answers a WRITE in pieces, when all of it is done; with FUA after a flush. */
+static void reply_write(vx_nbd_connection *c, transfer *command)
+{
+    operation *op;
+    bool wants_flush = command->wire.flags & NBD_FLAG_FUA && command->error == NBD_OK;
+    if (!is_complete(command))
+        return;
+    if (wants_flush && !command->flushed && !command->abandoned && !c->gone) {
+        command->flushed = true;
+        if (nbd_start_operation(c, command, &command->wire, OTHER, 0, &op) == TAKEN) {
+            nbd_request flush = {.command = NBD_FLUSH};
+            nbd_prepare(c, &op->request, &flush);
+            command->operations++;
+            nbd_send_to_pool(c, op);
+            return;
+        }
+        command->error = NBD_ENOMEM;
+    }
+    if (!c->gone && !command->abandoned)
+        reply_status(c, command->error, &command->wire);
+    end_transfer(c, command);
+}
+
 static void reply_operation(vx_nbd_connection *c, operation *op)
 {
     enum nbd_error error = nbd_error_of(op->request.result, &op->wire);
-    bool kept = false;
+    transfer *command = op->command;
+    if (command != NULL) {
+        command->operations--;
+        command->queued_ns += op->request.queued_ns;
+        if (command->wire.command == NBD_READ) {
+            reply_piece(c, op);
+            return;
+        }
+        if (command->error == NBD_OK)
+            command->error = error;
+        nbd_free_operation(op, c);
+        reply_write(c, command);
+        return;
+    }
     uint64_t began = op->began_ns != 0 ? op->began_ns : op->request.arrived_ns;
     if (began != 0 && vx_meter_is_on(c->meter))
         vx_meter_note(c->meter, op->request.operation, op->wire.length, vx_now_ns() - began,
                       op->request.queued_ns);
     if (c->gone) {
         /* nobody listens */
-    } else if (error == NBD_OK && op->wire.command == NBD_READ) {
-        reply_read(c, op);
-        kept = true;
     } else if (error == NBD_OK && op->wire.command == NBD_BLOCK_STATUS) {
         reply_block_status(c, &op->wire, op->status, op->request.extent_count);
     } else {
         reply_status(c, error, &op->wire);
     }
-    if (!kept)
-        nbd_free_operation(op, c);
+    nbd_free_operation(op, c);
 }
 
 /* ---- requests ---- */
@@ -178,6 +253,82 @@ static void submit_read(vx_nbd_connection *c, operation *op)
         nbd_send_to_pool(c, op);
 }
 
+#define REPLY_ROOM ((size_t)(2 * READ_HOLES + 2) * 40 + 64 + STATUS_EXTENTS * 8)
+
+/* The next piece of a READ, or all of it where it must be answered as a whole. */
+static nbd_request next_piece(const vx_nbd_connection *c, const transfer *command)
+{
+    nbd_request piece = command->wire;
+    uint32_t rest = command->wire.length - command->begun;
+    bool divisible = c->rules.structured && !(piece.flags & NBD_FLAG_DF);
+    piece.offset += command->begun;
+    piece.length = divisible && rest > VX_NBD_PIECE ? (uint32_t)VX_NBD_PIECE : rest;
+    return piece;
+}
+
+void nbd_start_reads(vx_nbd_connection *c)
+{
+    c->starved = false;
+    while (c->reads != NULL && !c->gone && room_for_reply(c, REPLY_ROOM)) {
+        transfer *command = c->reads;
+        operation *op = NULL;
+        if (command->error != NBD_OK) /* of a piece: nothing more is read */
+            command->begun = command->wire.length;
+        if (command->begun < command->wire.length) {
+            nbd_request piece = next_piece(c, command);
+            enum outcome outcome = nbd_start_operation(c, command, &piece, READING, piece.length, &op);
+            if (outcome == HELD) {
+                c->starved = c->bytes[READING] == 0;
+                if (c->starved)
+                    vx_pool_note_shortage(c->pool, vx_now_ns());
+                return;
+            }
+            if (outcome == TAKEN) {
+                command->begun += piece.length;
+                command->operations++;
+            } else { /* no memory: that request alone fails */
+                command->error = NBD_ENOMEM;
+                command->begun = command->wire.length;
+            }
+        }
+        if (command->begun == command->wire.length) {
+            c->reads = command->next;
+            if (c->reads == NULL)
+                c->reads_end = &c->reads;
+        }
+        if (op != NULL) {
+            submit_read(c, op);
+        } else if (is_complete(command)) {
+            reply_status(c, command->error, &command->wire);
+            end_transfer(c, command);
+        }
+    }
+}
+
+void nbd_forget_reads(vx_nbd_connection *c)
+{
+    while (c->reads != NULL) {
+        transfer *command = c->reads;
+        c->reads = command->next;
+        command->begun = command->wire.length;
+        if (command->operations == 0)
+            end_transfer(c, command);
+    }
+    c->reads_end = &c->reads;
+}
+
+static transfer *new_transfer(vx_nbd_connection *c, const nbd_request *wire)
+{
+    transfer *command = calloc(1, sizeof *command);
+    if (command == NULL)
+        return NULL;
+    command->wire = *wire;
+    command->began_ns = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
+    c->under_way++;
+    atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
+    return command;
+}
+
 static enum outcome take_read(vx_nbd_connection *c, const nbd_request *wire)
 {
     if (wire->length == 0) {
@@ -186,11 +337,15 @@ static enum outcome take_read(vx_nbd_connection *c, const nbd_request *wire)
     }
     if (wire->length <= INLINE_READ && read_inline(c, wire))
         return TAKEN;
-    operation *op;
-    enum outcome outcome = nbd_start_operation(c, wire, wire->length, &op);
-    if (outcome == TAKEN)
-        submit_read(c, op);
-    return outcome;
+    if (!nbd_may_take(c))
+        return HELD;
+    transfer *command = new_transfer(c, wire);
+    if (command == NULL)
+        return LOST;
+    *c->reads_end = command;
+    c->reads_end = &command->next;
+    nbd_start_reads(c);
+    return TAKEN;
 }
 
 /* True when the write was answered inline. */
@@ -211,6 +366,23 @@ static bool write_inline(vx_nbd_connection *c, const nbd_request *wire, uint8_t 
     return true;
 }
 
+/* Moves what has arrived of a WRITE's payload, `ahead` bytes into the input, to its buffer; runs it if
+ * that is all. */
+static void fill(vx_nbd_connection *c, operation *op, size_t ahead)
+{
+    size_t present = c->end - c->begin - ahead;
+    size_t part = present < op->wire.length ? present : op->wire.length;
+    if (part > 0)
+        memcpy(op->buffer, c->input + c->begin + ahead, part);
+    c->begin += part; /* with what is ahead left to the caller */
+    nbd_prepare(c, &op->request, &op->wire);
+    op->request.buffer = op->buffer;
+    c->filling = op;
+    c->filled = part;
+    if (part == op->wire.length)
+        nbd_filled(c);
+}
+
 static enum outcome take_write(vx_nbd_connection *c, const nbd_request *wire)
 {
     size_t present = c->end - c->begin - NBD_REQUEST_BYTES;
@@ -221,23 +393,84 @@ static enum outcome take_write(vx_nbd_connection *c, const nbd_request *wire)
     }
     if (wire->length > present && wire->length <= INPUT_BYTES / 4)
         return SHORT; /* small: wait until it is here */
+    if (!nbd_may_take(c))
+        return HELD;
+    if (wire->length > VX_NBD_PIECE) {
+        c->writing = new_transfer(c, wire);
+        return c->writing == NULL ? LOST : TAKEN; /* its pieces are taken as they arrive */
+    }
     operation *op;
-    enum outcome outcome = nbd_start_operation(c, wire, wire->length, &op);
+    enum outcome outcome = nbd_start_operation(c, NULL, wire, WRITING, wire->length, &op);
     if (outcome != TAKEN)
         return outcome;
-    size_t part = present < wire->length ? present : wire->length;
-    if (part > 0)
-        memcpy(op->buffer, payload, part);
-    c->begin += part;
-    nbd_prepare(c, &op->request, wire);
-    op->request.buffer = op->buffer;
-    if (part == wire->length) {
-        nbd_send_to_pool(c, op);
-    } else {
-        c->filling = op;
-        c->filled = part;
-    }
+    fill(c, op, NBD_REQUEST_BYTES);
     return TAKEN;
+}
+
+void nbd_filled(vx_nbd_connection *c)
+{
+    operation *op = c->filling;
+    c->filling = NULL;
+    if (!(op->wire.flags & NBD_FLAG_FUA) && nbd_try_operation(c, op)) {
+        pthread_mutex_lock(&c->lock);
+        op->next = c->completed;
+        c->completed = op;
+        pthread_mutex_unlock(&c->lock);
+    } else {
+        nbd_send_to_pool(c, op);
+    }
+}
+
+/* Takes the next piece of c->writing from the input. */
+static enum outcome take_piece(vx_nbd_connection *c)
+{
+    transfer *command = c->writing;
+    uint32_t rest = command->wire.length - command->begun;
+    if (command->error != NBD_OK) { /* the rest is received and thrown away */
+        c->discard = rest;
+        c->discarding = command;
+        c->writing = NULL;
+        return TAKEN;
+    }
+    operation *op;
+    nbd_request piece = command->wire;
+    piece.offset += command->begun;
+    piece.length = rest > VX_NBD_PIECE ? (uint32_t)VX_NBD_PIECE : rest;
+    piece.flags &= (uint16_t)~NBD_FLAG_FUA; /* a flush follows the last one */
+    enum outcome outcome = nbd_start_operation(c, command, &piece, WRITING, piece.length, &op);
+    if (outcome == LOST) {
+        command->error = NBD_ENOMEM;
+        return TAKEN;
+    }
+    if (outcome != TAKEN)
+        return outcome;
+    command->begun += piece.length;
+    command->operations++;
+    if (command->begun == command->wire.length)
+        c->writing = NULL;
+    fill(c, op, 0);
+    return TAKEN;
+}
+
+void nbd_abandon_input(vx_nbd_connection *c)
+{
+    transfer *command = c->writing != NULL ? c->writing : c->discarding;
+    c->writing = c->discarding = NULL;
+    c->discard = 0;
+    if (c->filling != NULL) {
+        operation *op = c->filling;
+        c->filling = NULL;
+        if (op->command != NULL) {
+            command = op->command;
+            command->operations--;
+        }
+        nbd_free_operation(op, c);
+    }
+    if (command == NULL)
+        return;
+    command->abandoned = true;
+    command->begun = command->wire.length;
+    reply_write(c, command);
 }
 
 static enum outcome take_other(vx_nbd_connection *c, const nbd_request *wire)
@@ -247,7 +480,9 @@ static enum outcome take_other(vx_nbd_connection *c, const nbd_request *wire)
         return TAKEN;
     }
     operation *op;
-    enum outcome outcome = nbd_start_operation(c, wire, 0, &op);
+    if (!nbd_may_take(c) || (wire->command == NBD_BLOCK_STATUS && c->statuses == MOST_STATUSES))
+        return HELD;
+    enum outcome outcome = nbd_start_operation(c, NULL, wire, OTHER, 0, &op);
     if (outcome != TAKEN)
         return outcome;
     nbd_prepare(c, &op->request, wire);
@@ -258,6 +493,7 @@ static enum outcome take_other(vx_nbd_connection *c, const nbd_request *wire)
             reply_operation(c, op);
             return TAKEN;
         }
+        c->statuses++;
         op->request.extents = op->status;
         op->request.extent_capacity = STATUS_EXTENTS;
         if (nbd_try_operation(c, op)) {
@@ -325,8 +561,16 @@ static void discard_payload(vx_nbd_connection *c)
     size_t part = present < c->discard ? present : (size_t)c->discard;
     c->begin += part;
     c->discard -= part;
-    if (c->discard == 0)
+    if (c->discard > 0)
+        return;
+    transfer *command = c->discarding;
+    c->discarding = NULL;
+    if (command == NULL) {
         reply_status(c, c->refusal, &c->refused);
+    } else {
+        command->begun = command->wire.length;
+        reply_write(c, command);
+    }
 }
 
 bool nbd_take_input(vx_nbd_connection *c)
@@ -340,9 +584,9 @@ bool nbd_take_input(vx_nbd_connection *c)
             discard_payload(c);
             continue;
         }
-        if (c->end - c->begin < NBD_REQUEST_BYTES)
+        if (c->writing == NULL && c->end - c->begin < NBD_REQUEST_BYTES)
             break;
-        enum outcome outcome = take_request(c);
+        enum outcome outcome = c->writing != NULL ? take_piece(c) : take_request(c);
         if (outcome == LOST)
             return false;
         c->held = outcome == HELD;
@@ -370,8 +614,7 @@ void nbd_take_completions(vx_nbd_connection *c)
         oldest_first = op;
         op = next;
     }
-    while (oldest_first != NULL && room_for_reply(c, (2 * READ_HOLES + 2) * 40 +
-                                                         64 + STATUS_EXTENTS * 8)) {
+    while (oldest_first != NULL && room_for_reply(c, REPLY_ROOM)) {
         operation *next = oldest_first->next;
         reply_operation(c, oldest_first);
         oldest_first = next;

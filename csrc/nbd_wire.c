@@ -162,9 +162,9 @@ size_t nbd_put_hole(uint8_t *out, bool last, uint64_t cookie, uint64_t offset, u
     return at + 12;
 }
 
-size_t nbd_put_error(uint8_t *out, uint64_t cookie, enum nbd_error error)
+size_t nbd_put_error(uint8_t *out, bool last, uint64_t cookie, enum nbd_error error)
 {
-    size_t at = nbd_put_chunk(out, true, NBD_CHUNK_ERROR, cookie, 6);
+    size_t at = nbd_put_chunk(out, last, NBD_CHUNK_ERROR, cookie, 6);
     nbd_put_u32(out + at, (uint32_t)error);
     put_u16(out + at + 4, 0); /* no message: the number says what a client acts on */
     return at + 6;

@@ -87,7 +87,7 @@ size_t nbd_put_chunk(uint8_t *out, bool last, enum nbd_chunk_type type, uint64_t
                      uint32_t length);
 size_t nbd_put_data(uint8_t *out, bool last, uint64_t cookie, uint64_t offset, uint32_t length);
 size_t nbd_put_hole(uint8_t *out, bool last, uint64_t cookie, uint64_t offset, uint32_t length);
-size_t nbd_put_error(uint8_t *out, uint64_t cookie, enum nbd_error error);
+size_t nbd_put_error(uint8_t *out, bool last, uint64_t cookie, enum nbd_error error);
 void nbd_put_u32(uint8_t *out, uint32_t value);
 
 #endif

@@ -6,6 +6,8 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
+#define SHORTAGE_GAP_NS ((uint64_t)1000000000)
+
 struct vx_pool {
     pthread_mutex_t lock;
     pthread_cond_t work;  /* a job is ready, or the pool stops */
@@ -17,6 +19,7 @@ struct vx_pool {
 
     _Atomic uint64_t bytes;
     uint64_t byte_limit;
+    _Atomic uint64_t short_since, short_last; /* of the shortage that was noted last; 0: none yet */
 };
 
 /* Signals are for the threads of the language above, which knows what to do about them. */
@@ -162,6 +165,20 @@ bool vx_pool_charge(vx_pool *pool, uint64_t bytes, bool held_up)
 void vx_pool_discharge(vx_pool *pool, uint64_t bytes)
 {
     atomic_fetch_sub(&pool->bytes, bytes);
+}
+
+void vx_pool_note_shortage(vx_pool *pool, uint64_t now_ns)
+{
+    if (vx_pool_shortage_since(pool, now_ns) == 0)
+        atomic_store(&pool->short_since, now_ns);
+    atomic_store(&pool->short_last, now_ns);
+}
+
+uint64_t vx_pool_shortage_since(vx_pool *pool, uint64_t now_ns)
+{
+    uint64_t last = atomic_load(&pool->short_last);
+    bool lasts = last != 0 && (last >= now_ns || now_ns - last < SHORTAGE_GAP_NS);
+    return lasts ? atomic_load(&pool->short_since) : 0;
 }
 
 uint64_t vx_pool_charged(vx_pool *pool)

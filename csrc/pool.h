@@ -7,9 +7,10 @@
  * A job pushed with a time (CLOCK_MONOTONIC, nanoseconds) runs no earlier than that. The memory of a
  * job belongs to its owner and may be reused as soon as `run` was entered.
  *
- * `bytes` counts payload that waits in the pool: vx_pool_charge refuses past the limit, so a server
- * stops reading from its sockets instead of growing. What a throttle holds up may have half of it,
- * so that there is always room for who is not limited.
+ * `bytes` counts payload that connections borrow: vx_pool_charge refuses past the limit, so a server
+ * does not grow. What a throttle holds up may have half of it, so that there is always room for who is
+ * not limited. Who cannot go on without more says so with vx_pool_note_shortage; who borrows and does
+ * not move asks vx_pool_shortage_since whether somebody waits for it.
  */
 #ifndef VX_POOL_H
 #define VX_POOL_H
@@ -39,6 +40,10 @@ void vx_pool_hasten(vx_pool *pool, vx_job *job);
 bool vx_pool_charge(vx_pool *pool, uint64_t bytes, bool held_up);
 void vx_pool_discharge(vx_pool *pool, uint64_t bytes);
 uint64_t vx_pool_charged(vx_pool *pool);
+/* Somebody waits for bytes at `now_ns` (CLOCK_MONOTONIC); it says so again at least each second. */
+void vx_pool_note_shortage(vx_pool *pool, uint64_t now_ns);
+/* Since when somebody has been waiting without a break; 0: nobody. */
+uint64_t vx_pool_shortage_since(vx_pool *pool, uint64_t now_ns);
 vx_clock *vx_pool_clock(vx_pool *pool); /* real; lives as long as the pool */
 
 #endif

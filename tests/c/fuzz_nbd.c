@@ -61,6 +61,7 @@ typedef struct asked {
     size_t end; /* of the request in the stream */
     enum nbd_error expected;
     uint32_t chunks, covered;
+    uint32_t of_piece[SIZE / VX_NBD_PIECE + 1]; /* covered, in order inside each piece */
     bool answered;
 } asked;
 
@@ -164,7 +165,13 @@ static void check_chunk(client *c, asked *a, uint32_t kind, bool last, const uin
     if (kind == NBD_CHUNK_DATA || kind == NBD_CHUNK_HOLE) {
         uint32_t n = kind == NBD_CHUNK_DATA ? length - 8 : u32(body + 8);
         CHECK(a->command == NBD_READ && n > 0);
-        CHECK(u64(body) == a->offset + a->covered && n <= a->length - a->covered);
+        CHECK(u64(body) >= a->offset && u64(body) - a->offset + n <= a->length);
+        uint32_t at = (uint32_t)(u64(body) - a->offset), piece = at / (uint32_t)VX_NBD_PIECE;
+        if (a->flags & 4) /* DF: all of it at once */
+            piece = 0;
+        CHECK(at == piece * (uint32_t)VX_NBD_PIECE + a->of_piece[piece]);
+        a->of_piece[piece] += n;
+        CHECK(a->of_piece[piece] <= VX_NBD_PIECE || a->flags & 4);
         CHECK(a->chunks == 1 || !(a->flags & 4));
         check_data(kind == NBD_CHUNK_DATA ? body + 8 : NULL, u64(body), n);
         a->covered += n;

@@ -81,7 +81,7 @@ static void encodes(void)
                                      0,    0,    0,    0,    0, 0, 0, 9};
     CHECK(nbd_put_simple(out, NBD_EIO, 9) == sizeof simple);
     CHECK(memcmp(out, simple, sizeof simple) == 0);
-    CHECK(nbd_put_error(out, 9, NBD_EIO) == 26);
+    CHECK(nbd_put_error(out, true, 9, NBD_EIO) == 26);
     CHECK(nbd_put_data(out, false, 9, 0, 100) == 28 && out[5] == 0 && out[19] == 108);
 }
 

@@ -14,7 +14,12 @@ def build_nbd(source: Path, target: Path) -> Path:
     """The fuzzer of the transmission phase, under sanitizers."""
     program = target / "fuzz_nbd"
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fsanitize=address,undefined"]
-    command += ["-fno-sanitize-recover=all", f"-I{source}", f"-I{ROOT / 'tests' / 'c'}"]
+    command += [
+        "-fno-sanitize-recover=all",
+        "-DVX_NBD_PIECE=((size_t)96<<10)",
+        f"-I{source}",
+        f"-I{ROOT / 'tests' / 'c'}",
+    ]
     command += [*map(str, sorted(source.glob("*.c"))), str(ROOT / "tests" / "c" / "fuzz_nbd.c")]
     subprocess.run([*command, "-o", str(program), "-lpthread"], check=True)
     return program

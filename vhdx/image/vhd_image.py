@@ -231,8 +231,8 @@ class VhdImage(PlainImage):
         footer_at = self._leaf.size - vhd.FOOTER_SIZE
         for (_, low), (high, _) in itertools.pairwise([*taken, (max(end, footer_at), 0)]):
             if not self._is_zero(low, high):
-                # What others keep there, such as XenServer's batmap, or what a crash left. How much of
-                # it means something is not known, so all of it stays.
+                # What others keep there, such as XenServer's batmap, or what a crash left. How much
+                # of it means something is not known, so all of it stays.
                 self._kept_end = max(self._kept_end, high)
                 continue
             if high > end:

@@ -51,7 +51,8 @@ class Limits:
         option_bytes: data of one option.
         requests: under way in one connection.
         connection_bytes: payload under way in one connection.
-        server_bytes: payload under way in all connections.
+        server_bytes: payload under way in all connections. Each of them has 4 MiB of its own; where
+            that would leave less than a quarter of it for all to share, a quarter is added.
         payload: bytes of one READ or WRITE.
     """
 
@@ -63,6 +64,12 @@ class Limits:
     connection_bytes: int = 64 << 20
     server_bytes: int = 512 << 20
     payload: int = 32 << 20
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes that connections may borrow, beyond what each has of its own."""
+        own = self.connections * plane.CONNECTION_BYTES
+        return max(self.server_bytes - own, self.server_bytes // 4)
 
 
 @dataclass
@@ -133,7 +140,7 @@ class Server:
         self._cleanup = contextlib.ExitStack()
         self._first, self._last = contextlib.ExitStack(), contextlib.ExitStack()
         try:
-            self._pool = plane.Pool(byte_limit=self._limits.server_bytes)
+            self._pool = plane.Pool(byte_limit=self._limits.shared_bytes)
             self._cleanup.callback(self._pool.close)
             store = None if qos_file is None else Store(qos_file)
             if store is not None:

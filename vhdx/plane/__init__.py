@@ -8,7 +8,7 @@ stand in ``csrc/device.h`` and ``csrc/map.h``.
 
 from vhdx.plane.callback import Backend, Callback
 from vhdx.plane.check import E_FORKED as FORKED
-from vhdx.plane.connection import Connection, ConnectionCounters
+from vhdx.plane.connection import CONNECTION_BYTES, Connection, ConnectionCounters
 from vhdx.plane.device import (
     DATA,
     HOLE,
@@ -63,6 +63,7 @@ from vhdx.plane.turn import serving
 
 __all__ = [
     "CHUNK_PAGES",
+    "CONNECTION_BYTES",
     "DATA",
     "DEEPEST",
     "FORKED",

@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from vhdx.plane.device import Device, Pool
     from vhdx.plane.pacing import Meter
 
-__all__ = ["Connection", "ConnectionCounters"]
+__all__ = ["CONNECTION_BYTES", "Connection", "ConnectionCounters"]
+
+CONNECTION_BYTES = 4 << 20
+"""What a connection may take without asking the pool (``VX_NBD_CONNECTION_BYTES``)."""
 
 
 class ConnectionCounters(NamedTuple):
