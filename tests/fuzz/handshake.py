@@ -204,7 +204,7 @@ def one_stream(stream: bytes, size: int) -> bool:
     answer, sent = bytearray(), 0
     try:
         while sent < len(stream) and machine.negotiated is None and not machine.finished:
-            got = machine.receive(stream[sent : sent + size])
+            got = b"".join(machine.receive(stream[sent : sent + size]))
             sent = min(sent + size, len(stream))
             answer += got
             if len(machine._input) > MOST_BYTES + 16 + size:

@@ -19,9 +19,16 @@ EXPORTS = {
 }
 
 
+class Joined(Handshake):
+    """Gives the answers to what was received as one."""
+
+    def receive(self, data):
+        return b"".join(super().receive(data))
+
+
 def new(exports=EXPORTS, flags=3, **limits):
     alone = next(iter(exports.values())) if len(exports) == 1 else None
-    machine = Handshake(
+    machine = Joined(
         lambda name: exports.get(name) or (alone if name == "" else None),
         lambda: exports,
         **limits,
@@ -257,3 +264,13 @@ def test_pieces_and_garbage_never_break_it(data, cuts):
         rest = rest[cut:]
     pieces.append(rest)
     assert run(pieces)[1] == run([stream])[1]
+
+
+def test_lists_are_counted_and_answered_one_at_a_time():
+    many = {f"disk{n}": ExportTerms(f"disk{n}", "x" * 100, 512, False) for n in range(50)}
+    machine = new(many, most_options=32)
+    answers = Handshake.receive(machine, option(h.LIST) * 1000)
+    for _ in range(82):
+        assert len(next(answers)) < 10_000
+    with pytest.raises(ProtocolError, match="more than 82 options"):
+        next(answers)

@@ -55,7 +55,8 @@ def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
 @click.option(
     "--listen",
     metavar="URI",
-    help="nbd+unix:///?socket=PATH or nbd://HOST[:PORT]. [default: a private unix socket]",
+    help="nbd+unix:///?socket=PATH or nbd://HOST[:PORT]. [default: the socket that systemd or "
+    "libnbd hands over, or a private unix socket]",
 )
 @click.option("--read-only", "-r", is_flag=True, help="Refuse changes.")
 @click.option("--format", "format_", type=click.Choice(FORMATS), help="Format, instead of looking.")
@@ -114,7 +115,8 @@ def serve(
 ) -> int:
     """Serve images over NBD until SIGTERM or Ctrl-C.
 
-    The first line on standard output is the URI of the first export, once it accepts connections.
+    The first line on standard output is the URI of the first export, once it accepts connections;
+    nothing is printed where systemd or libnbd handed a socket over.
     Limits count for each of the disks; vhdx qos changes them while it runs.
 
     Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock --max-iops 500
@@ -128,12 +130,17 @@ def serve(
         capacity_iops=capacity_iops,
         model=None if model is None else ModelKind[model.upper()],
     )
+    inherited = nbd.inherited_socket()
+    if inherited is not None and listen is not None:
+        raise click.UsageError(
+            "a socket was handed over (LISTEN_FDS), so --listen does not go with it"
+        )
     exports = _exports(paths)
     events = _Events()
     limits = nbd.Limits(connections=max_connections, handshake_seconds=handshake_seconds)
     server = control.serve(
         exports,
-        listen=listen,
+        listen=listen if inherited is None else inherited,
         read_only=read_only,
         limits=limits,
         format=format_,
@@ -147,7 +154,8 @@ def serve(
     code = DONE
     try:
         if command is None:
-            for uri in server.uris.values():
+            # Who handed a socket over knows it, and may have an output of its own here.
+            for uri in server.uris.values() if inherited is None else ():
                 click.echo(uri)
         else:
             code = _run(command, server, events)

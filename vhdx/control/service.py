@@ -468,7 +468,7 @@ _OPERATIONS: Mapping[str, Operation] = {
 def serve(
     exports: Mapping[str, Disk | str | os.PathLike[str]],
     *,
-    listen: str | None = None,
+    listen: str | socket.socket | None = None,
     read_only: bool = False,
     limits: nbd.Limits | None = None,
     format: str | None = None,

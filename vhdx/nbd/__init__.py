@@ -5,7 +5,16 @@ Source: NetworkBlockDevice doc/proto.md. :mod:`vhdx.nbd.handshake` is a pure sta
 bytes; :mod:`vhdx.nbd.server` owns sockets, threads and limits.
 """
 
+from vhdx.nbd.address import inherited_socket
 from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
 from vhdx.nbd.server import Limits, Server, serve
 
-__all__ = ["ExportTerms", "Handshake", "Limits", "Negotiated", "Server", "serve"]
+__all__ = [
+    "ExportTerms",
+    "Handshake",
+    "Limits",
+    "Negotiated",
+    "Server",
+    "inherited_socket",
+    "serve",
+]

@@ -16,7 +16,9 @@ from vhdx.errors import HostIOError, InUseError, InvalidArgumentError, Reason
 
 __all__ = [
     "Address",
+    "address_of",
     "bind",
+    "inherited_socket",
     "is_alive",
     "listen_unix",
     "parse_address",
@@ -28,6 +30,7 @@ __all__ = [
 _PORT = 10809
 _LONGEST_SOCKET_PATH = 107
 _BACKLOG = 128
+_FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,44 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
         shown = address.path or f"{address.host}:{address.port}"
         kind = InUseError if error.errno == errno.EADDRINUSE else HostIOError
         raise kind(f"cannot listen there: {error.strerror or error}", path=shown) from error
+
+
+def inherited_socket() -> socket.socket | None:
+    """The listening socket that a service manager or libnbd handed over; None where none was.
+
+    The protocol is systemd's (sd_listen_fds(3)): descriptor 3, announced in the environment, from
+    which it is taken so that no child finds it again.
+
+    Raises:
+        InvalidArgumentError: there are several, or it is no listening stream socket.
+    """
+    pid, count = os.environ.get("LISTEN_PID"), os.environ.get("LISTEN_FDS")
+    if pid != str(os.getpid()) or not count:
+        return None
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    if count != "1":
+        raise InvalidArgumentError(f"{count} sockets were handed over (LISTEN_FDS); it takes one")
+    try:
+        found = socket.socket(fileno=_FIRST_INHERITED)
+        stream = found.type == socket.SOCK_STREAM
+        listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
+    except OSError as error:
+        raise InvalidArgumentError(f"the socket that was handed over: {error.strerror}") from error
+    if not stream or not listens:
+        found.close()
+        raise InvalidArgumentError("what was handed over is no listening stream socket")
+    found.set_inheritable(False)
+    found.setblocking(True)
+    return found
+
+
+def address_of(listener: socket.socket) -> Address:
+    """Where a socket listens."""
+    name = listener.getsockname()
+    if listener.family == socket.AF_UNIX:
+        return Address(path=os.fsdecode(name))
+    return Address(host=name[0], port=name[1])
 
 
 def is_alive(path: Path) -> bool:

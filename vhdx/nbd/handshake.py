@@ -9,7 +9,7 @@ bounded by ``option_bytes``.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from vhdx.errors import ProtocolError
@@ -93,7 +93,8 @@ class Handshake:
             the canonical terms.
         names: of the exports that LIST shows.
         largest_payload: bytes of a READ or WRITE.
-        most_options: options before the client is dropped; a LIST allows one more for each export.
+        most_options: options before the client is dropped; the first LIST allows one more for each
+            export.
         option_bytes: data of one option.
     """
 
@@ -108,6 +109,7 @@ class Handshake:
     _input: bytearray = field(default_factory=bytearray)
     _flags: int | None = None
     _options: int = 0
+    _listed: bool = False
     _structured: bool = False
     _contexts: _Contexts = field(default_factory=_Contexts)
 
@@ -115,20 +117,20 @@ class Handshake:
         """What the server says first."""
         return _GREETING.pack(b"NBDMAGIC", _OPTION_MAGIC, _FIXED_NEWSTYLE | _NO_ZEROES)
 
-    def receive(self, data: bytes) -> bytes:
-        """Takes bytes from the client; returns the answer.
+    def receive(self, data: bytes) -> Iterator[bytes]:
+        """Takes bytes from the client; gives the answers, one at a time.
 
-        Afterwards ``negotiated`` is set when the transmission phase begins, and ``finished`` when
-        the connection is to be closed once the answer is sent.
+        The next option is looked at when the answer to the one before was taken, so only one answer
+        is in memory. Afterwards ``negotiated`` is set when the transmission phase begins, and
+        ``finished`` when the connection is to be closed once the answers are sent.
 
         Raises:
             ProtocolError: the client must be dropped at once.
         """
         self._input += data
-        answer = bytearray()
         if self._flags is None:
             if len(self._input) < 4:
-                return b""
+                return
             (self._flags,) = struct.unpack_from(">I", self._input)
             del self._input[:4]
             if self._flags & ~(_FIXED_NEWSTYLE | _NO_ZEROES):
@@ -137,8 +139,7 @@ class Handshake:
             option = self._next_option()
             if option is None:
                 break
-            answer += self._answer(*option)
-        return bytes(answer)
+            yield self._answer(*option)
 
     def _next_option(self) -> tuple[int, bytes] | None:
         if len(self._input) < _OPTION.size:
@@ -214,7 +215,9 @@ class Handshake:
             return _refuse(LIST, ERR_INVALID, "LIST takes no data")
         answer = bytearray()
         names = self.names()
-        self.most_options += len(names)
+        if not self._listed:
+            self.most_options += len(names)
+            self._listed = True
         for name, terms in names.items():
             encoded = name.encode()
             body = (

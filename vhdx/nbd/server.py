@@ -22,12 +22,12 @@ from vhdx import plane
 from vhdx.errors import InvalidArgumentError, ProtocolError, VhdxError
 from vhdx.image.disk import Disk
 from vhdx.image.opening import open_disk
-from vhdx.nbd.address import bind, parse_address, private_address, uri_of
+from vhdx.nbd.address import address_of, bind, parse_address, private_address, uri_of
 from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
 from vhdx.qos import NORMALISED_UNIT, Domain, Flow, Scheduling, Settings, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
 __all__ = ["Limits", "Server", "serve"]
@@ -100,8 +100,8 @@ class Server:
         exports: by name, a path or an open :class:`Disk`. A path is opened and closed by the
             server; a Disk stays the caller's, coherent with the clients, and cannot be closed
             while it is served. With a single export, "" is another name for it.
-        listen: ``nbd+unix:///?socket=PATH`` or ``nbd://HOST[:PORT]``; a private unix socket when
-            None.
+        listen: ``nbd+unix:///?socket=PATH`` or ``nbd://HOST[:PORT]``, or a socket that listens
+            already and is closed, but not removed, at the end; a private unix socket when None.
         read_only: refuse changes.
         limits: what clients may use.
         format: of the paths, as in :func:`vhdx.open`.
@@ -117,7 +117,7 @@ class Server:
         self,
         exports: Mapping[str, Disk | str | os.PathLike[str]],
         *,
-        listen: str | None = None,
+        listen: str | socket.socket | None = None,
         read_only: bool = False,
         limits: Limits | None = None,
         format: str | None = None,
@@ -158,12 +158,7 @@ class Server:
             self._cleanup.callback(self.qos.close)
             for name, export in self._exports.items():
                 self.qos.add_disk(name, export.disk.path, export.device, (qos or {}).get(name))
-            address = (
-                private_address(next(iter(exports)) or "disk")
-                if listen is None
-                else parse_address(listen)
-            )
-            self._listener, self._address = bind(address)
+            self._listen(listen, next(iter(exports)) or "disk")
             self._cleanup.callback(self._stop_listening)
             self.qos.begin()
         except BaseException:
@@ -172,6 +167,14 @@ class Server:
         self._cleanup.enter_context(plane.serving())
         self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
         self._acceptor.start()
+
+    def _listen(self, listen: str | socket.socket | None, name: str) -> None:
+        self._removes_socket = not isinstance(listen, socket.socket)
+        if isinstance(listen, socket.socket):
+            self._listener, self._address = listen, address_of(listen)
+        else:
+            address = private_address(name) if listen is None else parse_address(listen)
+            self._listener, self._address = bind(address)
 
     def _add(
         self,
@@ -340,20 +343,19 @@ class Server:
             most_options=self._limits.options,
             option_bytes=self._limits.option_bytes,
         )
-        answer = handshake.greeting()
+        answers: Iterable[bytes] = (handshake.greeting(),)
         while True:
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise ProtocolError("the handshake took too long")
-            peer.settimeout(remaining)
-            peer.sendall(answer)
+            for answer in answers:
+                peer.settimeout(_until(deadline))
+                peer.sendall(answer)
             if handshake.negotiated is not None or handshake.finished:
                 return handshake.negotiated
+            peer.settimeout(_until(deadline))
             data = peer.recv(64 << 10)
             if not data:
                 return None
             handshake.shutting_down = self._closing
-            answer = handshake.receive(data)
+            answers = handshake.receive(data)
 
     def _transmit(self, client: _Client, negotiated: Negotiated) -> None:
         export = self._exports[negotiated.export]
@@ -402,9 +404,10 @@ class Server:
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        if self._address.path is not None and Path(self._address.path).is_socket():
+        path = self._address.path if self._removes_socket else None
+        if path is not None and Path(path).is_socket():
             with contextlib.suppress(OSError):
-                Path(self._address.path).unlink()
+                Path(path).unlink()
 
     def close(self, drain_seconds: float = 10.0) -> None:
         """Takes no new request, finishes what is under way, flushes, and closes what it opened.
@@ -477,6 +480,18 @@ class Server:
         self.close()
 
 
+def _until(deadline: float) -> float:
+    """Seconds until ``deadline`` (monotonic).
+
+    Raises:
+        ProtocolError: it has passed.
+    """
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        raise ProtocolError("the handshake took too long")
+    return remaining
+
+
 def _name_of(peer: socket.socket | None) -> str:
     """Who connects, as far as the kernel tells."""
     if peer is None:
@@ -497,7 +512,7 @@ def _name_of(peer: socket.socket | None) -> str:
 def serve(
     exports: Mapping[str, Disk | str | os.PathLike[str]],
     *,
-    listen: str | None = None,
+    listen: str | socket.socket | None = None,
     read_only: bool = False,
     limits: Limits | None = None,
     format: str | None = None,
