@@ -72,7 +72,7 @@ class Session:
         self.at = 4
         if flags > 3:
             raise Dropped
-        options, most = 0, MOST_OPTIONS
+        options, most, listed = 0, MOST_OPTIONS, False
         while not self.over:
             head = self.stream[self.at : self.at + 16]
             if head[:8] != b"IHAVEOPT"[: len(head)]:
@@ -89,7 +89,8 @@ class Session:
             options += 1
             if options > most or (option != 1 and not flags & 1):
                 raise Dropped
-            most += len(EXPORTS) * (option == 3 and not data)
+            if option == 3 and not data and not listed:
+                most, listed = most + len(EXPORTS), True
             self.option(option, data)
 
     def say(self, option: int, kind: int, info: int = -1) -> None:
