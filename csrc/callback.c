@@ -1,5 +1,6 @@
 /* SPDX-License-Identifier: MIT */
 #include "callback.h"
+#include "delegate.h"
 
 #include <stdlib.h>
 
@@ -7,7 +8,7 @@ static int callback_submit(vx_device *device, vx_request *request)
 {
     if (request->flags & VX_NOWAIT)
         return VX_AGAIN;
-    int code = device->upcalls->perform(device->identity, request);
+    int code = vx_upcall_perform(device, request);
     if (code == VX_E_UPCALL || (code != VX_OK && request->operation == VX_FLUSH))
         vx_device_set_state(device, VX_E_POISONED);
     return code == VX_OK ? vx_succeed(request)
@@ -16,7 +17,7 @@ static int callback_submit(vx_device *device, vx_request *request)
 
 static int callback_resize(vx_device *device, uint64_t size)
 {
-    int code = device->upcalls->resize(device->identity, size);
+    int code = vx_upcall_resize(device, size);
     if (code == VX_OK)
         atomic_store(&device->size, size);
     return code;

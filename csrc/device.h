@@ -94,6 +94,7 @@ typedef struct vx_upcalls {
     int (*fault)(uint64_t device, vx_fault *fault);
     int (*perform)(uint64_t device, vx_request *request);  /* callback devices */
     int (*resize)(uint64_t device, uint64_t size);         /* callback devices */
+    struct vx_delegate *delegate; /* carries out those of one thread (delegate.h); or NULL */
 } vx_upcalls;
 
 #define VX_MEMO_RANGES 8

@@ -2,6 +2,7 @@
 #include <stdlib.h>
 
 #include "map_internal.h"
+#include "delegate.h"
 
 static void progressed(vx_map *map)
 {
@@ -222,7 +223,7 @@ void vx_map_refill(vx_job *job)
     vx_map *map = (vx_map *)((char *)job - offsetof(vx_map, refill_job));
     vx_fault fault = {.device = &map->device, .kind = VX_FAULT_GRANT, .count = 0};
     if (vx_device_state(&map->device) == 0 &&
-        map->device.upcalls->fault(map->device.identity, &fault) == VX_E_UPCALL)
+        vx_upcall_fault(&map->device, &fault) == VX_E_UPCALL)
         vx_device_set_state(&map->device, VX_E_POISONED);
     pthread_mutex_lock(&map->lock);
     map->refilling = false;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT */
 #include "map_internal.h"
 #include "run.h"
+#include "delegate.h"
 
 /* Durable data of every lower device: they are flushed whether or not metadata is dirty. */
 static int flush_lowers(vx_map *map, vx_failure *failure)
@@ -31,7 +32,7 @@ static int commit(vx_map *map, const vx_published *taken, const vx_taken_bitmaps
                       .bitmap_bits = bitmaps->bits};
     if (map->device.upcalls == NULL)
         return VX_E_UNSUPPORTED;
-    return map->device.upcalls->fault(map->device.identity, &fault);
+    return vx_upcall_fault(&map->device, &fault);
 }
 
 /* Puts back what could not be committed, before what was published since. */

@@ -26,8 +26,13 @@ typedef struct { uint32_t operation; uint32_t flags; uint64_t offset; uint64_t l
                  uint32_t extent_count; int32_t depth; ...; } vx_request;
 typedef struct { uint32_t operation; uint64_t offset; uint64_t length; uint8_t *buffer;
                  ...; } vx_step;
+typedef struct vx_delegate vx_delegate;
 typedef struct { int (*fault)(uint64_t, vx_fault *); int (*perform)(uint64_t, vx_request *);
-                 int (*resize)(uint64_t, uint64_t); } vx_upcalls;
+                 int (*resize)(uint64_t, uint64_t); vx_delegate *delegate; } vx_upcalls;
+vx_delegate *vx_delegate_create(uint64_t owner);
+void vx_delegate_serve(vx_delegate *delegate);
+void vx_delegate_end(vx_delegate *delegate);
+void vx_delegate_destroy(vx_delegate *delegate);
 
 extern "Python" int vx_python_fault(uint64_t device, vx_fault *fault);
 extern "Python" int vx_python_perform(uint64_t device, vx_request *request);

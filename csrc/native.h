@@ -8,6 +8,7 @@
 #include "callback.h"
 #include "clock.h"
 #include "delay.h"
+#include "delegate.h"
 #include "file.h"
 #include "hold.h"
 #include "load.h"

@@ -7,6 +7,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "delegate.h"
 #include "pool.h"
 
 static bool remember(vx_request *request, const vx_fault *fault)
@@ -33,7 +34,7 @@ static bool answer_fault(vx_request *request, vx_fault *last, uint64_t *last_pro
     vx_device *device = fault.device;
     int code = device->upcalls == NULL || device->upcalls->fault == NULL
                    ? VX_E_UNSUPPORTED
-                   : device->upcalls->fault(device->identity, &fault);
+                   : vx_upcall_fault(device, &fault);
     if (code == VX_E_UPCALL)
         vx_device_set_state(device, VX_E_POISONED);
     if (code == 0 && fault.kind == VX_FAULT_RANGE && !remember(request, &fault))

@@ -13,41 +13,45 @@ Sizes and offsets are bytes; buffers are anything with the buffer protocol. Ever
 :class:`VhdxError` with ``path``, ``offset`` and ``reason``.
 """
 
-from vhdx.control import compact, info, resize, serve, snapshot
-from vhdx.errors import (
-    ClosedError,
-    DamagedError,
-    ExistsError,
-    HostIOError,
-    InUseError,
-    InvalidArgumentError,
-    MissingParentError,
-    NoSpaceError,
-    NotFoundError,
-    PoisonedError,
-    RangeError,
-    ReadOnlyError,
-    Reason,
-    UnsupportedError,
-    VhdxError,
-)
-from vhdx.image import (
-    Disk,
-    Extent,
-    ExtentState,
-    Finding,
-    Report,
-    View,
-    check,
-    convert,
-    create,
-    merge,
-    open,
-    rebase,
-    repair,
-    undo,
-)
-from vhdx.nbd import Limits, Server
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vhdx.control import compact, info, resize, serve, snapshot
+    from vhdx.errors import (
+        ClosedError,
+        DamagedError,
+        ExistsError,
+        HostIOError,
+        InUseError,
+        InvalidArgumentError,
+        MissingParentError,
+        NoSpaceError,
+        NotFoundError,
+        PoisonedError,
+        RangeError,
+        ReadOnlyError,
+        Reason,
+        UnsupportedError,
+        VhdxError,
+    )
+    from vhdx.image import (
+        Disk,
+        Extent,
+        ExtentState,
+        Finding,
+        Report,
+        View,
+        check,
+        create,
+        merge,
+        open,
+        rebase,
+        repair,
+        undo,
+    )
+    from vhdx.image.convert import convert
+    from vhdx.nbd import Limits, Server
 
 __all__ = [
     "ClosedError",
@@ -89,3 +93,30 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "vhdx.control": ("compact", "info", "resize", "serve", "snapshot"),
+    "vhdx.image": (
+        *("Disk", "Extent", "ExtentState", "Finding", "Report", "View"),
+        *("check", "convert", "create", "merge", "open", "rebase", "repair", "undo"),
+    ),
+    "vhdx.nbd": ("Limits", "Server"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_PARTS = {"cli", "control", "errors", "format", "image", "nbd", "plane", "qos", "units"}
+
+
+def __getattr__(name: str) -> Any:
+    """What is used is loaded when it is first used: few programs need all of it."""
+    if name in _PARTS:
+        return importlib.import_module(f"vhdx.{name}")
+    home = _HOME_OF.get(name, "vhdx.errors" if name in __all__ else None)
+    if home is None:
+        raise AttributeError(f"module 'vhdx' has no attribute {name!r}")
+    value = getattr(importlib.import_module(home), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*(name for name in globals() if name.startswith("__")), *__all__, *_PARTS})

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 import vhdx
 from tests.images import BAT_OFFSET, add_log, edit, edit_headers, make_child, read, set_entry
-from vhdx.cli import main
+from vhdx.cli.commands import main
 from vhdx.format import header, region
 from vhdx.format.bat import BlockState
 from vhdx.image.repairing import undo_path

@@ -1,45 +1,35 @@
 # SPDX-License-Identifier: MIT
-"""The ``vhdx`` command. Commands stand in modules of their own; this one puts them together."""
+"""The ``vhdx`` command.
+
+What the commands need is loaded by :func:`main` when it has seen to signals. Loading takes a moment,
+and a signal that comes in it ends the command as one that comes later does.
+"""
 
 from __future__ import annotations
 
-import click
+import os
+import signal
+from types import FrameType
 
-from vhdx import __version__
-from vhdx.cli import images, quality, serving
-from vhdx.cli.output import VhdxGroup
+__all__ = ["INTERRUPTED", "SIGNALS", "main"]
 
-__all__ = ["main"]
+INTERRUPTED = 130
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Signals that end a command; one that is ignored from the start (nohup) stays ignored."""
 
 
-@click.group(
-    cls=VhdxGroup,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Sizes are written 64G, 512M or 4096, in binary units. "
-    "Exit codes: 0 done, 1 failed, 2 usage, 3 image damaged, 4 in use, 130 interrupted. "
-    'For completion in bash: eval "$(_VHDX_COMPLETE=bash_source vhdx)"',
-)
-@click.version_option(__version__, prog_name="vhdx")
+def _end(number: int, frame: FrameType | None) -> None:
+    """Nothing has begun, so there is nothing to undo."""
+    del number, frame
+    os.write(2, b"vhdx: interrupted\n")
+    os._exit(INTERRUPTED)
+
+
 def main() -> None:
-    """Real VHDX images on Linux: create, look at, resize, convert and serve them."""
+    """Runs the command that the arguments name; does not return."""
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _end)
+    from vhdx.cli import commands
 
-
-for command in (
-    images.create,
-    images.info,
-    images.map_extents,
-    images.dump,
-    images.convert,
-    images.check,
-    images.compact,
-    images.resize,
-    images.snapshot,
-    images.merge,
-    images.rebase,
-    serving.serve,
-    serving.ps,
-    serving.stop,
-    quality.qos,
-    quality.top,
-):
-    main.add_command(command)
+    commands.main(prog_name="vhdx")

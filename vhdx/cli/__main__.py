@@ -3,4 +3,4 @@
 
 from vhdx.cli import main
 
-main(prog_name="vhdx")
+main()

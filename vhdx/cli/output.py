@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from vhdx.cli import INTERRUPTED, SIGNALS
 from vhdx.errors import (
     DamagedError,
     InUseError,
@@ -30,10 +32,12 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.image import opening
+from vhdx.interrupts import DONE_NOTE
 from vhdx.units import parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
+    from types import FrameType
 
 __all__ = [
     "FORMATS",
@@ -49,7 +53,7 @@ __all__ = [
 ]
 
 _LONGEST_SECONDS = 86400
-DONE, FAILED, USAGE, DAMAGED, IN_USE, INTERRUPTED = 0, 1, 2, 3, 4, 130
+DONE, FAILED, USAGE, DAMAGED, IN_USE = 0, 1, 2, 3, 4
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -121,8 +125,7 @@ class VhdxGroup(click.Group):
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the command; never shows a traceback for what a user can meet."""
         kwargs["standalone_mode"] = False
-        # As an exception, so that nothing unfinished is left behind; `serve` has its own way.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+        _catch_signals()
         try:
             result = super().main(*args, **kwargs)
             if sys.stdout is not None:  # closed by whoever started us
@@ -136,8 +139,8 @@ class VhdxGroup(click.Group):
         except VhdxError as error:
             click.echo(f"vhdx: {error}", err=True)
             sys.exit(exit_code(error))
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("vhdx: interrupted", err=True)
+        except (KeyboardInterrupt, click.Abort) as error:
+            click.echo(f"vhdx: interrupted{_what_is_left(error)}", err=True)
             sys.exit(INTERRUPTED)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output has left
@@ -146,6 +149,40 @@ class VhdxGroup(click.Group):
                 sys.exit(FAILED)
             click.echo(f"vhdx: {error}", err=True)
             sys.exit(FAILED)
+
+
+class _Signals:
+    """The first signal raises KeyboardInterrupt; the second ends the command at once."""
+
+    def __init__(self) -> None:
+        self._seen = False
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if self._seen:
+            os.write(2, b"vhdx: ended at once; a temporary file may be left\n")
+            os._exit(INTERRUPTED)
+        self._seen = True
+        if sys.stderr is not None and sys.stderr.isatty():
+            os.write(2, b"\nvhdx: stopping; interrupt again to end at once\n")
+        raise KeyboardInterrupt
+
+
+def _catch_signals() -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # a test
+    signals = _Signals()
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signals.on_signal)
+
+
+def _what_is_left(error: BaseException) -> str:
+    """What an operation that was interrupted came to, where one was under way."""
+    cause = error.__cause__
+    if isinstance(cause, VhdxError):
+        return f": {cause}"
+    return f": {DONE_NOTE}" if DONE_NOTE in getattr(error, "__notes__", ()) else ""
 
 
 def print_json(value: object) -> None:

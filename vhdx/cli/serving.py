@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vhdx import control, nbd
+from vhdx.cli import INTERRUPTED, SIGNALS
 from vhdx.cli.output import (
     DONE,
     FORMATS,
-    INTERRUPTED,
     SECONDS,
     SIZE,
     json_option,
@@ -113,7 +114,7 @@ def serve(
     model: str | None,
     **given: Any,
 ) -> int:
-    """Serve images over NBD until SIGTERM or Ctrl-C.
+    """Serve images over NBD until SIGTERM, SIGHUP or Ctrl-C; a second one ends it at once.
 
     The first line on standard output is the URI of the first export, once it accepts connections;
     nothing is printed where systemd or libnbd handed a socket over.
@@ -250,13 +251,17 @@ class _Events:
         self._noted = threading.Event()
         self._signal: int | None = None
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self._signal is not None:
-            os._exit(128 + number)  # the second one ends at once
+            os.write(2, b"vhdx: ended at once; what was flushed is kept\n")
+            os._exit(128 + number)
         self._signal = number
+        if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
+            os.write(2, b"\nvhdx: stopping when requests are done; Ctrl-C again ends it at once\n")
 
     def note(self) -> None:
         """Ends the wait without a signal."""

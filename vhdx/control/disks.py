@@ -15,6 +15,7 @@ from vhdx.control.client import Owner, find_owner
 from vhdx.errors import InUseError
 from vhdx.image.compacting import Compacted
 from vhdx.image.disk import Extent, ExtentState
+from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ def _either(
     return served(owner)
 
 
+@uninterruptible
 def info(
     path: StrPath,
     *,
@@ -67,6 +69,7 @@ def info(
     return {**found["facts"], "path": os.fsdecode(path), "chain": found["chain"]}
 
 
+@uninterruptible
 def extents(
     path: StrPath, *, format: str | None = None, parent_search: Sequence[StrPath] = ()
 ) -> list[Extent]:
@@ -88,6 +91,7 @@ def extents(
     return _either(path, idle, served)
 
 
+@uninterruptible
 def resize(
     path: StrPath,
     size: int,
@@ -125,6 +129,7 @@ def resize(
     return _either(path, idle, served)
 
 
+@uninterruptible
 def compact(
     path: StrPath,
     *,
@@ -147,6 +152,7 @@ def compact(
     return _either(path, idle, served)
 
 
+@uninterruptible
 def snapshot(path: StrPath, checkpoint: StrPath | None = None, *, force: bool = False) -> str:
     """Keeps an image as it is now and goes on in a child; see :meth:`vhdx.Disk.snapshot`.
 

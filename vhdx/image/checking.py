@@ -25,6 +25,7 @@ from vhdx.image.shifted import find_shifted_pages
 from vhdx.image.structure import Structure, active_sequence, find_refusals, read_structure
 from vhdx.image.vhdx_image import open_vhdx
 from vhdx.image.view import View
+from vhdx.interrupts import uninterruptible
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
@@ -103,6 +104,7 @@ class Report:
         }
 
 
+@uninterruptible
 def check(path: str | PathLike[str]) -> Report:
     """Checks an image, and changes nothing.
 

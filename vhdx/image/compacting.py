@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from vhdx.image.engine import Engine
-    from vhdx.image.layout import Progress
+    from vhdx.interrupts import Progress
 
     Cancel = Callable[[], bool]
     Pace = Callable[[int], None]
@@ -125,7 +125,9 @@ class _Compaction:
         self._total = total
         if self._cancel is not None and self._cancel():
             raise VhdxError(
-                "the compaction was cancelled", reason=Reason.CANCELLED, path=self._engine.host.path
+                "the compaction was stopped; what it did stays",
+                reason=Reason.CANCELLED,
+                path=self._engine.host.path,
             )
         if self._progress is not None:
             self._progress(done, total)

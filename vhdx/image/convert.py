@@ -22,13 +22,15 @@ from vhdx.image.replacing import new_file
 from vhdx.image.structure import read_structure
 from vhdx.image.vhd_layout import check_vhd, write_vhd
 from vhdx.image.vhd_opening import find_footer, open_vhd
+from vhdx.interrupts import uninterruptible
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from vhdx.image.layout import Progress, StrPath
+    from vhdx.image.layout import StrPath
     from vhdx.image.view import View
+    from vhdx.interrupts import Progress
 
 __all__ = ["convert", "destination_format"]
 
@@ -56,6 +58,7 @@ def destination_format(path: StrPath, to: str | None) -> str:
     return found
 
 
+@uninterruptible
 def convert(
     source: StrPath,
     destination: StrPath,
@@ -123,7 +126,7 @@ def convert(
         if target == "raw":
             leaf.resize(disk.size)
             if not sparse:
-                leaf.zero(0, disk.size, no_hole=True)
+                layout.allocate(leaf, 0, disk.size, sparse=True, progress=None, cancel=cancel)
             _Copy(disk, leaf, progress, cancel).run()
             return 0
         if target == "vhd":
@@ -135,7 +138,15 @@ def convert(
                 )
             size = round_up(disk.size, MIB if azure else vhd.SECTOR)
             block = check_vhd(destination, size, type=type, block_size=block_size)
-            write_vhd(leaf, size, type=type, block_size=block, sparse=sparse, allocate=False)
+            write_vhd(
+                leaf,
+                size,
+                type=type,
+                block_size=block,
+                sparse=sparse,
+                allocate=False,
+                cancel=cancel,
+            )
             _fill_vhd(disk, leaf, os.fspath(destination), sparse, progress, cancel)
             return size - disk.size
         logical = disk.logical_sector_size if logical_sector_size is None else logical_sector_size
@@ -150,7 +161,7 @@ def convert(
             if physical_sector_size is None
             else physical_sector_size,
         )
-        layout.write_image(leaf, parameters, sparse=sparse)
+        layout.write_image(leaf, parameters, sparse=sparse, cancel=cancel)
         host = HostFile(
             os.fspath(destination), leaf, read_only=False, sparse=sparse, key=(0, 0), keep=True
         )
@@ -276,7 +287,9 @@ class _Copy:
     def _tell(self, done: int) -> None:
         if self._cancel is not None and self._cancel():
             raise VhdxError(
-                "the conversion was cancelled", reason=Reason.CANCELLED, path=self._disk.path
+                "the conversion was stopped; nothing was left behind",
+                reason=Reason.CANCELLED,
+                path=self._disk.path,
             )
         if self._progress is not None:
             self._progress(done, self._total)

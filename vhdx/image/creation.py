@@ -10,11 +10,13 @@ from vhdx.errors import InvalidArgumentError
 from vhdx.image.differencing import create_child
 from vhdx.image.layout import create_vhdx
 from vhdx.image.vhd_layout import create_vhd
+from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from vhdx.image.layout import Progress, StrPath
+    from vhdx.image.layout import StrPath
+    from vhdx.interrupts import Cancel, Progress
 
 __all__ = ["create_disk", "format_of_name"]
 
@@ -34,6 +36,7 @@ def format_of_name(path: StrPath) -> str | None:
     return _BY_SUFFIX.get(suffix)
 
 
+@uninterruptible
 def create_disk(
     path: StrPath,
     size: int | None = None,
@@ -47,6 +50,7 @@ def create_disk(
     force: bool = False,
     disk_id: UUID | None = None,
     progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> None:
     """Creates an empty image: a VHD where the name ends in .vhd, else a VHDX.
 
@@ -65,7 +69,8 @@ def create_disk(
             parts either.
         force: replace what is there.
         disk_id: the virtual disk id (SCSI page 83); random when None, the parent's in a child.
-        progress: called while a fixed image is allocated.
+        progress, cancel: called while a fixed image is allocated; nothing is left when ``cancel``
+            answers True.
 
     Raises:
         InvalidArgumentError, ExistsError, NotFoundError, NoSpaceError, HostIOError: as the message
@@ -103,6 +108,7 @@ def create_disk(
             force=force,
             disk_id=disk_id,
             progress=progress,
+            cancel=cancel,
         )
         return
     create_vhdx(
@@ -116,4 +122,5 @@ def create_disk(
         force=force,
         disk_id=disk_id,
         progress=progress,
+        cancel=cancel,
     )

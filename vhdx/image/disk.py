@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vhdx import plane
 from vhdx.errors import ClosedError, InUseError, NoSpaceError, RangeError, ReadOnlyError
+from vhdx.image.dropped import close_dropped
+from vhdx.interrupts import uninterruptible
 from vhdx.plane.device import Buffer
 
 if TYPE_CHECKING:
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from vhdx.image.compacting import Compacted
-    from vhdx.image.layout import Progress
+    from vhdx.interrupts import Progress
 
 __all__ = ["Disk", "Extent", "ExtentState", "Format"]
 
@@ -118,6 +120,9 @@ class Format(Protocol):
     def has_released(self) -> bool:
         """Whether space that was trimmed waits for a flush to be given back."""
 
+    def extents(self, offset: int, length: int) -> Iterator[plane.RawExtent]:
+        """Runs of one state that cover the range, in order; neighbours may have equal states."""
+
     def close(self) -> None:
         """Makes everything durable and lets go of the files."""
 
@@ -127,6 +132,9 @@ class Disk:
 
     Offsets and lengths are bytes, and any value inside the disk will do. What :meth:`flush` has
     covered survives a crash of the host. Use it as a context manager, or call :meth:`close`.
+
+    Signal handlers of Python never interrupt an operation in the middle: one that raises, as Ctrl-C
+    does, makes a long operation stop at a point where the image is whole.
     """
 
     def __init__(self, image: Format) -> None:
@@ -233,8 +241,8 @@ class Disk:
         """Runs of one state that cover the range (the whole disk by default), in order."""
         if length is None:
             length = max(0, self.size - offset)
-        run: plane.device.RawExtent | None = None
-        for raw in self._device.extents(offset, length):
+        run: plane.RawExtent | None = None
+        for raw in self._image.extents(offset, length):
             if run is not None and (run.state, run.depth) == (raw.state, raw.depth):
                 run = run._replace(length=run.length + raw.length)
                 continue
@@ -297,6 +305,7 @@ class Disk:
         if self._image.has_released:
             self.flush()
 
+    @uninterruptible
     def resize(
         self, size: int, *, shrink: bool = False, unsafe: bool = False, move_gpt: bool = False
     ) -> str | None:
@@ -323,6 +332,7 @@ class Disk:
         self._check_open()
         return self._image.resize(size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt)
 
+    @uninterruptible
     def snapshot(self, checkpoint: str | os.PathLike[str] | None = None) -> str:
         """Keeps the disk as it is now, while it is used, and goes on in a fresh child.
 
@@ -345,6 +355,7 @@ class Disk:
         self._check_open()
         return self._image.snapshot(checkpoint)
 
+    @uninterruptible
     def compact(
         self,
         *,
@@ -380,6 +391,7 @@ class Disk:
         """The disk as a file object with a position of its own, for other libraries."""
         return _DiskFile(self)
 
+    @uninterruptible
     def close(self) -> None:
         """Flushes and closes; a second call does nothing.
 
@@ -399,8 +411,15 @@ class Disk:
         try:
             self._image.close()
         except InUseError:
-            self._closed = False
+            with self._lock:
+                self._closed = False
             raise
+
+    def __del__(self) -> None:
+        if getattr(self, "_closed", True):
+            return
+        self._closed = True
+        close_dropped(self._image, repr(self))
 
     def __enter__(self) -> Self:
         return self
@@ -430,7 +449,7 @@ class Disk:
             raise ClosedError("the disk was closed", path=self.path)
 
 
-def _extent(raw: plane.device.RawExtent) -> Extent:
+def _extent(raw: plane.RawExtent) -> Extent:
     return Extent(raw.offset, raw.length, _STATES[raw.state], None if raw.depth < 0 else raw.depth)
 
 

@@ -32,7 +32,7 @@ from vhdx.errors import (
 from vhdx.format import bat
 from vhdx.format.bat import BlockState
 from vhdx.image import journal
-from vhdx.image.allocation import check_entries, survey
+from vhdx.image.allocation import bat_runs, check_entries, survey
 from vhdx.image.bitmaps import SectorBitmaps
 from vhdx.image.entries import OWN, PARENT, entries_of, hole_of, is_placed
 from vhdx.image.reclaim import flush_soon
@@ -201,6 +201,30 @@ class Engine:
             for chunk in oldest:
                 if self.map.drop(chunk, 1):
                     del self._resident[chunk]
+
+    def stored_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of the disk, bytes, outside of which this layer stores nothing and says nothing.
+
+        Costs as much as the file's BAT has stored, and not as much as the disk is large.
+        """
+        ratio = np.uint64(self._geometry.chunk_ratio + 1)
+        firsts, lasts = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
+        for first, values in bat_runs(self.structure, self._leaf):
+            pages = np.unique((np.flatnonzero(values) + first) // plane.CHUNK_PAGES)
+            low = pages.astype(np.uint64) * np.uint64(plane.CHUNK_PAGES)
+            high = low + np.uint64(plane.CHUNK_PAGES)
+            firsts.append(low - low // ratio)
+            lasts.append(high - high // ratio)
+        with self._lock:  # what is not in the file yet is in a chunk that is never dropped
+            resident = np.array(sorted(self._resident), np.uint64) * np.uint64(plane.CHUNK_PAGES)
+        firsts.append(resident)
+        lasts.append(resident + np.uint64(plane.CHUNK_PAGES))
+        return _united(
+            np.concatenate(firsts),
+            np.concatenate(lasts),
+            self._geometry.block_size,
+            self._geometry.virtual_size,
+        )
 
     # ---- changing ----
 
@@ -617,3 +641,18 @@ class Engine:
             space.give_back(self.map.revoke())
             end = space.end
         self._journal.close(end)
+
+
+def _united(
+    firsts: npt.NDArray[np.uint64], lasts: npt.NDArray[np.uint64], block: int, size: int
+) -> list[tuple[int, int]]:
+    """Ranges of blocks as ranges of bytes inside a disk of ``size``; those that touch are one."""
+    order = np.argsort(firsts, kind="stable")
+    found: list[tuple[int, int]] = []
+    for first, last in zip(firsts[order].tolist(), lasts[order].tolist(), strict=True):
+        start, end = min(first * block, size), min(last * block, size)
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        elif start < end:
+            found.append((start, end))
+    return found

@@ -17,6 +17,7 @@ from vhdx.errors import (
     Reason,
 )
 from vhdx.image import lock
+from vhdx.image.dropped import wait_for_dropped
 
 __all__ = ["HostFile", "open_host"]
 
@@ -90,7 +91,12 @@ def open_host(
         InUseError: somebody else has it open in a way that excludes this.
     """
     for _ in range(_MOST_TRIES):
-        host = _open_once(path, write=write, sparse=sparse, locked=locked)
+        try:
+            host = _open_once(path, write=write, sparse=sparse, locked=locked)
+        except InUseError:
+            if not wait_for_dropped():  # a Disk of ours that was never closed
+                raise
+            host = _open_once(path, write=write, sparse=sparse, locked=locked)
         try:
             status = os.stat(host.path)
             same = (status.st_dev, status.st_ino) == host.key

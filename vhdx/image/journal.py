@@ -239,7 +239,9 @@ class Journal:
             self._leaf.batch([_header_step(header), _BARRIER])
         except NoSpaceError as error:
             # Which LogGuid counts is not known, so nothing can be logged under either.
-            raise PoisonedError("a header may or may not be written", hint=_AGAIN) from error
+            raise PoisonedError(
+                "a header may or may not be written", path=self._leaf.path, hint=_AGAIN
+            ) from error
         self._header = header
         self._advance(len(entry))
         # The other copy too, so that a damaged header does not lead back to the old LogGuid.

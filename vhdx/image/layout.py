@@ -8,14 +8,13 @@ last and behind a barrier, so an interrupted create leaves nothing that opens.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
 import numpy as np
 
 from vhdx import plane
-from vhdx.errors import InvalidArgumentError, UnsupportedError
+from vhdx.errors import InvalidArgumentError, Reason, UnsupportedError, VhdxError
 from vhdx.format import bat, header, metadata, region
 from vhdx.format.bat import BlockState, Geometry
 from vhdx.format.locator import pack_locator
@@ -26,12 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vhdx.format.locator import ParentLocator
+    from vhdx.interrupts import Cancel, Progress
 
     StrPath = str | os.PathLike[str]
 
 __all__ = [
     "DEFAULT_BLOCK_SIZE",
-    "Progress",
     "allocate",
     "check_parameters",
     "create_vhdx",
@@ -47,9 +46,6 @@ _ALLOCATE_AT_ONCE = 1 << 30
 _BAT_ENTRIES_AT_ONCE = 1 << 20
 _PREALLOCATED_BAT = 16 * MIB
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
-
 
 def create_vhdx(
     path: StrPath,
@@ -63,6 +59,7 @@ def create_vhdx(
     force: bool = False,
     disk_id: UUID | None = None,
     progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> None:
     """Creates an empty image.
 
@@ -77,7 +74,8 @@ def create_vhdx(
             parts either.
         force: replace what is there.
         disk_id: the virtual disk id (SCSI page 83), random when None.
-        progress: called while a fixed image is allocated.
+        progress, cancel: called while a fixed image is allocated; nothing is left when ``cancel``
+            answers True.
 
     Raises:
         InvalidArgumentError, ExistsError, NotFoundError, NoSpaceError, HostIOError.
@@ -92,7 +90,7 @@ def create_vhdx(
         disk_id=disk_id,
     )
     with new_file(path, force=force, sparse=sparse) as leaf:
-        write_image(leaf, parameters, sparse=sparse, progress=progress)
+        write_image(leaf, parameters, sparse=sparse, progress=progress, cancel=cancel)
 
 
 def check_parameters(
@@ -150,6 +148,7 @@ def write_image(
     parent: ParentLocator | None = None,
     items: Sequence[tuple[metadata.Item, bytes]] = (),
     progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> None:
     """Writes an empty image over an empty leaf, headers last.
 
@@ -159,9 +158,10 @@ def write_image(
         sparse: whether the host may leave out what is zero.
         parent: locator of a differencing image.
         items: further metadata items, with their content.
-        progress: called while a fixed image is allocated.
+        progress, cancel: called while a fixed image is allocated.
 
     Raises:
+        VhdxError: reason CANCELLED when ``cancel`` answered True.
         UnsupportedError: the items have no room.
     """
     geometry = Geometry(
@@ -182,7 +182,7 @@ def write_image(
     # A log or table that finds no space later would stop an image that still has room for data.
     leaf.zero(0, _BAT_OFFSET + min(geometry.table_length, _PREALLOCATED_BAT), no_hole=True)
     if fixed:
-        allocate(leaf, payload, end, sparse=sparse, progress=progress)
+        allocate(leaf, payload, end, sparse=sparse, progress=progress, cancel=cancel)
         _fill_bat(leaf, geometry, payload)
     leaf.write(packed, _METADATA_OFFSET)
     table = region.pack_table(
@@ -203,13 +203,29 @@ def write_image(
 
 
 def allocate(
-    leaf: plane.Device, start: int, end: int, *, sparse: bool, progress: Progress | None
+    leaf: plane.Device,
+    start: int,
+    end: int,
+    *,
+    sparse: bool,
+    progress: Progress | None,
+    cancel: Cancel | None,
 ) -> None:
-    """Sets the space from ``start`` to ``end`` (bytes) aside: unwritten, or written with zeros."""
+    """Sets the space from ``start`` to ``end`` (bytes) aside: unwritten, or written with zeros.
+
+    Raises:
+        VhdxError: reason CANCELLED when ``cancel`` answered True.
+    """
     zeros = bytes(4 * MIB)
     step = _ALLOCATE_AT_ONCE if sparse else len(zeros)
     for at in range(start, end, step):
         length = min(step, end - at)
+        if cancel is not None and cancel():
+            raise VhdxError(
+                "the creation was stopped; nothing was left behind",
+                reason=Reason.CANCELLED,
+                path=leaf.path,
+            )
         if sparse:
             leaf.zero(at, length, no_hole=True)
         else:

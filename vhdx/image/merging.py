@@ -37,6 +37,7 @@ from vhdx.image.host import open_host
 from vhdx.image.replacing import sync_directory
 from vhdx.image.structure import read_structure
 from vhdx.image.vhdx_image import open_layer, open_vhdx, prepare_for_writing
+from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -44,15 +45,17 @@ if TYPE_CHECKING:
 
     from vhdx.image.compacting import Compacted
     from vhdx.image.host import HostFile
-    from vhdx.image.layout import Progress, StrPath
+    from vhdx.image.layout import StrPath
     from vhdx.image.structure import Structure
     from vhdx.image.vhdx_image import VhdxImage
+    from vhdx.interrupts import Cancel, Progress
 
 __all__ = ["compact", "merge", "rebase"]
 
 _PIECE = 4 << 20
 
 
+@uninterruptible
 def merge(
     path: StrPath,
     *,
@@ -146,7 +149,7 @@ def _merge_into(
             resizing.grow(base.engine, size)
             base.engine.map.resize(size)
         base.engine.open_gate()  # also where nothing is copied: the content is the child's
-        _copy_down(top.map, base.engine.map, name, progress, cancel)
+        _copy_down(top, base.engine.map, name, progress, cancel)
     finally:
         top.close()
 
@@ -255,16 +258,18 @@ def _check_siblings(name: str, parent_path: str) -> None:
             )
 
 
-def _pieces(top: plane.Device, state: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    for extent in top.extents(0, top.size):
-        if extent.state not in state or extent.depth > 0:
-            continue
-        for at in range(extent.offset, extent.offset + extent.length, _PIECE):
-            yield extent.state, at, min(_PIECE, extent.offset + extent.length - at)
+def _pieces(top: Engine, state: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
+    """State, offset and length of what the upper layer itself says; elsewhere the parent shows."""
+    for start, end in top.stored_ranges():
+        for extent in top.map.extents(start, end - start):
+            if extent.state not in state or extent.depth > 0:
+                continue
+            for at in range(extent.offset, extent.offset + extent.length, _PIECE):
+                yield extent.state, at, min(_PIECE, extent.offset + extent.length - at)
 
 
 def _copy_down(
-    top: plane.Device,
+    top: Engine,
     base: plane.Device,
     name: str,
     progress: Progress | None,
@@ -275,11 +280,14 @@ def _copy_down(
     for state, at, length in _pieces(top, (plane.DATA, plane.ZERO, plane.HOLE)):
         if cancel is not None and cancel():
             raise VhdxError(
-                "the merge was cancelled", reason=Reason.CANCELLED, path=name, hint="merge it again"
+                "the merge was stopped; the image reads as before",
+                reason=Reason.CANCELLED,
+                path=name,
+                hint="merge it again",
             )
         if state == plane.DATA:
             part = memoryview(buffer)[:length]
-            top.read_into(part, at)
+            top.map.read_into(part, at)
             base.write(part, at)
             done += length
             if progress is not None:
@@ -289,6 +297,7 @@ def _copy_down(
     base.flush()
 
 
+@uninterruptible
 def rebase(
     path: StrPath,
     parent: StrPath,
@@ -296,6 +305,7 @@ def rebase(
     parent_search: Sequence[StrPath] = (),
     unsafe: bool = False,
     progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> None:
     """Gives a differencing image another parent, with the same content afterwards.
 
@@ -308,6 +318,8 @@ def rebase(
         parent_search: further directories to look for the old one in.
         unsafe: take the new parent's content for the old one's, and copy nothing.
         progress: called with the bytes compared and the bytes in all.
+        cancel: asked between pieces; the image keeps its old parent, and reads as before, when it
+            answers True.
 
     Raises:
         InvalidArgumentError: it is not a differencing image, or the new parent is larger.
@@ -340,46 +352,71 @@ def rebase(
         if new.device.size > structure.parameters.virtual_size:
             raise InvalidArgumentError(f"{parent} is larger", path=name)
         linkage = new.engine.header.data_write_guid
+        old: VhdxImage | None = None
         if unsafe or linkage in structure.parent.linkages:
             engine = _alone(host, structure)
         else:
-            probe = open_vhdx(
+            old = open_vhdx(
                 open_host(name, write=False, locked=False),
                 write=False,
                 chain=True,
                 parent_search=search,
                 pool=pool,
             )
-            stack.callback(probe.close)
-            assert probe.parent is not None
+            stack.callback(old.close)
+            assert old.parent is not None
             engine = Engine(
                 host,
                 structure,
-                probe.parent.device,
+                old.parent.device,
                 write=True,
                 pool=pool,
                 data_write_guid=structure.header.data_write_guid,
             )
         try:
-            if engine.map.size and not (unsafe or linkage in structure.parent.linkages):
-                _keep_content(engine, new.device, progress)
+            if old is not None:
+                _keep_content(engine, old, new, name, progress, cancel)
             _set_locator(engine, locator_for(parent, name, linkage))
             note_child(parent, name)
         finally:
             engine.close()
 
 
-def _keep_content(engine: Engine, new: plane.Device, progress: Progress | None) -> None:
+def _pieces_with_content(*images: VhdxImage) -> list[int]:
+    """Offsets of pieces of which at least one image stores or says something, ascending."""
+    found: set[int] = set()
+    for each in images:
+        for extent in each.extents(0, each.device.size):
+            if extent.state != plane.HOLE:
+                end = extent.offset + extent.length
+                found.update(range(extent.offset // _PIECE * _PIECE, end, _PIECE))
+    return sorted(found)
+
+
+def _keep_content(
+    engine: Engine,
+    old: VhdxImage,
+    new: VhdxImage,
+    name: str,
+    progress: Progress | None,
+    cancel: Cancel | None,
+) -> None:
     """Copies into the image what would read differently through ``new``."""
     size = engine.map.size
-    for at in range(0, size, _PIECE):
+    for at in _pieces_with_content(old, new):
+        if cancel is not None and cancel():
+            raise VhdxError(
+                "the rebase was stopped; the image has its old parent, and reads as before",
+                reason=Reason.CANCELLED,
+                path=name,
+            )
         length = min(_PIECE, size - at)
         stored = [
             (e.offset, e.offset + e.length) for e in engine.map.extents(at, length) if e.depth == 0
         ]
         before = engine.map.read(length, at)
-        present = max(0, min(length, new.size - at))
-        after = (new.read(present, at) if present else b"") + bytes(length - present)
+        present = max(0, min(length, new.device.size - at))
+        after = (new.device.read(present, at) if present else b"") + bytes(length - present)
         if before != after:
             _copy_differences(engine, at, before, after, stored)
         if progress is not None:
@@ -401,6 +438,7 @@ def _copy_differences(
         engine.map.write(part, where)
 
 
+@uninterruptible
 def compact(
     path: StrPath,
     *,

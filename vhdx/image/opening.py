@@ -14,6 +14,7 @@ from vhdx.image.raw import RawImage
 from vhdx.image.vhd_opening import find_footer, has_footer, open_vhd
 from vhdx.image.vhdx_image import is_vhdx, open_vhdx
 from vhdx.image.view import AS_SPECIFIED, View
+from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,6 +28,7 @@ FORMATS = ("vhdx", "vhd", "raw")
 _MODES = {"r": False, "r+": True}
 
 
+@uninterruptible
 def open_disk(
     path: str | os.PathLike[str],
     mode: str = "r",
@@ -132,6 +134,7 @@ def _looks(look: Callable[[plane.Device], _Found], host: HostFile) -> _Found:
         raise
 
 
+@uninterruptible
 def snapshot(
     path: str | os.PathLike[str],
     checkpoint: str | os.PathLike[str] | None = None,

@@ -10,11 +10,11 @@ from vhdx.errors import PoisonedError, UnsupportedError
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from vhdx.image.compacting import Compacted
     from vhdx.image.host import HostFile
-    from vhdx.image.layout import Progress
+    from vhdx.interrupts import Progress
 
 __all__ = ["PlainImage"]
 
@@ -90,6 +90,10 @@ class PlainImage:
     def chain(self) -> list[dict[str, Any]]:
         """One layer."""
         return [{"path": self.path, "virtual_size": self.device.size, **self.describe()}]
+
+    def extents(self, offset: int, length: int) -> Iterator[plane.RawExtent]:
+        """Runs of one state that cover the range, in order."""
+        return self.device.extents(offset, length)
 
     def close(self) -> None:
         """Flushes and closes."""

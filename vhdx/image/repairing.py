@@ -42,6 +42,7 @@ from vhdx.image.partial import create_partial
 from vhdx.image.replacing import rename_new, sync_directory
 from vhdx.image.shifted import find_shifted_pages
 from vhdx.image.structure import active_sequence, read_structure
+from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -155,6 +156,7 @@ def _never_used(kept: Path, now: UUID) -> bool:
     return bool(fields[0] == _SIGNATURE and fields[4] == now.bytes_le)
 
 
+@uninterruptible
 def repair(path: str | PathLike[str]) -> Report:
     """Checks an image and mends what can be mended without guessing.
 
@@ -330,6 +332,7 @@ def _file_parameters(host: HostFile) -> int:
     raise DamagedError("neither region table is valid", path=host.path)
 
 
+@uninterruptible
 def undo(path: str | PathLike[str]) -> None:
     """Puts back what the last repair overwrote, and removes ``PATH.undo``.
 

@@ -14,7 +14,8 @@ from vhdx.units import GIB, KIB, MIB, round_up
 
 if TYPE_CHECKING:
     from vhdx import plane
-    from vhdx.image.layout import Progress, StrPath
+    from vhdx.image.layout import StrPath
+    from vhdx.interrupts import Cancel, Progress
 
 __all__ = ["check_vhd", "create_vhd", "write_vhd"]
 
@@ -63,12 +64,20 @@ def create_vhd(
     force: bool = False,
     disk_id: UUID | None = None,
     progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> None:
     """Creates an empty image; see :func:`vhdx.create`."""
     block = check_vhd(path, size, type=type, block_size=block_size)
     with new_file(path, force=force, sparse=sparse) as leaf:
         write_vhd(
-            leaf, size, type=type, block_size=block, sparse=sparse, disk_id=disk_id, progress=progress
+            leaf,
+            size,
+            type=type,
+            block_size=block,
+            sparse=sparse,
+            disk_id=disk_id,
+            progress=progress,
+            cancel=cancel,
         )
 
 
@@ -82,6 +91,7 @@ def write_vhd(
     allocate: bool = True,
     disk_id: UUID | None = None,
     progress: Progress | None = None,
+    cancel: Cancel | None = None,
 ) -> None:
     """Writes an empty image over an empty leaf.
 
@@ -93,13 +103,13 @@ def write_vhd(
         sparse: False writes a fixed image out with zeros.
         allocate: set the space of a fixed image aside.
         disk_id: random when None.
-        progress: called while a fixed image is allocated.
+        progress, cancel: called while a fixed image is allocated.
     """
     footer = vhd.new_footer(size, _TYPES[type], uuid4() if disk_id is None else disk_id).pack()
     if type == "fixed":
         leaf.resize(size + vhd.FOOTER_SIZE)
         if allocate or not sparse:
-            layout.allocate(leaf, 0, size, sparse=sparse, progress=progress)
+            layout.allocate(leaf, 0, size, sparse=sparse, progress=progress, cancel=cancel)
         leaf.write(footer, size)
         leaf.flush()
         return

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from uuid import UUID
 
-    from vhdx.image.layout import Progress
+    from vhdx.interrupts import Progress
 
 __all__ = ["VhdxImage", "is_vhdx", "open_layer", "open_vhdx", "prepare_for_writing"]
 
@@ -206,6 +206,43 @@ class VhdxImage:
             "data_write_id": str(header.data_write_guid),
         }
         return [here, *([] if self.parent is None else self.parent.chain())]
+
+    def extents(self, offset: int, length: int) -> Iterator[plane.RawExtent]:
+        """Runs of one state that cover the range, in order; neighbours may have equal states.
+
+        Where this layer stores nothing, the table is not walked: the parent answers, or a hole.
+        """
+        end = offset + length
+        if offset < 0 or length < 0 or end > self.device.size or self._is_alone:
+            yield from self.device.extents(offset, length)
+            return
+        for start, stop in self.engine.stored_ranges():
+            if stop <= offset:
+                continue
+            if offset < start:
+                yield from self._below(offset, min(start, end))
+                offset = start
+            if offset >= end:
+                return
+            yield from self.device.extents(offset, min(stop, end) - offset)
+            offset = stop
+        if offset < end:
+            yield from self._below(offset, end)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether it has a parent that was not opened: what is not here is not known."""
+        return self.parent is None and self.engine.structure.parent is not None
+
+    def _below(self, start: int, end: int) -> Iterator[plane.RawExtent]:
+        """Extents of a range of which this layer stores nothing."""
+        present = start
+        if self.parent is not None:
+            present = max(start, min(end, self.parent.device.size))
+            for each in self.parent.extents(start, present - start):
+                yield each if each.depth < 0 else each._replace(depth=each.depth + 1)
+        if present < end:
+            yield plane.RawExtent(present, end - present, plane.HOLE, -1)
 
     def resize(self, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> str | None:
         """Changes the virtual size while the disk is used; see :meth:`vhdx.Disk.resize`."""

@@ -3,9 +3,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
+import sys
+import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
+from vhdx.errors import HostIOError, Reason
 from vhdx.plane import check
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.device import Device, Operation, RawExtent
@@ -52,7 +57,7 @@ class Callback(Device):
         identity = check.new_identity()
         self.backend = backend
         check.register(identity, self)
-        super().__init__(lib.vx_callback_create(size, read_only, identity, upcalls))
+        super().__init__(lib.vx_callback_create(size, read_only, identity, upcalls()))
 
     def perform(self, request: Any) -> None:
         """Does what ``request`` (a ``vx_request *``) asks."""
@@ -130,7 +135,58 @@ def vx_python_resize(identity: int, size: int) -> int:
     return 0
 
 
-upcalls = ffi.new("vx_upcalls *")
-upcalls.fault = lib.vx_python_fault
-upcalls.perform = lib.vx_python_perform
-upcalls.resize = lib.vx_python_resize
+_upcalls = ffi.new("vx_upcalls *")
+_upcalls.fault = lib.vx_python_fault
+_upcalls.perform = lib.vx_python_perform
+_upcalls.resize = lib.vx_python_resize
+
+_lock = threading.Lock()
+_delegate_of = 0  # the process whose main thread has a delegate; under _lock
+
+
+def _unlock_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread may have held it when the process forked
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+def upcalls() -> Any:
+    """The ``vx_upcalls`` of every device; those of the main thread are a thread's of their own.
+
+    So a signal handler, which Python runs on the main thread, never ends an upcall in the middle.
+    """
+    global _delegate_of
+    with _lock:
+        if _delegate_of != os.getpid():  # nothing begun, or a forked child: its thread is not there
+            _delegate_of = os.getpid()
+            _upcalls.delegate = ffi.NULL
+            if not sys.is_finalizing():
+                _begin_delegate()
+        return _upcalls
+
+
+def _begin_delegate() -> None:
+    delegate = lib.vx_delegate_create(threading.main_thread().ident or 0)
+    if delegate == ffi.NULL:
+        raise HostIOError("the host is out of memory", reason=Reason.NO_MEMORY)
+    process = os.getpid()
+
+    def serve() -> None:
+        check.answer_for_main_thread()
+        lib.vx_delegate_serve(delegate)
+
+    thread = threading.Thread(target=serve, name="vhdx-upcalls", daemon=True)
+    thread.start()
+    _upcalls.delegate = delegate
+
+    def end() -> None:
+        if os.getpid() != process:
+            return
+        _upcalls.delegate = ffi.NULL
+        lib.vx_delegate_end(delegate)
+        thread.join()
+        lib.vx_delegate_destroy(delegate)
+
+    atexit.register(end)

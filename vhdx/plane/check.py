@@ -25,6 +25,7 @@ __all__ = [
     "E_POISONED",
     "E_RANGE",
     "E_UPCALL",
+    "answer_for_main_thread",
     "code_of",
     "failure_buffer",
     "lookup",
@@ -119,13 +120,29 @@ _identities = itertools.count(1)
 _objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
+class _Raised:
+    """What was raised in an upcall, until whoever asked for it raises it again."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+
+
+_of_main_thread = _Raised()  # and of the thread that answers its upcalls: one works, the other waits
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.failure = ffi.new("vx_failure *")
-        self.raised: BaseException | None = None
+        is_main = threading.current_thread() is threading.main_thread()
+        self.raised = _of_main_thread if is_main else _Raised()
 
 
 _thread = _Thread()
+
+
+def answer_for_main_thread() -> None:
+    """This thread carries out upcalls of the main thread, which gets what they raise."""
+    _thread.raised = _of_main_thread
 
 
 def new_identity() -> int:
@@ -150,7 +167,7 @@ def failure_buffer() -> Any:
 
 def code_of(error: BaseException) -> int:
     """The code that carries ``error`` through C; the exception itself waits for its thread."""
-    _thread.raised = error
+    _thread.raised.error = error
     return _code(error)
 
 
@@ -168,7 +185,8 @@ def raise_for(code: int, path: str | None = None) -> None:
         code: result of a C call, its details in :func:`failure_buffer` where it has any.
         path: the file to name in the message.
     """
-    raised, _thread.raised = _thread.raised, None
+    slot = _thread.raised
+    raised, slot.error = slot.error, None
     if code >= 0:
         return
     try:

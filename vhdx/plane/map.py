@@ -177,7 +177,7 @@ class Map(Device):
             flags,
             pool.handle,
             identity,
-            upcalls,
+            upcalls(),
         )
         super().__init__(handle, path)
         self._handler: FaultHandler | None = handler

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: MIT
+"""Work that signal handlers never interrupt in the middle.
+
+Python runs signal handlers on the main thread, between any two instructions, and Ctrl-C raises
+KeyboardInterrupt there. What moves data or changes a file must not end at such a moment. So an
+operation that is called on the main thread is done on a thread of its own. The main thread only
+waits, and calls the caller's functions (progress, cancel) for it. When a handler raises, the
+operation is asked to stop as by its ``cancel``, and awaited; then the exception goes on. An operation
+that is called on any other thread, where no handler runs, is done there.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextvars
+import functools
+import inspect
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+__all__ = ["DONE_NOTE", "Cancel", "Progress", "uninterrupted", "uninterruptible"]
+
+_P = ParamSpec("_P")
+_Result = TypeVar("_Result")
+
+DONE_NOTE = "the operation was done by then"
+"""Note of an interruption that came too late to stop anything."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes in all."""
+
+Cancel = Callable[[], bool]
+"""Answers whether the operation is to stop."""
+
+Work = Callable[[Progress | None, Cancel], _Result]
+
+_POLL_SECONDS = 0.1  # how long a wake-up that an interruption swallowed may cost
+
+
+def _never() -> bool:
+    return False
+
+
+def uninterrupted(
+    work: Work[_Result], progress: Progress | None = None, cancel: Cancel | None = None
+) -> _Result:
+    """Does ``work``, which gets functions to call for progress and cancellation, to its end.
+
+    Args:
+        work: called with what stands for ``progress`` and ``cancel``.
+        progress: the caller's; called on the calling thread.
+        cancel: likewise; None for work that is stopped by interruptions only.
+
+    Returns:
+        What ``work`` returned.
+
+    Raises:
+        BaseException: what ``work`` raised. Or what a signal handler raised on the main thread; its
+            cause is then what the work ended with, and a note says where it ended all the same.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return work(progress, _never if cancel is None else cancel)
+    return _Job(progress, cancel).run(work)
+
+
+def uninterruptible(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
+    """Decorates an operation: done as by :func:`uninterrupted`.
+
+    Its keyword-only arguments ``progress`` and ``cancel``, where it has them, are the caller's.
+    """
+    names = inspect.signature(function).parameters
+
+    @functools.wraps(function)
+    def operation(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
+        if threading.current_thread() is not threading.main_thread():
+            return function(*args, **kwargs)
+
+        def work(progress: Progress | None, cancel: Cancel) -> _Result:
+            given: dict[str, Any] = dict(kwargs)
+            if "progress" in names:
+                given["progress"] = progress
+            if "cancel" in names:
+                given["cancel"] = cancel
+            return function(*args, **given)
+
+        progress, cancel = kwargs.get("progress"), kwargs.get("cancel")
+        return uninterrupted(work, progress, cancel)  # type: ignore[arg-type]
+
+    return operation
+
+
+class _Call:
+    """A function of the caller's that the main thread is to call."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function = function
+        self.answered = threading.Event()
+        self.result: object = None
+        self.error: BaseException | None = None
+
+    def answer(self) -> None:
+        try:
+            self.result = self.function()
+        except BaseException as error:
+            self.error = error
+        self.answered.set()
+
+
+class _Job:
+    """One operation on a thread of its own. ``_lock`` guards whether it began or was given up."""
+
+    def __init__(self, progress: Progress | None, cancel: Cancel | None) -> None:
+        self._progress, self._cancel = progress, cancel
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._begun = self._given_up = False
+        self._stopping = False
+        self._done = False
+        self._result: object = None
+        self._error: BaseException | None = None
+
+    def run(self, work: Work[_Result]) -> _Result:
+        context = contextvars.copy_context()
+        try:
+            _thread.start_new_thread(self._work, (context, work))
+            while not self._done:
+                self._answer_one()
+        except BaseException as interruption:
+            self._stopping = True
+            if self._may_run():
+                self._wait()
+                if self._error is None:
+                    interruption.add_note(DONE_NOTE)
+                elif self._error is not interruption:
+                    raise interruption from self._error
+            raise
+        error, self._error = self._error, None
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del error  # or its traceback, which holds this frame, would hold itself
+        return self._result  # type: ignore[return-value]
+
+    def _answer_one(self) -> None:
+        try:
+            call = self._calls.get(timeout=_POLL_SECONDS)
+        except queue.Empty:
+            return
+        if call is not None:
+            call.answer()
+
+    def _may_run(self) -> bool:
+        """False where the work has not begun, and never will."""
+        with self._lock:
+            self._given_up = not self._begun
+            return self._begun
+
+    def _wait(self) -> None:
+        """Until the work has ended, whatever is raised meanwhile."""
+        while not self._done:
+            try:
+                self._calls.get(timeout=_POLL_SECONDS)
+            except BaseException:  # noqa: S112 - it is asked to stop already
+                continue
+
+    # ---- on the thread of the work ----
+
+    def _work(self, context: contextvars.Context, work: Work[object]) -> None:
+        with self._lock:
+            if self._given_up:
+                return
+            self._begun = True
+        progress = None if self._progress is None else self._tell
+        try:
+            self._result = context.run(work, progress, self._asks_to_stop)
+        except BaseException as error:
+            self._error = error
+        self._done = True
+        self._calls.put(None)
+
+    def _tell(self, done: int, total: int) -> None:
+        report = self._progress
+        if report is not None and not self._stopping:
+            self._ask(lambda: report(done, total))
+
+    def _asks_to_stop(self) -> bool:
+        if self._stopping:
+            return True
+        return self._cancel is not None and bool(self._ask(self._cancel))
+
+    def _ask(self, function: Callable[[], object]) -> object:
+        call = _Call(function)
+        self._calls.put(call)
+        while not call.answered.wait(_POLL_SECONDS):
+            if self._stopping:
+                return True
+        if call.error is not None:
+            raise call.error
+        return call.result
