@@ -20,7 +20,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["DONE_NOTE", "Cancel", "Progress", "uninterrupted", "uninterruptible"]
+__all__ = ["DONE_NOTE", "Cancel", "Progress", "caller", "uninterrupted", "uninterruptible"]
 
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
@@ -37,6 +37,17 @@ Cancel = Callable[[], bool]
 Work = Callable[[Progress | None, Cancel], _Result]
 
 _POLL_SECONDS = 0.1  # how long a wake-up that an interruption swallowed may cost
+
+
+_local = threading.local()
+
+
+def caller() -> object:
+    """Who is calling: the same for an operation and for what its callbacks call in turn.
+
+    By this an operation tells that it is called from within another one, which waits for it.
+    """
+    return getattr(_local, "root", None) or threading.get_ident()
 
 
 def _never() -> bool:
@@ -113,6 +124,7 @@ class _Job:
 
     def __init__(self, progress: Progress | None, cancel: Cancel | None) -> None:
         self._progress, self._cancel = progress, cancel
+        self._root: object = getattr(_local, "root", None) or self
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._begun = self._given_up = False
@@ -136,13 +148,15 @@ class _Job:
                 elif self._error is not interruption:
                     raise interruption from self._error
             raise
+        # Taken out, because the thread of the work may take a moment to end.
+        result, self._result = self._result, None
         error, self._error = self._error, None
         try:
             if error is not None:
                 raise error
         finally:
             del error  # or its traceback, which holds this frame, would hold itself
-        return self._result  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
 
     def _answer_one(self) -> None:
         try:
@@ -150,7 +164,12 @@ class _Job:
         except queue.Empty:
             return
         if call is not None:
-            call.answer()
+            before = getattr(_local, "root", None)
+            _local.root = self._root
+            try:
+                call.answer()
+            finally:
+                _local.root = before
 
     def _may_run(self) -> bool:
         """False where the work has not begun, and never will."""
@@ -173,6 +192,7 @@ class _Job:
             if self._given_up:
                 return
             self._begun = True
+        _local.root = self._root
         progress = None if self._progress is None else self._tell
         try:
             self._result = context.run(work, progress, self._asks_to_stop)

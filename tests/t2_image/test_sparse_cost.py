@@ -36,7 +36,7 @@ WORK = {
 @pytest.mark.parametrize("what", WORK)
 def test_an_empty_disk_costs_little(chain, fast_path, what):
     """As many parts of the table are loaded as hold something, and not all 131,072 of them."""
-    base, child = chain
+    _, child = chain
     other = fast_path / "other.vhdx"
     vhdx.create(other, SIZE, block_size=MIB)
     code = (

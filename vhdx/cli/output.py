@@ -124,41 +124,64 @@ class VhdxGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the command; never shows a traceback for what a user can meet."""
+        signals = _Signals()
+        try:
+            try:
+                code = self._run(args, kwargs)
+            finally:
+                signals.end()
+        except (KeyboardInterrupt, click.Abort) as error:
+            signals.end()
+            click.echo(f"vhdx: interrupted{_what_is_left(error)}", err=True)
+            code = INTERRUPTED
+        signals.ignore()
+        sys.exit(code)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Runs the command; returns its exit code."""
         kwargs["standalone_mode"] = False
-        _catch_signals()
         try:
             result = super().main(*args, **kwargs)
             if sys.stdout is not None:  # closed by whoever started us
                 sys.stdout.flush()
-            sys.exit(result if isinstance(result, int) else DONE)
         except click.exceptions.Exit as error:
-            sys.exit(error.exit_code)
+            return error.exit_code
         except click.ClickException as error:
             error.show()
-            sys.exit(error.exit_code)
+            return error.exit_code
         except VhdxError as error:
             click.echo(f"vhdx: {error}", err=True)
-            sys.exit(exit_code(error))
-        except (KeyboardInterrupt, click.Abort) as error:
-            click.echo(f"vhdx: interrupted{_what_is_left(error)}", err=True)
-            sys.exit(INTERRUPTED)
+            return exit_code(error)
         except OSError as error:
             if error.errno == errno.EPIPE:  # the reader of our output has left
                 with contextlib.suppress(OSError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-                sys.exit(FAILED)
+                return FAILED
             click.echo(f"vhdx: {error}", err=True)
-            sys.exit(FAILED)
+            return FAILED
+        return result if isinstance(result, int) else DONE
 
 
 class _Signals:
-    """The first signal raises KeyboardInterrupt; the second ends the command at once."""
+    """The first signal raises KeyboardInterrupt; the second ends the command at once.
+
+    A signal that comes when the command has ended changes nothing any more.
+    """
 
     def __init__(self) -> None:
-        self._seen = False
+        self._seen = self._ended = False
+        self._numbers: list[signal.Signals] = []
+        if threading.current_thread() is not threading.main_thread():
+            return  # a test
+        for number in SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
+                self._numbers.append(number)
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
+        if self._ended:
+            return
         if self._seen:
             os.write(2, b"vhdx: ended at once; a temporary file may be left\n")
             os._exit(INTERRUPTED)
@@ -167,14 +190,14 @@ class _Signals:
             os.write(2, b"\nvhdx: stopping; interrupt again to end at once\n")
         raise KeyboardInterrupt
 
+    def end(self) -> None:
+        """The command has ended."""
+        self._ended = True
 
-def _catch_signals() -> None:
-    if threading.current_thread() is not threading.main_thread():
-        return  # a test
-    signals = _Signals()
-    for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signals.on_signal)
+    def ignore(self) -> None:
+        """From here on the process ends with its exit code, whatever comes."""
+        for number in self._numbers:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _what_is_left(error: BaseException) -> str:

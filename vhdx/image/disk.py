@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import atexit
 import io
 import threading
+import weakref
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vhdx import plane
 from vhdx.errors import ClosedError, InUseError, NoSpaceError, RangeError, ReadOnlyError
-from vhdx.image.dropped import close_dropped
+from vhdx.image.dropped import close_dropped, wait_for_dropped
 from vhdx.interrupts import uninterruptible
 from vhdx.plane.device import Buffer
 
@@ -143,6 +145,7 @@ class Disk:
         self._lock = threading.Lock()
         self._users = 0
         self._closed = False
+        _open_disks.add(self)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "r" if self.read_only else "r+"
@@ -447,6 +450,19 @@ class Disk:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the disk was closed", path=self.path)
+
+
+_open_disks: weakref.WeakSet[Disk] = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    """At the end of the process, as long as everything that a close needs is there."""
+    for disk in list(_open_disks):
+        disk.__del__()
+    wait_for_dropped()
+
+
+atexit.register(_close_all)
 
 
 def _extent(raw: plane.RawExtent) -> Extent:

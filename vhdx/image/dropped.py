@@ -7,7 +7,6 @@ thread of its own. Whoever opens an image waits for those closes before a lock i
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
 import sys
@@ -15,10 +14,11 @@ import threading
 import warnings
 from typing import Protocol
 
-__all__ = ["close_dropped", "wait_for_dropped"]
+__all__ = ["close_dropped", "closed_so_far", "wait_for_dropped"]
 
 _log = logging.getLogger(__name__)
 _closing: set[threading.Thread] = set()
+_closed = 0  # so far; only compared
 
 
 class _Image(Protocol):
@@ -28,14 +28,13 @@ class _Image(Protocol):
 
 def close_dropped(image: _Image, name: str) -> None:
     """Closes ``image``, whose Disk (called ``name`` in the warning) is gone; called by finalisers."""
-    warnings.warn(f"unclosed disk {name}", ResourceWarning, stacklevel=3)
-    thread = threading.Thread(target=_close, args=(image, name), name="vhdx-dropped", daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:  # the interpreter ends
+    if sys.is_finalizing():  # no thread can begin any more
         _close(image, name)
-        return
-    _closing.add(thread)
+    else:
+        thread = threading.Thread(target=_close, args=(image, name), name="vhdx-dropped", daemon=True)
+        _closing.add(thread)
+        thread.start()
+    warnings.warn(f"unclosed disk {name}", ResourceWarning, stacklevel=3)
 
 
 def _close(image: _Image, name: str) -> None:
@@ -45,19 +44,22 @@ def _close(image: _Image, name: str) -> None:
         if not sys.is_finalizing():
             _log.error("unclosed disk %s: %s", name, error)
     finally:
-        _closing.discard(threading.current_thread())
+        global _closed
+        _closed += 1
+        if not sys.is_finalizing():
+            _closing.discard(threading.current_thread())
 
 
-def wait_for_dropped() -> bool:
-    """Waits until every dropped image is closed; returns whether there was one."""
-    waited = False
+def wait_for_dropped() -> int:
+    """Waits until every dropped image is closed; returns how many were closed so far."""
     for thread in list(_closing):
         if thread is not threading.current_thread():
             with contextlib.suppress(RuntimeError):
                 thread.join()
-            waited = True
         _closing.discard(thread)
-    return waited
+    return _closed
 
 
-atexit.register(wait_for_dropped)
+def closed_so_far() -> int:
+    """How many dropped images were closed so far."""
+    return _closed

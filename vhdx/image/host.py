@@ -17,7 +17,7 @@ from vhdx.errors import (
     Reason,
 )
 from vhdx.image import lock
-from vhdx.image.dropped import wait_for_dropped
+from vhdx.image.dropped import closed_so_far, wait_for_dropped
 
 __all__ = ["HostFile", "open_host"]
 
@@ -91,11 +91,12 @@ def open_host(
         InUseError: somebody else has it open in a way that excludes this.
     """
     for _ in range(_MOST_TRIES):
+        closed = closed_so_far()
         try:
             host = _open_once(path, write=write, sparse=sparse, locked=locked)
         except InUseError:
-            if not wait_for_dropped():  # a Disk of ours that was never closed
-                raise
+            if wait_for_dropped() == closed:
+                raise  # it was no Disk of ours that was never closed
             host = _open_once(path, write=write, sparse=sparse, locked=locked)
         try:
             status = os.stat(host.path)

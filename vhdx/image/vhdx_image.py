@@ -34,6 +34,7 @@ from vhdx.image.partitions import read_partitions
 from vhdx.image.shifted import refuse_shifted_pages
 from vhdx.image.structure import Structure, read_structure
 from vhdx.image.view import AS_SPECIFIED, View
+from vhdx.interrupts import caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -73,7 +74,7 @@ class VhdxImage:
         self.parent_info = parent_info
         self._pool = pool
         self._changing = threading.Lock()
-        self._changer = 0  # the thread that holds it
+        self._changer: object = None  # who holds it
         self._real_path = os.path.realpath(engine.host.path)
         fixed = frozen or engine.host.read_only
         self._switch = None if fixed else plane.Switch(engine.map, pool)
@@ -170,11 +171,11 @@ class VhdxImage:
                 path=self.path,
                 hint="wait for the other operation",
             )
-        self._changer = threading.get_ident()
+        self._changer = caller()
         try:
             yield
         finally:
-            self._changer = 0
+            self._changer = None
             self._changing.release()
 
     def compact(
@@ -318,7 +319,7 @@ class VhdxImage:
 
         Waits for a change of the structure that another thread makes.
         """
-        if self._changer == threading.get_ident():
+        if self._changer == caller():
             raise InUseError("its structure is being changed by this very thread", path=self.path)
         with self._changing:
             try:
