@@ -60,6 +60,7 @@ def bases(tmp_path_factory):
         else:
             window.doubtful.append(event)
     disk.handle.abandon()
+    disk._closed = True  # it is gone, as after a crash
     found["dirty"] = bytes(window.durable)
     return found
 

@@ -57,7 +57,7 @@ def originals(tmp_path_factory):
 
 def content(path: Path) -> bytes:
     with vhdx.open(path) as disk:
-        return disk.pread(disk.size, 0)
+        return disk.pread(min(disk.size, 3 * SIZE), 0)
 
 
 def whole_or_absent(path: Path, expected: bytes) -> None:
