@@ -11,10 +11,12 @@ BUILD_PACKAGES := gcc python3-dev python3-venv libc6-dev
 PEER_PACKAGES := curl fdisk qemu-utils libnbd-bin nbdkit fio libvhdi-utils e2fsprogs fuse3
 # What only benchmarks need: qemu-storage-daemon.
 BENCH_PACKAGES := qemu-system-common
+# What only the suites of libnbd and nbd need, which are fetched and built (make interop).
+INTEROP_PACKAGES := make pkg-config dpkg-dev libxml2-dev libglib2.0-dev jq bsdextrautils iproute2
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup packages peers demo test lint unit soak fuzz bench clean
+.PHONY: help setup packages peers demo test lint unit soak fuzz interop bench clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +56,10 @@ soak: $(STAMP) peers ## the long forms: kills, crash states, models, fio
 fuzz: $(STAMP) ## fuzz the open path and the NBD parsers, 10 minutes each (SECONDS=600)
 	$(BIN)/python -m tests.fuzz all --seconds $(or $(SECONDS),600)
 
+interop: $(STAMP) peers ## other people's suites against us: libnbd's, and nbd's
+	@sh tests/install_packages.sh $(INTEROP_PACKAGES)
+	$(BIN)/python -m tests.interop .interop
+
 bench: $(STAMP) peers ## benchmarks against the peers; report in bench/results
 	@sh tests/install_packages.sh $(BENCH_PACKAGES)
 	$(BIN)/python -m bench nbd
@@ -64,4 +70,4 @@ bench: $(STAMP) peers ## benchmarks against the peers; report in bench/results
 	$(BIN)/python -m bench qos
 
 clean: ## remove what was built
-	rm -rf $(VENV) build dist *.egg-info vhdx/plane/*.so
+	rm -rf $(VENV) .interop build dist *.egg-info vhdx/plane/*.so

@@ -57,7 +57,10 @@ void vx_dmclock_set(const vx_dmclock *all, vx_dmclock_client *client, uint64_t r
 
 void vx_dmclock_begin(vx_dmclock *all, vx_dmclock_client *client, uint64_t now)
 {
-    client->reserved_at = later(client->reserved_at, before(now, VX_DMCLOCK_IDLE_LAG_NS));
+    if (!client->active && client->reserved_at < now) {
+        uint64_t idle = now > client->rested_at ? now - client->rested_at : 0;
+        client->reserved_at = idle < now - client->reserved_at ? client->reserved_at + idle : now;
+    }
     client->limited_at = later(client->limited_at, now);
     if (is_behind(client->share, all->share))
         client->share = all->share;
@@ -83,15 +86,32 @@ static bool may_go(const vx_dmclock_client *client, uint64_t now)
     return client->limit == 0 || client->limited_at <= now;
 }
 
+/* By when its reservation wants it served. */
+static uint64_t deadline(const vx_dmclock_client *client)
+{
+    return client->reserved_at + ticks_of(client->units + (client->units == 0), client->reservation);
+}
+
+uint64_t vx_dmclock_late(const vx_dmclock_client *client, uint64_t now)
+{
+    if (client->reservation == 0 || !client->active || deadline(client) >= now)
+        return 0;
+    return now - deadline(client);
+}
+
 vx_dmclock_client *vx_dmclock_choose(const vx_dmclock *all, uint64_t now, bool *reserved,
                                      uint64_t *when)
 {
     vx_dmclock_client *due = NULL, *fair = NULL;
+    uint64_t first = UINT64_MAX;
     *when = UINT64_MAX;
     for (vx_dmclock_client *c = all->waiting; c != NULL; c = c->next) {
         if (c->reservation != 0) {
-            if (c->reserved_at <= now && (due == NULL || c->reserved_at < due->reserved_at))
+            uint64_t until = c->reserved_at <= now ? deadline(c) : UINT64_MAX;
+            if (until < first) {
+                first = until;
                 due = c;
+            }
             if (c->reserved_at < *when)
                 *when = c->reserved_at;
         }
@@ -101,7 +121,9 @@ vx_dmclock_client *vx_dmclock_choose(const vx_dmclock *all, uint64_t now, bool *
             *when = c->limited_at;
     }
     /* Where more is reserved than there is, nobody starves for it. */
-    *reserved = due != NULL && (fair == NULL || all->in_a_row < VX_DMCLOCK_RESERVED_IN_A_ROW);
+    bool in_time = first > before(now, VX_DMCLOCK_OVERLOAD_NS);
+    *reserved = due != NULL &&
+                (fair == NULL || in_time || all->in_a_row < VX_DMCLOCK_RESERVED_IN_A_ROW);
     return *reserved ? due : fair;
 }
 
@@ -120,9 +142,12 @@ void vx_dmclock_serve(vx_dmclock *all, vx_dmclock_client *client, bool reserved,
                       uint64_t cost, uint64_t now)
 {
     all->in_a_row = reserved ? all->in_a_row + 1 : 0;
-    if (reserved)
-        client->reserved_at = later(client->reserved_at, before(now, VX_DMCLOCK_LAG_NS)) +
-                              ticks_of(units, client->reservation);
+    if (client->reservation != 0) {
+        uint64_t step = ticks_of(units, client->reservation);
+        uint64_t owed = before(now, VX_DMCLOCK_LAG_NS);
+        uint64_t tag = later(client->reserved_at, owed > step ? owed - step : 0);
+        client->reserved_at = (tag < now ? tag : now) + step;
+    }
     if (client->limit != 0)
         client->limited_at = later(client->limited_at, before(now, VX_DMCLOCK_LAG_NS)) +
                              ticks_of(units, client->limit);

@@ -6,16 +6,24 @@
  * A client has a reservation and a limit, in units a second, and a weight. Where the sum of what all
  * want is more than there is, each gets max(reservation, its share by weight), never above its limit.
  *
- *   first    who is behind its reservation: the tag `reserved_at`, which each such service moves by
- *            units / reservation, has passed; the earliest one goes. But after nine such services in a row one goes by weight, if somebody may
- *   else     by weight: who has had least of cost / weight (start-time fair queueing), and whose tag
- *            `limited_at` has passed. The reservation's tag stays where it is then, or what the weight
- *            gives would be taken from what is reserved
+ *   first    whose reservation is due, that is, whose tag `reserved_at` has passed. Of those, the client
+ *            with the earliest deadline goes. The deadline is the tag plus units / reservation of the
+ *            request at its head (earliest deadline first among the eligible).
+ *   else     by weight: the client that has had least of cost / weight goes (start-time fair queueing),
+ *            if its tag `limited_at` has passed.
  *
- * Every service counts for the share, so a client that lives on its reservation gets nothing more by
- * weight. A client that was idle begins at the share of the others, and may make up for
- * VX_DMCLOCK_IDLE_LAG_NS of its reservation. One that others kept waiting may make up for
- * VX_DMCLOCK_LAG_NS of reservation and limit. Times are ticks (bucket.h), one client has one request at the head.
+ * Every service counts for both. A service by weight moves the reservation's tag to one request ahead of
+ * now at most, so what the weight gives is not taken from what is reserved. A client that lives on its
+ * reservation gets nothing more by weight.
+ *
+ * Overload. Where a deadline was missed by VX_DMCLOCK_OVERLOAD_NS, more is reserved than there is. Then
+ * one service in ten goes by weight, so that nobody starves. A set of reservations that was admitted
+ * (vhdx/qos/admission.py) leaves a tenth of the device by itself and never comes to that.
+ *
+ * Idle clients. `active` says that a client has something under way. A client that was idle begins at the
+ * share of the others. It earned nothing meanwhile: its tag moves on by as long as it was idle. A client
+ * that others kept waiting may make up for VX_DMCLOCK_LAG_NS beyond its deadline. Times are ticks
+ * (bucket.h); a client has one request at its head.
  */
 #ifndef VX_DMCLOCK_H
 #define VX_DMCLOCK_H
@@ -23,7 +31,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#define VX_DMCLOCK_IDLE_LAG_NS 100000000u
+#define VX_DMCLOCK_OVERLOAD_NS 500000000u
 #define VX_DMCLOCK_LAG_NS 1000000000u
 #define VX_DMCLOCK_RESERVED_IN_A_ROW 9u
 #define VX_LARGEST_WEIGHT 10000u
@@ -33,6 +41,9 @@ typedef struct vx_dmclock_client {
     uint64_t weight;             /* 1 to VX_LARGEST_WEIGHT */
     uint64_t reserved_at, limited_at; /* ticks */
     uint64_t share;                   /* cost / weight, scaled; wraps */
+    uint64_t units;                   /* of what is at its head; 0 counts as one */
+    uint64_t rested_at;               /* ticks: since when it is idle, if it is not active */
+    bool active;
     struct vx_dmclock_client *next, **link; /* of those that wait */
 } vx_dmclock_client;
 
@@ -49,6 +60,8 @@ void vx_dmclock_set(const vx_dmclock *all, vx_dmclock_client *client, uint64_t r
 void vx_dmclock_begin(vx_dmclock *all, vx_dmclock_client *client, uint64_t now);
 /* It has none any more. */
 void vx_dmclock_end(vx_dmclock_client *client);
+/* By how much the deadline of what it wants, or has under way, is missed; ticks. */
+uint64_t vx_dmclock_late(const vx_dmclock_client *client, uint64_t now);
 /* Who is next; NULL: nobody before *when (UINT64_MAX: nobody waits). */
 vx_dmclock_client *vx_dmclock_choose(const vx_dmclock *all, uint64_t now, bool *reserved,
                                      uint64_t *when);

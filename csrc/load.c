@@ -17,6 +17,7 @@ typedef struct sent {
     vx_timer timer;
     vx_load *load;
     uint64_t began;
+    bool pauses;
 } sent;
 
 struct vx_load {
@@ -47,18 +48,32 @@ static uint64_t random_number(vx_load *load)
 static void prepare(vx_load *load, sent *one)
 {
     const vx_load_terms *terms = &load->terms;
-    uint64_t places = terms->span / terms->length;
+    uint64_t length = terms->length, sizes = 1;
+    if (terms->least != 0)
+        while (terms->length >> sizes >= terms->least)
+            sizes++;
+    if (sizes > 1)
+        length >>= random_number(load) % sizes;
+    uint64_t places = terms->span / length;
     uint64_t place = terms->in_a_row ? load->next++ % places : random_number(load) % places;
     bool writes = random_number(load) % 100 < terms->write_percent;
     memset(&one->request, 0, offsetof(vx_request, failure));
     one->request.operation = writes ? VX_WRITE : VX_READ;
-    one->request.offset = terms->first + place * terms->length;
-    one->request.length = terms->length;
+    one->request.offset = terms->first + place * length;
+    one->request.length = length;
     one->request.buffer = load->buffer + (size_t)(one - load->all) * terms->length;
     one->request.context = one;
     one->began = vx_clock_now(load->clock);
     if (vx_meter_is_on(load->meter))
-        vx_meter_offer(load->meter, one->request.operation, terms->length);
+        vx_meter_offer(load->meter, one->request.operation, length);
+}
+
+static void prepare_flush(vx_load *load, sent *one)
+{
+    memset(&one->request, 0, offsetof(vx_request, failure));
+    one->request.operation = VX_FLUSH;
+    one->request.context = one;
+    one->began = vx_clock_now(load->clock);
 }
 
 static void free_load(vx_load *load)
@@ -78,13 +93,17 @@ static void send(sent *one);
 static bool count(vx_load *load, sent *one)
 {
     pthread_mutex_lock(&load->lock);
-    load->answered++;
+    bool flush = load->terms.flushes && one->request.operation == VX_WRITE &&
+                 one->request.result == 0;
+    load->answered += one->request.operation != VX_FLUSH;
     load->failed += one->request.result != 0;
     if (vx_meter_is_on(load->meter))
         vx_meter_note(load->meter, one->request.operation, one->request.length,
                       vx_clock_now(load->clock) - one->began, one->request.queued_ns);
     bool more = load->running, last = false;
-    if (more) {
+    if (more && flush) {
+        prepare_flush(load, one);
+    } else if (more) {
         prepare(load, one);
     } else if (--load->under_way == 0) {
         last = load->orphaned;
@@ -98,13 +117,25 @@ static bool count(vx_load *load, sent *one)
 
 static void answered(sent *one)
 {
-    if (count(one->load, one))
+    vx_load *load = one->load;
+    if (!count(load, one))
+        return;
+    one->pauses = load->terms.pause_ns != 0;
+    if (!one->pauses ||
+        !vx_clock_set(load->clock, &one->timer, vx_clock_now(load->clock) + load->terms.pause_ns))
         send(one);
 }
 
 static void on_time(vx_timer *timer)
 {
-    answered((sent *)((char *)timer - offsetof(sent, timer)));
+    sent *one = (sent *)((char *)timer - offsetof(sent, timer));
+    if (one->pauses) {
+        one->pauses = false;
+        one->began = vx_clock_now(one->load->clock);
+        send(one);
+    } else {
+        answered(one);
+    }
 }
 
 static void completed(vx_request *request)

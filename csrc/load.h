@@ -18,8 +18,11 @@ typedef struct vx_load vx_load;
 typedef struct vx_load_terms {
     uint64_t first, span;   /* bytes: where it works */
     uint64_t length;        /* bytes of a request, up to 32 MiB and `span` */
+    uint64_t least;         /* requests have length, length / 2 .. down to this, equally often; 0: length */
+    uint64_t pause_ns;      /* between an answer and what follows it */
     uint32_t depth;         /* requests under way, 1 to 1024; of 256 MiB in all */
     uint32_t write_percent; /* of the requests */
+    bool flushes;           /* each write is followed by a flush, and that by the next request */
     bool in_a_row;          /* one behind the other, else at random multiples of `length` */
     uint64_t seed;
 } vx_load_terms;

@@ -261,6 +261,21 @@ uint64_t vx_model_cost(const vx_model *m, uint32_t operation, uint64_t length, b
     return operation == VX_WRITE && m->write_cache ? time / 4 : time;
 }
 
+uint64_t vx_model_worst(const vx_model *m, uint32_t operation, uint64_t length, uint32_t others)
+{
+    if (operation == VX_ZERO || operation == VX_TRIM)
+        return vx_model_cost(m, operation, length, false, others);
+    if (m->kind == VX_MODEL_HDD)
+        return with_queue(seek_time(0, CYLINDERS - 1) + REVOLUTION, others) +
+               transfer_time(length, rate_of_zone(ZONES - 1)) + 1;
+    uint64_t pages = length / PAGE + 1 + (length % PAGE > 1); /* it need not begin with one */
+    uint64_t on_one = (pages + m->channels - 1) / m->channels * 80 * US;
+    uint64_t programmed = later(4 * transfer_time(length, m->channels * (uint64_t)PAGE *
+                                                              (SECOND / (400 * US))) + 4,
+                                400 * US / m->channels);
+    return transfer_time(length, m->bus_rate) + 1 + (operation == VX_READ ? on_one : programmed);
+}
+
 vx_model *vx_model_create(uint32_t kind, uint64_t capacity, bool write_cache)
 {
     if (kind > VX_MODEL_NVME || capacity < MIB)

@@ -41,5 +41,11 @@ uint64_t vx_model_serve(vx_model *model, uint32_t operation, uint64_t offset, ui
  * Nothing is remembered. */
 uint64_t vx_model_cost(const vx_model *model, uint32_t operation, uint64_t length, bool in_a_row,
                        uint32_t others);
+/* The longest for which a request of up to `length` bytes holds up those that come after it, while `others`
+ * are under way. A hard disk: the longest seek, a whole revolution, and the innermost zone. Others: all
+ * pages on one channel, and the garbage collection of a full device. A request is done no later than all
+ * that were under way when it came, and it itself, have held the device up; so is a flush. This holds
+ * without a write cache only. */
+uint64_t vx_model_worst(const vx_model *model, uint32_t operation, uint64_t length, uint32_t others);
 
 #endif

@@ -127,11 +127,13 @@ vx_model *vx_model_create(uint32_t kind, uint64_t capacity, bool write_cache);
 void vx_model_destroy(vx_model *model);
 uint64_t vx_model_serve(vx_model *model, uint32_t operation, uint64_t offset, uint64_t length,
                         uint64_t now);
+uint64_t vx_model_worst(const vx_model *model, uint32_t operation, uint64_t length, uint32_t others);
 vx_device *vx_delay_create(vx_device *lower, vx_model *model, vx_clock *clock, uint64_t base,
                            uint64_t identity);
 
 vx_scheduler *vx_scheduler_create(vx_clock *clock, vx_pool *pool, uint32_t unit, uint32_t depth,
                                   vx_model *model);
+void vx_scheduler_set_most_below(vx_scheduler *scheduler, uint64_t ns);
 void vx_scheduler_stop(vx_scheduler *scheduler);
 void vx_scheduler_release(vx_scheduler *scheduler);
 void vx_scheduler_read(vx_scheduler *scheduler, uint64_t *facts);
@@ -144,8 +146,9 @@ void vx_schedule_set_share(vx_device *device, vx_share *share);
 vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes);
 void vx_turn_end(vx_turn *turn);
 
-typedef struct { uint64_t first; uint64_t span; uint64_t length; uint32_t depth;
-                 uint32_t write_percent; bool in_a_row; uint64_t seed; } vx_load_terms;
+typedef struct { uint64_t first; uint64_t span; uint64_t length; uint64_t least; uint64_t pause_ns;
+                 uint32_t depth; uint32_t write_percent; bool flushes;
+                 bool in_a_row; uint64_t seed; } vx_load_terms;
 vx_load *vx_load_create(vx_device *device, vx_clock *clock, vx_pool *pool, vx_meter *meter,
                         const vx_load_terms *terms);
 void vx_load_start(vx_load *load);

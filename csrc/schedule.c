@@ -99,6 +99,8 @@ static void end(vx_turn *p)
         schedule_enqueue(s, p->share, request, true, now);
     else
         p->share->facts[REQUESTS]++;
+    if (rest != MORE)
+        schedule_leaves(p->share, now);
     if (p->submitters > 0)
         p->ended = true;
     else
@@ -292,10 +294,68 @@ static void schedule_drop(vx_device *device, const void *owner)
     }
 }
 
+/* A flush on its way down: it waits for no turn, but its client is not idle meanwhile. */
+typedef struct passing {
+    vx_share *share;
+    void (*complete)(vx_request *request);
+    void *context;
+} passing;
+
+static void enters(vx_share *share)
+{
+    pthread_mutex_lock(&share->scheduler->lock);
+    schedule_enters(share);
+    pthread_mutex_unlock(&share->scheduler->lock);
+}
+
+static void leaves(vx_share *share, uint64_t not_before)
+{
+    vx_scheduler *s = share->scheduler;
+    uint64_t now = vx_clock_now(s->clock);
+    pthread_mutex_lock(&s->lock);
+    schedule_leaves(share, now > not_before ? now : not_before);
+    pthread_mutex_unlock(&s->lock);
+}
+
+static void passed(vx_request *request)
+{
+    passing *p = request->context;
+    vx_scheduler *s = p->share->scheduler;
+    leaves(p->share, request->not_before_ns);
+    request->complete = p->complete;
+    request->context = p->context;
+    free(p);
+    request->complete(request);
+    vx_scheduler_release(s);
+}
+
+static int pass(scheduled *d, vx_request *request)
+{
+    passing *p = malloc(sizeof *p);
+    if (p == NULL)
+        return vx_submit(d->lower, request);
+    *p = (passing){atomic_load(&d->share), request->complete, request->context};
+    vx_scheduler *s = schedule_keep(p->share->scheduler);
+    enters(p->share);
+    request->complete = passed;
+    request->context = p;
+    int answer = vx_submit(d->lower, request);
+    if (answer == VX_PARKED)
+        return VX_PARKED;
+    leaves(p->share, request->not_before_ns);
+    request->complete = p->complete;
+    request->context = p->context;
+    free(p);
+    vx_scheduler_release(s);
+    return answer;
+}
+
 static int schedule_submit(vx_device *device, vx_request *request)
 {
     scheduled *d = (scheduled *)device;
-    if (request->operation == VX_FLUSH || request->operation == VX_EXTENTS || request->length == 0)
+    if (request->operation == VX_FLUSH)
+        return pass(d, request);
+    if (request->operation == VX_EXTENTS || request->length == 0)
         return vx_submit(d->lower, request);
     if (request->flags & VX_NOWAIT && !(request->flags & VX_MAY_PARK))
         return VX_AGAIN;
@@ -447,6 +507,14 @@ void vx_scheduler_stop(vx_scheduler *s)
 
 /* ---- shares and facts ---- */
 
+void vx_scheduler_set_most_below(vx_scheduler *s, uint64_t ns)
+{
+    pthread_mutex_lock(&s->lock);
+    s->most_below_ns = ns;
+    pthread_mutex_unlock(&s->lock);
+    dispatch(s);
+}
+
 vx_share *vx_share_create(vx_scheduler *s)
 {
     vx_share *share = calloc(1, sizeof *share);
@@ -475,6 +543,8 @@ void vx_share_set(vx_share *share, uint64_t reservation, uint64_t limit, uint64_
 void vx_share_read(vx_share *share, uint64_t *facts)
 {
     pthread_mutex_lock(&share->scheduler->lock);
+    uint64_t late = vx_dmclock_late(&share->client, vx_ticks(vx_clock_now(share->scheduler->clock)));
+    share->facts[LATE_NS] = vx_ns_of_ticks(late);
     memcpy(facts, share->facts, sizeof share->facts);
     pthread_mutex_unlock(&share->scheduler->lock);
 }
@@ -503,6 +573,7 @@ vx_scheduler *vx_scheduler_create(vx_clock *clock, vx_pool *pool, uint32_t unit,
     s->pool = pool;
     s->unit = unit;
     s->depth = depth;
+    s->most_below_ns = UINT64_MAX;
     s->model = model;
     s->is_virtual = vx_clock_is_virtual(clock);
     s->timer.run = on_time;

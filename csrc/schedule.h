@@ -25,7 +25,7 @@
 #include "pool.h"
 
 #define VX_DEEPEST 256u
-#define VX_SHARE_FACTS 7u
+#define VX_SHARE_FACTS 8u
 #define VX_SCHEDULER_FACTS 4u
 
 typedef struct vx_scheduler vx_scheduler;
@@ -35,12 +35,15 @@ typedef struct vx_turn vx_turn;
 /* `unit`: bytes; `depth`: 1 to VX_DEEPEST; `model`: for costs, or NULL. NULL: no memory. */
 vx_scheduler *vx_scheduler_create(vx_clock *clock, vx_pool *pool, uint32_t unit, uint32_t depth,
                                   vx_model *model);
+/* No more is let through, beside `depth`, than the model takes so long for in the worst case, but for a
+ * single piece; UINT64_MAX: no bound. From now on. */
+void vx_scheduler_set_most_below(vx_scheduler *scheduler, uint64_t ns);
 /* Nobody waits for a turn any more, now or later, and those that are out have ended: it waits for them.
  * Before the clock and the pool end. */
 void vx_scheduler_stop(vx_scheduler *scheduler);
 /* When no device of it is used any more. What it stands on lives until its last device is gone. */
 void vx_scheduler_release(vx_scheduler *scheduler);
-/* Nanoseconds in which somebody waited because every place was taken, units served in them; requests
+/* Nanoseconds in which somebody waited because every place was taken, pieces served in them; requests
  * that wait, and are below. */
 void vx_scheduler_read(vx_scheduler *scheduler, uint64_t *facts);
 
@@ -49,7 +52,7 @@ vx_share *vx_share_create(vx_scheduler *scheduler);
 /* Units a second, 0 for none; weight 1 to VX_LARGEST_WEIGHT. */
 void vx_share_set(vx_share *share, uint64_t reservation, uint64_t limit, uint64_t weight);
 /* Requests and units served so far, units of those by reservation; requests and units that wait; ns
- * that requests have waited, in all; requests below. */
+ * that requests have waited, in all; requests below; ns by which its reservation's deadline is missed. */
 void vx_share_read(vx_share *share, uint64_t *facts);
 
 /* Keeps a reference to `lower` and to the scheduler. NULL: no memory. */

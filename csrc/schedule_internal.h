@@ -21,6 +21,7 @@ struct vx_share {
     const vx_device *last_device; /* of its latest piece, */
     uint64_t last_end;            /* and where that ended */
     uint64_t facts[VX_SHARE_FACTS];
+    uint64_t inside; /* requests of it that are not answered, flushes too; under the lock */
     _Atomic bool has_reservation;
 };
 
@@ -31,7 +32,7 @@ typedef struct scheduled {
     _Atomic uint32_t waiting; /* requests; changed under the lock */
 } scheduled;
 
-enum share_fact { REQUESTS, UNITS, RESERVED_UNITS, WAITING, WAITING_UNITS, WAITED_NS, BELOW };
+enum share_fact { REQUESTS, UNITS, RESERVED_UNITS, WAITING, WAITING_UNITS, WAITED_NS, BELOW, LATE_NS };
 
 /* A place below: of a piece of a request, or of work that does its own I/O. */
 struct vx_turn {
@@ -47,6 +48,7 @@ struct vx_turn {
     bool dropped;        /* the rest of the request fails: its client is gone */
     uint32_t submitters; /* threads that hand the piece down, and still look at this */
     bool ended;          /* the last of them frees it */
+    uint64_t worst_ns;   /* what the model takes for it at most */
     bool counts;         /* as one of those below; what is parked there does not */
 };
 
@@ -58,6 +60,7 @@ struct vx_scheduler {
     vx_model *model;
     uint64_t unit;
     uint32_t depth, below;
+    uint64_t most_below_ns, below_ns; /* what the model takes for them at most */
     bool is_virtual;
 
     /* under the lock */
@@ -101,5 +104,8 @@ vx_turn *schedule_next(vx_scheduler *s);
 /* Frees a place for another piece, once. */
 void schedule_leave(vx_scheduler *s, vx_turn *p, uint64_t now);
 void schedule_note_contention(vx_scheduler *s, uint64_t now);
+/* A request of it has come; one is answered. */
+void schedule_enters(vx_share *share);
+void schedule_leaves(vx_share *share, uint64_t now);
 
 #endif

@@ -7,9 +7,22 @@
 
 #define NO_MEMORY_NS 1000000u /* after which it is tried again */
 
+static uint64_t piece_length(const vx_scheduler *s, const vx_request *request)
+{
+    uint64_t left = request->length - request->done;
+    uint64_t most = vx_piece_of(request->operation, s->unit);
+    return left <= most ? left : most;
+}
+
 static uint64_t units_left(const vx_scheduler *s, const vx_request *request)
 {
     return vx_units_of(request->operation, request->length - request->done, s->unit);
+}
+
+/* Of the piece that goes next. */
+static uint64_t head_units(const vx_scheduler *s, const vx_request *request)
+{
+    return vx_units_of(request->operation, piece_length(s, request), s->unit);
 }
 
 void schedule_note_contention(vx_scheduler *s, uint64_t now)
@@ -19,9 +32,25 @@ void schedule_note_contention(vx_scheduler *s, uint64_t now)
     s->contended_since = s->waiting > 0 && s->below >= s->depth ? now : 0;
 }
 
+void schedule_enters(vx_share *share)
+{
+    share->inside++;
+    share->client.active = true;
+}
+
+void schedule_leaves(vx_share *share, uint64_t now)
+{
+    if (--share->inside == 0) {
+        share->client.active = false;
+        share->client.rested_at = vx_ticks(now);
+    }
+}
+
 void schedule_enqueue(vx_scheduler *s, vx_share *share, vx_request *request, bool front, uint64_t now)
 {
     bool was_idle = share->head == NULL;
+    if (front || was_idle)
+        share->client.units = head_units(s, request);
     if (front) {
         request->next = share->head;
         share->head = request;
@@ -44,6 +73,8 @@ void schedule_enqueue(vx_scheduler *s, vx_share *share, vx_request *request, boo
     schedule_note_contention(s, now);
     if (was_idle)
         vx_dmclock_begin(&s->all, &share->client, vx_ticks(now));
+    if (!front)
+        schedule_enters(share);
 }
 
 /* It is out of the queue. */
@@ -52,6 +83,8 @@ static void waits_no_more(vx_scheduler *s, vx_share *share, vx_request *request,
     if (share->head == NULL) {
         share->tail = NULL;
         vx_dmclock_end(&share->client);
+    } else {
+        share->client.units = head_units(s, share->head);
     }
     request->next = NULL;
     share->facts[WAITING]--;
@@ -71,13 +104,6 @@ static vx_request *take(vx_scheduler *s, vx_share *share, uint64_t now)
     share->head = request->next;
     waits_no_more(s, share, request, now);
     return request;
-}
-
-static uint64_t piece_length(const vx_scheduler *s, const vx_request *request)
-{
-    uint64_t left = request->length - request->done;
-    uint64_t most = vx_piece_of(request->operation, s->unit);
-    return left <= most ? left : most;
 }
 
 static uint64_t cost_of(const vx_scheduler *s, const vx_share *share, const vx_device *device,
@@ -145,13 +171,19 @@ vx_turn *schedule_next(vx_scheduler *s)
             look_again_at(s, vx_ns_of_ticks(when));
         return NULL;
     }
+    vx_share *share = (vx_share *)client;
+    uint64_t worst = s->model == NULL ? 0 : vx_model_worst(s->model, share->head->operation,
+                                                           piece_length(s, share->head), s->below);
+    if (s->below > 0 && s->below_ns + worst > s->most_below_ns)
+        return NULL; /* the next completion looks again */
     vx_turn *p = take_place(s);
     if (p == NULL) {
         look_again_at(s, now + NO_MEMORY_NS);
         return NULL;
     }
-    vx_share *share = (vx_share *)client;
     s->below++;
+    s->below_ns += worst;
+    p->worst_ns = worst;
     vx_request *request = take(s, share, now);
     uint64_t length = piece_length(s, request);
     bool moves = request->operation <= VX_WRITE;
@@ -185,6 +217,7 @@ vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
         }
         *link = request->next;
         waits_no_more(s, share, request, now);
+        schedule_leaves(share, now);
         request->next = found;
         found = request;
     }
@@ -197,9 +230,10 @@ void schedule_leave(vx_scheduler *s, vx_turn *p, uint64_t now)
     if (!p->counts)
         return;
     if (s->waiting > 0 && s->below >= s->depth)
-        s->contended_units += vx_units_of(p->piece.operation, p->piece.length, s->unit);
+        s->contended_units++;
     p->counts = false;
     s->below--;
+    s->below_ns -= p->worst_ns;
     schedule_note_contention(s, now);
 }
 

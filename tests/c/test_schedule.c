@@ -353,6 +353,71 @@ static void setting_again_gains_nothing(void)
     CHECK(sum >= 49 && sum <= 60); /* in ten seconds */
 }
 
+/* The most by which a unit is late; vhdx/qos/admission.py says why. Milliseconds. */
+static double most_late(const double *every, unsigned count, double cost, double blocking)
+{
+    double most = -1e9;
+    for (unsigned i = 0; i < count; i++)
+        for (double l = every[i]; l < 20000; l += every[i]) {
+            double late = blocking - l;
+            for (unsigned j = 0; j < count; j++)
+                late += floor(l / every[j] + 1e-9) * cost;
+            most = late > most ? late : most;
+        }
+    return most;
+}
+
+/* Clients that ask one thing at a time, of a device that takes its time for each, beside one that always
+ * wants more and takes longer: what just fits misses no deadline, and gets what is reserved. */
+static void what_just_fits_is_in_time(void)
+{
+    for (unsigned round = 0; round < 200; round++) {
+        unsigned count = 1 + (unsigned)random_below(MOST - 1);
+        double cost = 1, large = 1 + (double)random_below(4), every[MOST] = {0};
+        uint64_t rates[MOST], parts[MOST];
+        for (unsigned i = 0; i < count; i++)
+            parts[i] = 1 + random_below(100);
+        for (double scale = 40;; scale *= 0.98) { /* units a second of the largest part */
+            for (unsigned i = 0; i < count; i++) {
+                rates[i] = 1 + (uint64_t)(scale * (double)parts[i]) / 10;
+                every[i] = 1000 / (double)rates[i];
+            }
+            if (most_late(every, count, cost, large) <= 0)
+                break;
+        }
+        vx_dmclock all = {0};
+        vx_dmclock_client c[MOST];
+        memset(c, 0, sizeof c);
+        double had[MOST] = {0};
+        uint64_t now = vx_ticks(SECOND), begins = now, when, due[MOST];
+        vx_dmclock_set(&all, &c[count], 0, 0, VX_LARGEST_WEIGHT, now);
+        vx_dmclock_begin(&all, &c[count], now);
+        for (unsigned i = 0; i < count; i++) {
+            vx_dmclock_set(&all, &c[i], rates[i], 0, 1, now);
+            vx_dmclock_begin(&all, &c[i], now);
+        }
+        while (now < begins + vx_ticks(20 * SECOND)) {
+            bool reserved;
+            vx_dmclock_client *one = vx_dmclock_choose(&all, now, &reserved, &when);
+            unsigned i = (unsigned)(one - c);
+            due[i] = one->reserved_at + vx_ticks((uint64_t)(every[i] * 1e6));
+            vx_dmclock_serve(&all, one, reserved, 1, 1 << 4, now);
+            if (i == count) {
+                now += vx_ticks((uint64_t)(large * 1e6));
+                continue;
+            }
+            one->active = true;
+            vx_dmclock_end(one);
+            now += vx_ticks((uint64_t)(cost * 1e6));
+            CHECK(!reserved || now <= due[i] + vx_ticks(1000));
+            had[i]++;
+            vx_dmclock_begin(&all, one, now); /* at once: it is still active */
+        }
+        for (unsigned i = 0; i < count; i++)
+            CHECK(had[i] >= 20 * (double)rates[i] - 1);
+    }
+}
+
 /* ---- the scheduler, above a modelled disk ---- */
 
 static vx_clock *clock_;
@@ -699,6 +764,7 @@ int main(void)
     idling_gains_nothing();
     the_past_counts_for_nothing();
     a_reservation_outlives_good_times();
+    what_just_fits_is_in_time();
     setting_again_gains_nothing();
     a_minimum_is_kept_for_an_hour();
     weights_share_the_time_of_the_disk();

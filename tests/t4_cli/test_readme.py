@@ -129,4 +129,4 @@ def test_minimums(script, written, peer):
         script.run(carried)
         said = script.run(refused, codes=(REFUSED,))
         assert re.search(r"minimums of \d+ normalised IOPS in all cannot be kept", said)
-        assert re.search("minimums are kept: 110 normalised IOPS are reserved", script.run(show))
+        assert re.search("minimums are kept: 49 normalised IOPS are reserved", script.run(show))

@@ -47,7 +47,16 @@ class _Number(click.ParamType):  # type: ignore[type-arg]
 
 _IOPS, _BYTES = _Number(click.INT, "N"), _Number(SIZE, "SIZE")
 _OPTIONS = {
-    "--min-iops": ("minimum_iops", _IOPS, "Keep as many (--keep-minimums), or alert."),
+    "--min-iops": (
+        "minimum_iops",
+        _IOPS,
+        "Minimum normalised IOPS: guaranteed with --keep-minimums, else it raises alerts.",
+    ),
+    "--min-depth": (
+        "minimum_depth",
+        _IOPS,
+        "The guarantee is for a client with so many reads or writes always under way. [1]",
+    ),
     "--weight": ("weight", _IOPS, "With --keep-minimums, its part of what the device does. [100]"),
     "--max-iops": ("maximum_iops", _IOPS, "Normalised I/Os a second, at most."),
     "--max-read-iops": ("maximum_read_iops", _IOPS, "Reads of those, at most."),
@@ -214,6 +223,7 @@ _SAID = {
     "burst_bytes": "bursts of {}",
     "credit_iops": "a credit of {} I/Os",
     "credit_rate_iops": "spent at {} IOPS at most",
+    "minimum_depth": "guaranteed with {} requests under way",
     "weight": "weight {}",
 }
 _IN_COLUMNS = 3

@@ -122,9 +122,11 @@ def serve(
 
     Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock --max-iops 500
     """
-    only_then = (depth, capacity_iops, given["weight"])
+    only_then = (depth, capacity_iops, given["weight"], given["minimum_depth"])
     if not keep_minimums and any(each is not None for each in only_then):
-        raise click.UsageError("--depth, --capacity-iops and --weight go with --keep-minimums")
+        raise click.UsageError(
+            "--depth, --capacity-iops, --weight and --min-depth go with --keep-minimums"
+        )
     scheduling = Scheduling(
         keep_minimums=keep_minimums,
         depth=8 if depth is None else depth,

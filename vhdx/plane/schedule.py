@@ -94,6 +94,11 @@ class Model:
         """When a request that arrives at ``now`` is done; both nanoseconds of the caller's clock."""
         return int(lib.vx_model_serve(self.handle, operation, offset, length, now))
 
+    def worst(self, length: int, others: int = 0) -> float:
+        """Seconds for which a request of up to ``length`` bytes holds up those behind it, at most."""
+        operations = (Operation.READ, Operation.WRITE)
+        return max(lib.vx_model_worst(self.handle, o, length, others) for o in operations) / 1e9
+
     def capacity_iops(self, depth: int, length: int = 8192) -> float:
         """Random reads of ``length`` bytes a second, with ``depth`` always under way."""
         copy = Model(self.kind, self.capacity, write_cache=self.write_cache)
@@ -175,6 +180,11 @@ class Scheduler:
         self._keep = (pool, model, clock)
         self._process = os.getpid()
 
+    def set_most_below(self, seconds: float | None) -> None:
+        """Lets no more through than the model takes so long for in the worst case; None: no bound."""
+        ns = (1 << 64) - 1 if seconds is None else round(seconds * 1e9)
+        lib.vx_scheduler_set_most_below(self.handle, ns)
+
     def stop(self) -> None:
         """Nobody waits for a turn any more; before its pool is closed."""
         if self._process == os.getpid():  # those who wait are not in a forked child
@@ -197,6 +207,7 @@ class ShareFacts(NamedTuple):
     waiting_units: int
     waited_ns: int
     below: int
+    late_ns: int
 
 
 class Share:
@@ -223,7 +234,7 @@ class Share:
 
     def read(self) -> ShareFacts:
         """Since it was made."""
-        facts = ffi.new("uint64_t[7]")
+        facts = ffi.new("uint64_t[8]")
         lib.vx_share_read(self.handle, facts)
         return ShareFacts(*facts)
 
@@ -277,6 +288,9 @@ class Load:
         depth: 1 to 1024, of 256 MiB in all.
         span: bytes from the beginning in which it works; all when None.
         write_percent: of the requests.
+        least: requests have ``length``, half of it and so on, down to this; ``length`` when None.
+        pause: seconds between an answer and what follows it.
+        flushes: each write is followed by a flush, and that by the next request.
         in_a_row: one behind the other, else at random.
         seed: of what is random.
         meter: counts what it gets.
@@ -292,6 +306,9 @@ class Load:
         depth: int,
         span: int | None = None,
         write_percent: int = 0,
+        least: int | None = None,
+        flushes: bool = False,
+        pause: float = 0.0,
         in_a_row: bool = False,
         seed: int = 1,
         meter: Meter | None = None,
@@ -301,6 +318,8 @@ class Load:
         terms.span = device.size if span is None else span
         terms.length, terms.depth, terms.seed = length, depth, seed
         terms.write_percent, terms.in_a_row = write_percent, in_a_row
+        terms.least, terms.flushes = least or 0, flushes
+        terms.pause_ns = round(pause * 1e9)
         handle = lib.vx_load_create(
             device.handle, _clock_of(pool, clock), pool.handle,
             ffi.NULL if meter is None else meter.handle, terms,

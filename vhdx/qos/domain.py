@@ -24,10 +24,11 @@ from vhdx.qos.flows import TICK_SECONDS, DiskState, Flow
 from vhdx.qos.monitor import WINDOWS, Alert, History, Status, Watch, together
 from vhdx.qos.policy import NORMALISED_UNIT, Policy, PolicyKind, Settings
 from vhdx.qos.reservations import (
+    Reservation,
     Wish,
     contradictions,
     group_of,
-    reserved,
+    reservations,
     together_with_policy,
 )
 from vhdx.qos.scheduling import Scheduling, Turns, set_share
@@ -205,8 +206,8 @@ class Domain:
         disks = {each.path: each for each in self._disks.values()}.values()
         return [changed.get(disk.path, Wish(disk.settings, disk.policy_id)) for disk in disks]
 
-    def _reserved(self) -> int:
-        return reserved(self._as_wanted(), self._policies)
+    def _reserved(self) -> list[Reservation]:
+        return reservations(self._as_wanted(), self._policies)
 
     def _admit(
         self,
@@ -218,7 +219,7 @@ class Domain:
         for policy_id, (excess, error) in contradictions(wanted, policies).items():
             if policy_id not in there or excess > there[policy_id][0]:
                 raise error
-        said = self._turns.admit(self._reserved(), reserved(wanted, policies))
+        said = self._turns.admit(self._reserved(), reservations(wanted, policies))
         if said is not None:
             _log.warning("QoS: %s", said)
         return said
@@ -243,6 +244,7 @@ class Domain:
         for flow in self._flows:
             if self._disks.get(flow.disk) is disk:
                 flow.throttle.set_group(group)
+        self._turns.adapt(self._reserved())
         self._begin_sampling()
 
     # ---- policies ----
@@ -309,7 +311,7 @@ class Domain:
         with self._change_lock:
             policy = self.policy(name)
             left = {key: each for key, each in self._policies.items() if each is not policy}
-            said = self._turns.warning(reserved(self._as_wanted(), left))
+            said = self._turns.warning(reservations(self._as_wanted(), left))
             if said is not None:  # it held minimums down, and is taken away nevertheless
                 _log.warning("QoS: %s", said)
             self._save({}, left)
@@ -448,7 +450,7 @@ class Domain:
     def _measures(self) -> bool:
         if self._now() - self._looked < _LOOKED_SECONDS:
             return True
-        return any(minimum is not None or w.insufficient for _, _, minimum, w in self._watched())
+        return any(minimum is not None or w.insufficient for _, _, minimum, w, _ in self._watched())
 
     def _begin_sampling(self) -> None:
         if not self._sampling and self._measures() and not self._closing.is_set():
@@ -491,7 +493,8 @@ class Domain:
         """Looks who is busy, and now and then what all got; False: nobody wants to know any more."""
         with self._lock:
             for name, disk in self._disks.items():
-                disk.busy.append(any(f.under_way() > 0 for f in self._flows if f.disk == name))
+                wanted = self._wanted(disk).minimum_depth or 1
+                disk.busy.append(sum(f.under_way() for f in self._flows if f.disk == name) >= wanted)
             if tick % _TICKS_A_SAMPLE:
                 return True
             self._turns.sample()
@@ -539,13 +542,13 @@ class Domain:
     def _judge(self, now: float) -> list[Alert]:
         found = []
         last = {name: disk.history.figures(1.0) for name, disk in self._disks.items()}
-        for what, names, minimum, watch in self._watched():
+        for what, names, minimum, watch, share in self._watched():
             got = together([last[name] for name in names])
             busy = max(
                 (sum(d.busy) / max(1, len(d.busy)) for d in map(self._disks.get, names) if d),
                 default=0.0,
             )
-            begins = watch.judge(now, minimum, got, busy)
+            begins = watch.judge(now, minimum, got, busy, self._turns.late(share))
             if begins is None:
                 continue
             others = [(other, f.normalized_iops) for other, f in last.items() if other not in names]
@@ -554,7 +557,7 @@ class Domain:
             found.append(Alert(time.time(), what, begins, minimum or 0, got.normalized_iops, top))
         return found
 
-    def _watched(self) -> Iterator[tuple[str, list[str], int | None, Watch]]:
+    def _watched(self) -> Iterator[tuple[str, list[str], int | None, Watch, plane.Share | None]]:
         """Each disk and aggregated policy: title, names, minimum, and who watches it.
 
         One that has no minimum or disks any more is watched on, so that its alert ends.
@@ -564,7 +567,7 @@ class Domain:
             paths.setdefault(disk.path, []).append(name)
         for names in paths.values():
             disk = self._disks[names[0]]
-            yield names[0], names, self._wanted(disk).minimum_iops, disk.watch
+            yield names[0], names, self._wanted(disk).minimum_iops, disk.watch, disk.share
         for policy_id, watch in self._group_watches.items():
             policy = self._policies.get(policy_id)
             minimum = None if policy is None else policy.settings.minimum_iops
@@ -574,7 +577,7 @@ class Domain:
                 if disk.policy_id == policy_id
                 and group_of(disk.settings, policy_id, self._policies) is not None
             ]
-            yield watch.title, mine, minimum if mine else None, watch
+            yield watch.title, mine, minimum if mine else None, watch, self._turns.group(policy_id)
 
     def pace(self, size: int) -> None:
         """Work in the background waits here until it may do so many bytes of I/O."""

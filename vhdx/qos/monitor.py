@@ -29,6 +29,7 @@ _KEPT_SECONDS = 301.0
 _ENOUGH = 0.98  # of the minimum
 _BUSY = 0.9  # of the samples: who always has something under way would take more
 _EDGES = 0.1  # of the minimum, at most, for what falls on the edges of a window
+_LATE = 0.5  # seconds; less is a matter of the size of requests
 _RAISE_AFTER, _CLEAR_AFTER = 0.5, 2.0  # seconds for which it must have been so
 
 
@@ -200,7 +201,12 @@ class Watch:
     _since: float | None = field(default=None, repr=False)  # it has been otherwise
 
     def judge(
-        self, seconds: float, minimum: int | None, figures: Figures, busy: float
+        self,
+        seconds: float,
+        minimum: int | None,
+        figures: Figures,
+        busy: float,
+        late: float = float("inf"),
     ) -> bool | None:
         """True when an alert begins now, False when it ends, else None.
 
@@ -208,10 +214,12 @@ class Watch:
             seconds: now.
             minimum: of the disk.
             figures: over the last second.
-            busy: share of that second in which it had something under way.
+            busy: share of that second in which it had enough under way.
+            late: seconds by which its deadline is missed; infinite where nobody keeps it.
         """
         wants = minimum is not None and (figures.offered_iops >= minimum or busy >= _BUSY)
         short = wants and figures.normalized_iops < _enough(minimum or 0, figures)
+        short = short and (late > _LATE or self.insufficient)
         if short == self.insufficient:
             self._since = None
             return None

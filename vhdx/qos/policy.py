@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import UUID, uuid4
 
 from vhdx.errors import InvalidArgumentError
-from vhdx.plane import LARGEST_RATE, LARGEST_WEIGHT, Limit, LimitKind
+from vhdx.plane import DEEPEST, LARGEST_RATE, LARGEST_WEIGHT, Limit, LimitKind
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -48,6 +48,8 @@ class Settings:
     Attributes:
         minimum_iops: an alert is raised where a disk that wants as much gets less; with scheduling it
             comes first.
+        minimum_depth: with scheduling, the minimum is guaranteed for a client that always has so many
+            reads or writes under way; None is 1, and a flush may then be the one thing.
         weight: with scheduling, its part of what the device does, 1 to 10,000; None is 100.
         maximum_iops, maximum_read_iops, maximum_write_iops: a second, 1 to 10**9.
         maximum_bandwidth, maximum_read_bandwidth, maximum_write_bandwidth: bytes a second.
@@ -58,6 +60,7 @@ class Settings:
     """
 
     minimum_iops: int | None = None
+    minimum_depth: int | None = None
     weight: int | None = None
     maximum_iops: int | None = None
     maximum_read_iops: int | None = None
@@ -158,7 +161,10 @@ class Settings:
             base = other if mine is None or (theirs is not None and theirs < mine) else self
             saving |= {name: getattr(base, name) for name in saved}
         weight = other.weight if self.weight is None else self.weight
-        return Settings(minimum_iops=minimum, weight=weight, **tighter, **saving)
+        mine = self if self.minimum_iops is not None else other
+        return Settings(
+            minimum_iops=minimum, minimum_depth=mine.minimum_depth, weight=weight, **tighter, **saving
+        )
 
     def changed(self, changes: Mapping[str, Any]) -> Settings:
         """With some of them changed.
@@ -186,6 +192,8 @@ class Settings:
 def _most(name: str) -> int:
     if name == "weight":
         return LARGEST_WEIGHT
+    if name == "minimum_depth":
+        return DEEPEST
     return LARGEST_RATE if name.endswith(("bandwidth", "bytes")) else LARGEST_IOPS
 
 

@@ -12,7 +12,26 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from uuid import UUID
 
-__all__ = ["Wish", "contradictions", "group_of", "reserved", "together_with_policy"]
+__all__ = [
+    "Reservation",
+    "Wish",
+    "contradictions",
+    "group_of",
+    "reservations",
+    "together_with_policy",
+]
+
+
+class Reservation(NamedTuple):
+    """A minimum that is to be kept.
+
+    Attributes:
+        iops: normalised.
+        depth: requests that its client always has under way.
+    """
+
+    iops: int
+    depth: int
 
 
 class Wish(NamedTuple):
@@ -47,16 +66,21 @@ def group_of(
     return policy
 
 
-def reserved(wishes: Iterable[Wish], policies: Mapping[UUID, Policy]) -> int:
-    """The sum of minimums, normalised IOPS."""
-    total, groups = 0, {}
+def _reservation(settings: Settings) -> Reservation:
+    return Reservation(settings.minimum_iops or 0, settings.minimum_depth or 1)
+
+
+def reservations(wishes: Iterable[Wish], policies: Mapping[UUID, Policy]) -> list[Reservation]:
+    """Of disks, and of aggregated policies that have disks."""
+    found, groups = [], {}
     for settings, policy_id in wishes:
         wanted = together_with_policy(settings, policy_id, policies)
-        total += wanted.minimum_iops or 0
+        found.append(_reservation(wanted))
         policy = group_of(wanted, policy_id, policies)
         if policy is not None:
             groups[policy.policy_id] = policy
-    return total + sum(policy.settings.minimum_iops or 0 for policy in groups.values())
+    found += [_reservation(policy.settings) for policy in groups.values()]
+    return [each for each in found if each.iops]
 
 
 def contradictions(

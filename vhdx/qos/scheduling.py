@@ -13,19 +13,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vhdx import plane
 from vhdx.errors import InvalidArgumentError
+from vhdx.qos.admission import USABLE, Load, Verdict, best_depth, most_alone, most_below
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from uuid import UUID
 
     from vhdx.qos.policy import Settings
+    from vhdx.qos.reservations import Reservation
 
 __all__ = ["Admission", "Scheduling", "Turns"]
 
 DEFAULT_WEIGHT = 100
-_USABLE = 0.9
+_OVERHEAD = 20e-6  # seconds: between the end of one piece and the next one
 _BACKGROUND_IOPS = 16
-_LEAST_CONTENDED_NS = 100_000_000
+_LEAST_CONTENDED_NS = 1_000_000_000
 _REMEMBERED = 60  # samples of contended time
 
 
@@ -74,6 +76,7 @@ class Admission:
     measured: bool
     reserved_iops: int
     admitted: bool
+    verdict: Verdict | None = None
 
 
 class Place(NamedTuple):
@@ -114,16 +117,27 @@ class Turns:
         self._last = (0, 0)
         self._seen: list[tuple[int, int]] = []
         self._capacity: float | None = scheduling.capacity_iops
+        self._most_depth = scheduling.depth
+        self._bounds: Load | None = None
         if scheduling.model is not None:
             self._model = plane.Model(scheduling.model, max(1 << 20, sum(sizes)))
-            if self._capacity is None:
-                self._capacity = self._model.capacity_iops(scheduling.depth, unit)
         if scheduling.keep_minimums:
             self._scheduler = plane.Scheduler(
                 pool, unit, scheduling.depth, model=self._model, clock=clock
             )
             self._background = plane.Share(self._scheduler)
-            most = 0 if self._capacity is None else max(_BACKGROUND_IOPS, round(self._capacity / 2))
+            if self._model is not None and self._capacity is None:
+                model, piece = self._model, max(self._scheduler.piece, plane.PIECE)
+                self._bounds = Load(
+                    lambda others: model.worst(unit, others) + _OVERHEAD,
+                    lambda others: model.worst(piece, others) + _OVERHEAD,
+                    piece // unit / _BACKGROUND_IOPS,
+                    scheduling.model is plane.ModelKind.HDD,
+                )
+            does: float | None = scheduling.capacity_iops
+            if does is None and self._model is not None:
+                does = self._model.capacity_iops(scheduling.depth, unit)
+            most = 0 if does is None else max(_BACKGROUND_IOPS, round(does / 2))
             self._background.set(reservation=_BACKGROUND_IOPS, limit=most, weight=10)
 
     @property
@@ -173,6 +187,14 @@ class Turns:
 
     # ---- what the device can carry ----
 
+    def late(self, share: plane.Share | None) -> float:
+        """Seconds by which a deadline is missed; infinite where none are kept."""
+        return float("inf") if share is None else share.read().late_ns / 1e9
+
+    def group(self, policy_id: UUID) -> plane.Share | None:
+        """The share of an aggregated policy, if it has one."""
+        return self._groups.get(policy_id)
+
     def sample(self) -> None:
         """Looks how much was done while somebody had to wait."""
         if self._scheduler is None:
@@ -183,30 +205,48 @@ class Turns:
             self._seen = [*self._seen[1 - _REMEMBERED :], (ns, facts.contended_units - self._last[1])]
             self._last = facts.contended_ns, facts.contended_units
 
-    def admission(self, reserved: int) -> Admission:
-        """Whether so many normalised IOPS can be kept."""
+    def adapt(self, reservations: Sequence[Reservation]) -> None:
+        """Lets as many through at a time as these allow."""
+        if self._bounds is not None and self._scheduler is not None:
+            most = None
+            if reservations:
+                most = most_below(reservations, self._most_depth, self._bounds)
+            self._scheduler.set_most_below(most)
+
+    def admission(self, reservations: Sequence[Reservation]) -> Admission:
+        """Whether these minimums can be kept."""
+        reserved = sum(each.iops for each in reservations)
+        if self._bounds is not None:
+            verdict = best_depth(reservations, self._most_depth, self._bounds)
+            return Admission(verdict.capacity, False, reserved, verdict.kept, verdict)
         capacity, measured = self._capacity, False
         if capacity is None and self._seen:
-            capacity, measured = (
-                sum(u for _, u in self._seen) * 1e9 / sum(n for n, _ in self._seen),
-                True,
-            )
+            capacity, measured = min(u * 1e9 / n for n, u in self._seen), True
         return Admission(
-            capacity, measured, reserved, capacity is None or reserved <= _USABLE * capacity
+            capacity, measured, reserved, capacity is None or reserved <= USABLE * capacity
         )
 
-    def warning(self, reserved: int) -> str | None:
-        """What to say where so many normalised IOPS cannot be kept; None where they can."""
-        found = self.admission(reserved)
+    def warning(self, reservations: Sequence[Reservation]) -> str | None:
+        """What to say where these minimums cannot be kept; None where they can."""
+        found = self.admission(reservations)
+        reserved = found.reserved_iops
         if self._scheduler is None or found.admitted:
             return None
+        if found.verdict is not None and self._bounds is not None:
+            fewest = min(each.depth for each in reservations)
+            alone = most_alone(fewest, self._most_depth, self._bounds)
+            return (
+                f"minimums of {reserved} normalised IOPS in all cannot be kept: with {fewest} under "
+                f"way the device does {found.capacity_iops:.0f} in the worst case, of which "
+                f"{USABLE:.0%} can be reserved, and {alone} for one disk alone"
+            )
         does = "has done" if found.measured else "does"
         return (
             f"minimums of {reserved} normalised IOPS in all cannot be kept: the device {does} "
-            f"{found.capacity_iops:.0f}, of which {_USABLE:.0%} can be reserved"
+            f"{found.capacity_iops:.0f}, of which {USABLE:.0%} can be reserved"
         )
 
-    def admit(self, before: int, after: int) -> str | None:
+    def admit(self, before: Sequence[Reservation], after: Sequence[Reservation]) -> str | None:
         """Refuses a change of the sum of minimums that a known capacity cannot carry.
 
         Returns:
@@ -216,13 +256,16 @@ class Turns:
             InvalidArgumentError: with the figures.
         """
         said = self.warning(after)
-        if said is not None and after > before and not self.admission(after).measured:
+        worse = sum(each.iops for each in after) > sum(each.iops for each in before) or (
+            self.admission(before).admitted
+        )
+        if said is not None and worse and not self.admission(after).measured:
             raise InvalidArgumentError(said, hint="lower a minimum")
         return said
 
-    def describe(self, reserved: int) -> dict[str, Any]:
+    def describe(self, reservations: Sequence[Reservation]) -> dict[str, Any]:
         """For JSON."""
-        found = self.admission(reserved)
+        found = self.admission(reservations)
         facts = None if self._scheduler is None else self._scheduler.read()
         return {
             "keeps_minimums": self.keeps_minimums,
@@ -230,7 +273,7 @@ class Turns:
             "model": None if self._model is None else self._model.kind.name.lower(),
             "capacity_iops": found.capacity_iops,
             "capacity_measured": found.measured,
-            "reserved_iops": reserved,
+            "reserved_iops": found.reserved_iops,
             "admitted": found.admitted,
             "waiting": 0 if facts is None else facts.waiting,
             "below": 0 if facts is None else facts.below,
