@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the three parts of an NBD connection share: nbd.c has the socket and the life of a connection,
- * nbd_request.c takes requests from the input and answers them, nbd_operation.c runs what is not
- * answered inline. Everything belongs to the connection's thread but `completed`, `signalled` (under
+ * What the parts of an NBD connection share: nbd.c has the socket and the life of a connection,
+ * nbd_request.c takes requests from the input, nbd_reply.c answers them, nbd_operation.c runs what is
+ * not answered inline. Everything belongs to the connection's thread but `completed`, `signalled` (under
  * `lock`), `stopping` and the counters.
  */
 #ifndef VX_NBD_INTERNAL_H
@@ -150,8 +150,6 @@ void nbd_drop(vx_nbd_connection *c);
 
 /* Takes everything that can be taken from the input. False: the stream is lost. */
 bool nbd_take_input(vx_nbd_connection *c);
-/* Answers what completed, as far as there is room. */
-void nbd_take_completions(vx_nbd_connection *c);
 /* The payload of c->filling is here: runs it. */
 void nbd_filled(vx_nbd_connection *c);
 /* Starts READs that wait, as far as there is room for them. */
@@ -160,5 +158,25 @@ void nbd_start_reads(vx_nbd_connection *c);
 void nbd_abandon_input(vx_nbd_connection *c);
 /* The client takes no answers: READs that wait are forgotten. */
 void nbd_forget_reads(vx_nbd_connection *c);
+
+/* ---- nbd_reply.c ---- */
+
+/* Room that the largest answer to an operation may need. */
+#define REPLY_ROOM ((size_t)(2 * READ_HOLES + 2) * 40 + 64 + STATUS_EXTENTS * 8)
+
+/* Whether `staged` bytes and the pieces of an answer fit the output; sends to make room. */
+bool nbd_room_for_reply(vx_nbd_connection *c, size_t staged);
+/* Answers a request that has no data to send. */
+void nbd_reply_status(vx_nbd_connection *c, enum nbd_error error, const nbd_request *wire);
+/* An operation is done: answers it, or its part of a transfer. Frees it when its data are sent. */
+void nbd_reply_operation(vx_nbd_connection *c, operation *op);
+/* Answers a WRITE in pieces once all of it is done; with FUA after a flush. */
+void nbd_reply_write(vx_nbd_connection *c, transfer *command);
+/* Whether nothing more of it is to be started or answered. */
+bool nbd_is_complete(const transfer *command);
+/* The whole request is answered; frees it. */
+void nbd_end_transfer(vx_nbd_connection *c, transfer *command);
+/* Answers what completed, as far as there is room. */
+void nbd_take_completions(vx_nbd_connection *c);
 
 #endif

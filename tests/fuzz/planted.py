@@ -41,7 +41,7 @@ PLANTED: dict[str, list[tuple[str, str, str]]] = {
         ("vhdx/nbd/handshake.py", "bytes(self._input)\n        )\n        self._input.clear()", "b\"\"\n        )\n        self._input.clear()"),
     ],
     "nbd": [
-        ("nbd_request.c", "    if (command->error == NBD_OK)\n        command->error = error;\n    bool last", "    bool last"),
+        ("nbd_reply.c", "    if (command->error == NBD_OK)\n        command->error = error;\n    bool last", "    bool last"),
         ("nbd_request.c", "    piece.offset += command->begun;\n    piece.length = divisible", "    piece.length = divisible"),
         ("nbd_wire.c", "if (request->flags & ~allowed_flags(request, terms))", "if (false)"),
         ("nbd_wire.c", "if (terms->read_only)\n            return NBD_EPERM;\n        if (request->length", "if (request->length"),
@@ -50,8 +50,8 @@ PLANTED: dict[str, list[tuple[str, str, str]]] = {
         ("nbd_request.c", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length;", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length + 1;"),
         ("nbd_request.c", "size_t part = present < op->wire.length ? present : op->wire.length;", "size_t part = present;"),
         ("nbd_request.c", "wire->length <= INLINE_READ && read_inline", "read_inline"),
-        ("nbd_request.c", "wire->flags & NBD_FLAG_REQ_ONE ? 1 : STATUS_EXTENTS", "STATUS_EXTENTS"),
-        ("nbd_request.c", "bool end = stop == length;", "bool end = true;"),
+        ("nbd_reply.c", "wire->flags & NBD_FLAG_REQ_ONE ? 1 : STATUS_EXTENTS", "STATUS_EXTENTS"),
+        ("nbd_reply.c", "bool end = stop == length;", "bool end = true;"),
         ("nbd_request.c", "    c->discard = nbd_payload_of(wire);", "    c->discard = 0;"),
     ],
     "log": [
