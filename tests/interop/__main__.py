@@ -5,8 +5,8 @@ The suites are fetched and built in DIRECTORY (``build.sh``). Where they start n
 program of that name in ``standins`` serves by vhdx what was asked for. What cannot be translated goes
 to the real program; such a test says nothing of vhdx, and is listed as "peer" with the reason.
 
-The run fails where a test ends otherwise than ``expected.json`` says. There a failure that stays has its
-reason behind "fail: ". ``--update`` writes the file, and keeps the reasons.
+The run fails where a test ends otherwise than ``expected.json`` says. A failure that stays has its
+reason there, behind "fail: ". ``--update`` writes the file, and keeps the reasons.
 """
 
 from __future__ import annotations
