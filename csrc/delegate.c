@@ -74,13 +74,6 @@ void vx_delegate_end(vx_delegate *delegate)
     pthread_mutex_unlock(&delegate->lock);
 }
 
-void vx_delegate_destroy(vx_delegate *delegate)
-{
-    pthread_mutex_destroy(&delegate->lock);
-    pthread_cond_destroy(&delegate->changed);
-    free(delegate);
-}
-
 static int hand_over(call *what)
 {
     vx_delegate *delegate = what->device->upcalls->delegate;

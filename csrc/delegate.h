@@ -17,15 +17,15 @@
 
 typedef struct vx_delegate vx_delegate;
 
-/* `owner`: its pthread_t. NULL: no memory. */
+/* `owner`: its pthread_t. NULL: no memory. There is one a process, and it is never freed: any thread may
+ * look at it at any time. */
 vx_delegate *vx_delegate_create(uint64_t owner);
 /* Carries out what is handed over, until vx_delegate_end. */
 void vx_delegate_serve(vx_delegate *delegate);
 /* From now on the owner calls for itself; vx_delegate_serve returns. Not while an upcall is handed over. */
 void vx_delegate_end(vx_delegate *delegate);
-void vx_delegate_destroy(vx_delegate *delegate); /* after vx_delegate_serve returned */
 
-/* The upcalls of a device, by whoever is to carry them out. */
+/* These make an upcall: on the delegate when the owner calls, else on the calling thread. */
 int vx_upcall_fault(const vx_device *device, vx_fault *fault);
 int vx_upcall_perform(const vx_device *device, vx_request *request);
 int vx_upcall_resize(const vx_device *device, uint64_t size);

@@ -32,7 +32,6 @@ typedef struct { int (*fault)(uint64_t, vx_fault *); int (*perform)(uint64_t, vx
 vx_delegate *vx_delegate_create(uint64_t owner);
 void vx_delegate_serve(vx_delegate *delegate);
 void vx_delegate_end(vx_delegate *delegate);
-void vx_delegate_destroy(vx_delegate *delegate);
 
 extern "Python" int vx_python_fault(uint64_t device, vx_fault *fault);
 extern "Python" int vx_python_perform(uint64_t device, vx_request *request);

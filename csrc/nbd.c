@@ -18,6 +18,8 @@ static bool wants_input(vx_nbd_connection *c)
         return false;
     if (c->filling != NULL)
         return true;
+    if (c->discard > 0)
+        return !c->held;
     /* A whole request that could not be taken waits for room, not for more bytes. */
     return c->end - c->begin < INPUT_BYTES && !c->held && nbd_may_take(c);
 }
@@ -52,7 +54,8 @@ static bool receive(vx_nbd_connection *c, bool wait)
     return true;
 }
 
-/* Its client stands still while it borrows what another connection has long been waiting for. */
+/* True if its client has not moved for a long time, and another connection waits for the memory that this
+ * one borrows. */
 static bool is_in_the_way(const vx_nbd_connection *c)
 {
     uint64_t now = vx_now_ns(), since = vx_pool_shortage_since(c->pool, now);
@@ -65,7 +68,7 @@ static bool is_in_the_way(const vx_nbd_connection *c)
 static bool wait_for_events(vx_nbd_connection *c)
 {
     bool input = wants_input(c);
-    bool starved = c->starved && c->filling == NULL;
+    bool starved = c->starved;
     if (input && !starved && c->under_way == 0 && c->output.bytes == 0 && c->filling == NULL)
         return receive(c, true);
     short events = (short)((input ? POLLIN : 0) | (c->output.bytes > 0 ? POLLOUT : 0));
@@ -79,8 +82,11 @@ static bool wait_for_events(vx_nbd_connection *c)
         return errno == EINTR;
     if (input && fds[1].revents & (POLLIN | POLLERR | POLLHUP))
         return receive(c, false);
-    if (fds[1].revents & (POLLERR | POLLHUP) || is_in_the_way(c))
+    bool in_the_way = is_in_the_way(c);
+    if (fds[1].revents & (POLLERR | POLLHUP) || in_the_way)
         c->gone = true;
+    if (in_the_way)
+        c->result = VX_E_CANCELLED;
     return true;
 }
 
@@ -95,8 +101,9 @@ int vx_nbd_serve(vx_nbd_connection *c)
             c->disconnecting = true;
         }
         freed = c->freed;
+        bool left = false;
         if (c->under_way > 0 || atomic_load(&c->stopping))
-            nbd_take_completions(c);
+            left = nbd_take_completions(c);
         nbd_start_reads(c);
         waiting = c->output.bytes;
         if (!c->gone && c->output.bytes > 0 && nbd_output_send(&c->output, c->fd) < 0)
@@ -122,7 +129,7 @@ int vx_nbd_serve(vx_nbd_connection *c)
         if (c->disconnecting && c->under_way == 0 && c->output.bytes == 0)
             return c->result;
         /* Room came up since a request found none: no event will say so again. */
-        if ((c->held || c->reads != NULL) &&
+        if ((c->held || left || c->reads != NULL) &&
             (c->freed != freed || c->output.bytes < waiting ||
              (c->operations == 0 && c->output.bytes == 0 && !c->starved)))
             continue;

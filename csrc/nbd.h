@@ -62,7 +62,8 @@ vx_nbd_connection *vx_nbd_create(int fd, vx_device *device, vx_pool *pool,
                                  size_t early_length);
 /* Before vx_nbd_serve: where it counts what it does, with latencies; it is not the connection's. */
 void vx_nbd_set_meter(vx_nbd_connection *connection, vx_meter *meter);
-int vx_nbd_serve(vx_nbd_connection *connection); /* 0, or VX_E_PROTOCOL, VX_E_IO */
+/* 0, or VX_E_PROTOCOL, VX_E_IO, VX_E_CANCELLED (it stood in the way of another connection). */
+int vx_nbd_serve(vx_nbd_connection *connection);
 /* No new requests; vx_nbd_serve finishes what it has and returns. From any thread. */
 void vx_nbd_stop(vx_nbd_connection *connection);
 /* Cuts the connection: nothing more is sent or received. From any thread. */

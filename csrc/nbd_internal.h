@@ -40,7 +40,8 @@ typedef struct transfer {
     uint32_t operations; /* started and not yet answered */
     enum nbd_error error; /* the first */
     bool abandoned;       /* a WRITE whose client left before all of it had arrived: no answer */
-    bool flushed;         /* what came before the answer to a WRITE with FUA */
+    bool flushed;         /* the flush of a WRITE with FUA has been started */
+    bool said;            /* the error of a READ was sent, with a piece */
     uint64_t began_ns;    /* 0: not metered */
     uint64_t queued_ns;
     struct transfer *next; /* READs that wait, in their order */
@@ -176,7 +177,7 @@ void nbd_reply_write(vx_nbd_connection *c, transfer *command);
 bool nbd_is_complete(const transfer *command);
 /* The whole request is answered; frees it. */
 void nbd_end_transfer(vx_nbd_connection *c, transfer *command);
-/* Answers what completed, as far as there is room. */
-void nbd_take_completions(vx_nbd_connection *c);
+/* Answers what completed, as far as there is room. True: some of it found none. */
+bool nbd_take_completions(vx_nbd_connection *c);
 
 #endif

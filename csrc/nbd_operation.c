@@ -38,7 +38,9 @@ void nbd_free_operation(void *owner, void *context)
         c->statuses--;
     if (op->command == NULL)
         nbd_answered(c);
-    if (op->capacity == VX_NBD_PIECE && c->spare_count < SPARE_BUFFERS)
+    /* A spare buffer stands for one of the connection's own that is not used. */
+    bool kept = c->spare_count + c->own_used[READING] + c->own_used[WRITING] < SPARE_BUFFERS;
+    if (op->capacity == VX_NBD_PIECE && op->buffer != NULL && kept)
         c->spare[c->spare_count++] = op->buffer;
     else
         free(op->buffer);
@@ -67,7 +69,8 @@ bool nbd_may_take(const vx_nbd_connection *c)
     return c->under_way < c->terms.requests_limit;
 }
 
-/* Whether the connection's own limit allows so much more payload; a first piece it always does. */
+/* Whether the connection's own limit allows so much more payload. The first piece of each direction is
+ * always allowed. */
 static bool may_hold(const vx_nbd_connection *c, enum direction direction, size_t capacity)
 {
     uint64_t limit = c->terms.bytes_limit;
@@ -122,7 +125,7 @@ enum outcome nbd_start_operation(vx_nbd_connection *c, transfer *command, const 
         nbd_free_operation(op, c);
         return LOST;
     }
-    op->began_ns = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
+    op->began_ns = command == NULL && vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
     atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
     *started = op;
     return TAKEN;

@@ -120,6 +120,7 @@ static void reply_piece(vx_nbd_connection *c, operation *op)
         reply_read(c, op, last);
         sent = true;
     } else if (c->rules.structured) {
+        command->said = true;
         nbd_count(&c->counters.errors, 1);
         nbd_output_staged(&c->output, nbd_put_error(nbd_output_stage(&c->output), last,
                                                     command->wire.cookie, error));
@@ -161,7 +162,8 @@ void nbd_reply_operation(vx_nbd_connection *c, operation *op)
     transfer *command = op->command;
     if (command != NULL) {
         command->operations--;
-        command->queued_ns += op->request.queued_ns;
+        if (op->request.queued_ns > command->queued_ns) /* pieces wait side by side */
+            command->queued_ns = op->request.queued_ns;
         if (command->wire.command == NBD_READ) {
             reply_piece(c, op);
             return;
@@ -195,7 +197,7 @@ bool nbd_room_for_reply(vx_nbd_connection *c, size_t staged)
     return c->gone || nbd_output_fits(&c->output, staged, 2 * READ_HOLES + 4);
 }
 
-void nbd_take_completions(vx_nbd_connection *c)
+bool nbd_take_completions(vx_nbd_connection *c)
 {
     pthread_mutex_lock(&c->lock);
     operation *op = c->completed, *oldest_first = NULL;
@@ -218,14 +220,15 @@ void nbd_take_completions(vx_nbd_connection *c)
         nbd_reply_operation(c, oldest_first);
         oldest_first = next;
     }
-    if (oldest_first != NULL) { /* the client does not read: keep them for later */
-        pthread_mutex_lock(&c->lock);
-        while (oldest_first != NULL) {
-            operation *next = oldest_first->next;
-            oldest_first->next = c->completed;
-            c->completed = oldest_first;
-            oldest_first = next;
-        }
-        pthread_mutex_unlock(&c->lock);
+    if (oldest_first == NULL)
+        return false;
+    pthread_mutex_lock(&c->lock); /* the client does not read: keep them for later */
+    while (oldest_first != NULL) {
+        operation *next = oldest_first->next;
+        oldest_first->next = c->completed;
+        c->completed = oldest_first;
+        oldest_first = next;
     }
+    pthread_mutex_unlock(&c->lock);
+    return true;
 }

@@ -102,7 +102,12 @@ void nbd_start_reads(vx_nbd_connection *c)
         if (op != NULL) {
             submit_read(c, op);
         } else if (nbd_is_complete(command)) {
-            nbd_reply_status(c, command->error, &command->wire);
+            if (command->said)
+                nbd_output_staged(&c->output,
+                                  nbd_put_chunk(nbd_output_stage(&c->output), true, NBD_CHUNK_NONE,
+                                                command->wire.cookie, 0));
+            else
+                nbd_reply_status(c, command->error, &command->wire);
             nbd_end_transfer(c, command);
         }
     }
@@ -177,7 +182,7 @@ static void fill(vx_nbd_connection *c, operation *op, size_t ahead)
     size_t part = present < op->wire.length ? present : op->wire.length;
     if (part > 0)
         memcpy(op->buffer, c->input + c->begin + ahead, part);
-    c->begin += part; /* with what is ahead left to the caller */
+    c->begin += part; /* the caller skips what is ahead */
     nbd_prepare(c, &op->request, &op->wire);
     op->request.buffer = op->buffer;
     c->filling = op;

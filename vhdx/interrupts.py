@@ -2,8 +2,8 @@
 """Work that signal handlers never interrupt in the middle.
 
 Python runs signal handlers on the main thread, between any two instructions, and Ctrl-C raises
-KeyboardInterrupt there. What moves data or changes a file must not end at such a moment. So an
-operation that is called on the main thread is done on a thread of its own. The main thread only
+KeyboardInterrupt there. An operation that moves data or changes a file must not be cut off there.
+So an operation that is called on the main thread is done on a thread of its own. The main thread only
 waits, and calls the caller's functions (progress, cancel) for it. When a handler raises, the
 operation is asked to stop as by its ``cancel``, and awaited; then the exception goes on. An operation
 that is called on any other thread, where no handler runs, is done there.
@@ -36,7 +36,7 @@ Cancel = Callable[[], bool]
 
 Work = Callable[[Progress | None, Cancel], _Result]
 
-_POLL_SECONDS = 0.1  # how long a wake-up that an interruption swallowed may cost
+_POLL_SECONDS = 0.1  # an interruption can swallow a wake-up: the waiter looks again after this time
 
 
 _local = threading.local()
@@ -45,7 +45,7 @@ _local = threading.local()
 def caller() -> object:
     """Who is calling: the same for an operation and for what its callbacks call in turn.
 
-    By this an operation tells that it is called from within another one, which waits for it.
+    An operation compares it to notice that it was called from a callback of another operation.
     """
     return getattr(_local, "root", None) or threading.get_ident()
 
@@ -57,10 +57,10 @@ def _never() -> bool:
 def uninterrupted(
     work: Work[_Result], progress: Progress | None = None, cancel: Cancel | None = None
 ) -> _Result:
-    """Does ``work``, which gets functions to call for progress and cancellation, to its end.
+    """Runs ``work`` to its end.
 
     Args:
-        work: called with what stands for ``progress`` and ``cancel``.
+        work: receives two functions, for progress and for cancellation.
         progress: the caller's; called on the calling thread.
         cancel: likewise; None for work that is stopped by interruptions only.
 
@@ -68,10 +68,10 @@ def uninterrupted(
         What ``work`` returned.
 
     Raises:
-        BaseException: what ``work`` raised. Or what a signal handler raised on the main thread; its
-            cause is then what the work ended with, and a note says where it ended all the same.
+        BaseException: what ``work`` raised. Or what a signal handler raised on the main thread. The
+            cause is then the exception that ended the work. If the work succeeded, a note says so.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if threading.get_ident() != threading.main_thread().ident:
         return work(progress, _never if cancel is None else cancel)
     return _Job(progress, cancel).run(work)
 
@@ -85,7 +85,7 @@ def uninterruptible(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
 
     @functools.wraps(function)
     def operation(*args: _P.args, **kwargs: _P.kwargs) -> _Result:
-        if threading.current_thread() is not threading.main_thread():
+        if threading.get_ident() != threading.main_thread().ident:
             return function(*args, **kwargs)
 
         def work(progress: Progress | None, cancel: Cancel) -> _Result:
@@ -136,19 +136,21 @@ class _Job:
     def run(self, work: Work[_Result]) -> _Result:
         context = contextvars.copy_context()
         try:
-            _thread.start_new_thread(self._work, (context, work))
+            try:
+                _thread.start_new_thread(self._work, (context, work))
+            except RuntimeError:  # at the end of the interpreter no thread can begin
+                return work(self._progress, _never if self._cancel is None else self._cancel)
             while not self._done:
                 self._answer_one()
         except BaseException as interruption:
             self._stopping = True
-            if self._may_run():
-                self._wait()
+            if self._waited_to_the_end():
                 if self._error is None:
                     interruption.add_note(DONE_NOTE)
                 elif self._error is not interruption:
                     raise interruption from self._error
             raise
-        # Taken out, because the thread of the work may take a moment to end.
+        # The thread of the work may live a moment longer, and would keep the result alive.
         result, self._result = self._result, None
         error, self._error = self._error, None
         try:
@@ -171,18 +173,20 @@ class _Job:
             finally:
                 _local.root = before
 
-    def _may_run(self) -> bool:
-        """False where the work has not begun, and never will."""
-        with self._lock:
-            self._given_up = not self._begun
-            return self._begun
+    def _waited_to_the_end(self) -> bool:
+        """Waits until the work has ended, whatever is raised meanwhile.
 
-    def _wait(self) -> None:
-        """Until the work has ended, whatever is raised meanwhile."""
-        while not self._done:
+        Returns:
+            False where the work had not begun, and never will.
+        """
+        while True:
             try:
+                with self._lock:
+                    self._given_up = not self._begun
+                    if self._given_up or self._done:
+                        return self._begun
                 self._calls.get(timeout=_POLL_SECONDS)
-            except BaseException:  # noqa: S112 - it is asked to stop already
+            except BaseException:  # noqa: S112 - the work is asked to stop already
                 continue
 
     # ---- on the thread of the work ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+import zlib
 
 import pytest
 
@@ -110,3 +111,22 @@ def test_a_crash_while_it_is_moved_leaves_a_whole_one(disk, tmp_path, size):
             assert done.stdout.count("start=") == 2, done.stderr
         seen += 1
     assert seen > 20
+
+
+def test_a_move_is_made_up_for_at_the_same_size(disk, tmp_path):
+    before = partitions(disk, tmp_path)
+    assert "--move-gpt" in vhdx.resize(disk, 96 * MIB)
+    assert vhdx.resize(disk, 96 * MIB, move_gpt=True) is None
+    assert partitions(disk, tmp_path) == before
+    assert vhdx.resize(disk, 96 * MIB, move_gpt=True) is None
+
+
+def test_entries_of_no_size_are_refused(disk):
+    with vhdx.open(disk, "r+") as image:
+        header = bytearray(image.pread(512, 512))
+        header[84:88] = bytes(4)
+        header[16:20] = bytes(4)
+        header[16:20] = zlib.crc32(header[:92]).to_bytes(4, "little")
+        image.pwrite(header, 512)
+    with pytest.raises(vhdx.InvalidArgumentError, match="GPT"):
+        vhdx.resize(disk, 32 * MIB, shrink=True, move_gpt=True)

@@ -671,3 +671,19 @@ def test_a_copy_of_the_footer_that_differs_in_passing_stays(tmp_path):
     with vhdx.open(path, "r+") as disk:
         disk.pwrite(b"new", 2 * MIB)
     assert path.read_bytes()[:512] == data[:512]
+
+
+def test_granted_places_are_free_again_after_a_close(tmp_path):
+    path = tmp_path / "d.vhd"
+    vhdx.create(path, 64 * MIB, block_size=2 * MIB)
+    with vhdx.open(path, "r+") as disk:
+        disk.pwrite(b"x" * (64 * MIB), 0)
+    size = path.stat().st_size
+    with vhdx.open(path, "r+") as disk:
+        disk.trim(0, 62 * MIB)
+    for turn in range(4):
+        with vhdx.open(path, "r+") as disk:
+            disk.pwrite(b"y", turn * 2 * MIB)
+    with vhdx.open(path, "r+") as disk:
+        disk.pwrite(b"z" * (64 * MIB), 0)
+    assert path.stat().st_size == size

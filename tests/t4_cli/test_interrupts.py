@@ -355,3 +355,25 @@ def test_a_dropped_disk_is_closed_without_a_garbage_collection(tmp_path):
                 assert disk.pread(512, n * MIB) == bytes([n + 1]) * 512
     finally:
         gc.enable()
+
+
+def test_disks_that_are_open_at_the_end_are_closed(tmp_path):
+    path = tmp_path / "a.vhdx"
+    vhdx.create(path, SIZE)
+    code = (
+        "import atexit, sys, vhdx\n"
+        "late = vhdx.open(sys.argv[2], 'r+')\n"
+        "atexit.register(lambda: late.close())\n"
+        "disk = vhdx.open(sys.argv[1], 'r+')\n"
+        "disk.pwrite(b'kept', 0)\n"
+        "late.pwrite(b'kept', 0)\n"
+    )
+    other = tmp_path / "b.vhdx"
+    vhdx.create(other, SIZE)
+    command = [sys.executable, "-c", code, path, other]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    for each in (path, other):
+        with vhdx.open(each) as disk:
+            assert disk.pread(4, 0) == b"kept"
+            assert not disk.describe()["log_dirty"]

@@ -263,7 +263,7 @@ class _Events:
             os._exit(128 + number)
         self._signal = number
         if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
-            os.write(2, b"\nvhdx: stopping when requests are done; Ctrl-C again ends it at once\n")
+            os.write(2, b"\nvhdx: finishing requests, then stopping; Ctrl-C again ends it at once\n")
 
     def note(self) -> None:
         """Ends the wait without a signal."""

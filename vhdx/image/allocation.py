@@ -127,7 +127,7 @@ class Taken:
         furthest: the first byte behind every block and region, which may be past the end of the
             file.
         anchors: offsets that UNMAPPED and UNDEFINED entries keep, and nothing else claims.
-        blocks: places of payload blocks, anchors included.
+        blocks: places of payload blocks that are stored.
     """
 
     def __init__(self, structure: Structure, file_size: int) -> None:
@@ -231,7 +231,7 @@ def survey(structure: Structure, leaf: plane.Device) -> Taken:
         anchored &= offsets <= np.uint64(max(0, file_size - block_size))
         taken.claim(indices[anchored], offsets[anchored], block_size)
         taken.anchors.update(offsets[anchored].tolist())
-        taken.blocks += int(stored.sum()) + int(anchored.sum())
+        taken.blocks += int(stored.sum())
         bitmaps = ~payload & (states >= bat.BitmapState.PRESENT) & (offsets >= HEADER_SECTION)
         bitmaps &= indices < structure.geometry.entries
         bitmaps &= offsets <= np.uint64(max(0, file_size - MIB))

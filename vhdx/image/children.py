@@ -4,7 +4,8 @@
 A VHDX does not know its children. They are looked for in the image's own directory, and where a hint
 says that there are some elsewhere: an extended attribute of the image's file, which others ignore. A
 candidate counts when its parent locator accepts the image's DataWriteGuid, and its chain, resolved as
-an open would, leads to this very file; or nowhere, because the image was moved.
+an open would, leads to this file. It also counts when no parent is found, because the image may have
+been moved.
 
 Hint (``user.vhdx.children``): ``vhdx children 1``, CRC-32C of the rest (8 hexadecimal digits), and
 the absolute paths of children, each behind a NUL byte. It is replaced as a whole. Recovery: one that
@@ -70,8 +71,14 @@ def _hinted(path: StrPath) -> list[str]:
         return []  # none, or a file system without them
 
 
-def note_child(path: StrPath, child: StrPath) -> None:
-    """Leaves a hint at the image ``path`` that ``child`` is based on it."""
+def note_child(path: StrPath, child: StrPath, *, of: StrPath | None = None) -> None:
+    """Leaves a hint at the image ``path`` that ``child`` is based on it, or is about to be.
+
+    Args:
+        path: of the image now.
+        child: where the child is, or will be.
+        of: where the image will be; ``path`` when None.
+    """
     name = os.path.realpath(child)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -83,10 +90,11 @@ def note_child(path: StrPath, child: StrPath) -> None:
         finally:
             os.close(fd)
     except OSError as error:
-        if os.path.dirname(name) != os.path.dirname(os.path.realpath(path)):
+        there = os.path.realpath(path if of is None else of)
+        if os.path.dirname(name) != os.path.dirname(there):
             _log.warning(
                 "%s: no hint of %s can be left there (%s), so a change of it will not be refused",
-                os.fspath(path),
+                there,
                 name,
                 error.strerror,
             )
@@ -124,7 +132,7 @@ def _is_based_on(place: Path, here: Path, structure: Structure) -> bool:
         other = _structure_of(parent)
         if other is not None and other.header.data_write_guid in found.parent.linkages:
             return False  # a copy of this image, elsewhere
-    return True  # its parent is not where it was, and by its content this is it
+    return True  # its parent is missing, and this image's GUID fits
 
 
 def _structure_of(path: Path) -> Structure | None:
@@ -159,7 +167,7 @@ def guard_parent(path: StrPath, structure: Structure) -> None:
     child = next(children_of(path, structure), None)
     if child is not None:
         raise InUseError(
-            f"{_shown(child, path)} depends on it as it is: a change would destroy that image",
+            f"{_shown(child, path)} depends on it as it is: a change would make that image unusable",
             path=path,
             hint="change the child instead, or merge it; force=True (--force of resize and snapshot) "
             "changes it all the same",
@@ -179,7 +187,7 @@ def guard_replaced(path: StrPath) -> None:
     child = None if structure is None else next(children_of(path, structure), None)
     if child is not None:
         raise InUseError(
-            f"{_shown(child, path)} depends on it as it is: to replace it would destroy that image",
+            f"{_shown(child, path)} depends on it as it is: without it that image is unusable",
             path=path,
             hint="merge or remove the child first, or choose another name",
         )

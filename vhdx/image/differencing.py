@@ -128,8 +128,8 @@ def create_child(
         link = locator_for(parent, path, structure.header.data_write_guid, windows_path)
         items = inherited_items(structure)
         with new_file(path, force=force) as leaf:
+            note_child(parent, path)  # before: a hint that leads nowhere does no harm
             layout.write_image(leaf, child, sparse=True, parent=link, items=items)
-        note_child(parent, path)
     finally:
         host.close()
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vhdx import plane
 from vhdx.errors import ClosedError, InUseError, NoSpaceError, RangeError, ReadOnlyError
-from vhdx.image.dropped import close_dropped, wait_for_dropped
+from vhdx.image.dropped import close_dropped, close_now, wait_for_dropped
 from vhdx.interrupts import uninterruptible
 from vhdx.plane.device import Buffer
 
@@ -457,9 +457,11 @@ _open_disks: weakref.WeakSet[Disk] = weakref.WeakSet()
 
 def _close_all() -> None:
     """At the end of the process, as long as everything that a close needs is there."""
-    for disk in list(_open_disks):
-        disk.__del__()
     wait_for_dropped()
+    for disk in list(_open_disks):
+        if not disk._closed:
+            disk._closed = True
+            close_now(disk._image, repr(disk))
 
 
 atexit.register(_close_all)

@@ -203,10 +203,14 @@ class Engine:
                     del self._resident[chunk]
 
     def stored_ranges(self) -> list[tuple[int, int]]:
-        """Ranges of the disk, bytes, outside of which this layer stores nothing and says nothing.
+        """Ranges of the disk, bytes; outside of them every entry of this layer is empty.
 
-        Costs as much as the file's BAT has stored, and not as much as the disk is large.
+        The time depends on the stored part of the BAT, and not on the size of the disk.
         """
+        with self._lock:
+            # Uncommitted entries are in memory only, in chunks that are never dropped. They are noted
+            # first: what is committed meanwhile is in the table then.
+            resident = np.array(sorted(self._resident), np.uint64) * np.uint64(plane.CHUNK_PAGES)
         ratio = np.uint64(self._geometry.chunk_ratio + 1)
         firsts, lasts = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
         for first, values in bat_runs(self.structure, self._leaf):
@@ -215,8 +219,6 @@ class Engine:
             high = low + np.uint64(plane.CHUNK_PAGES)
             firsts.append(low - low // ratio)
             lasts.append(high - high // ratio)
-        with self._lock:  # what is not in the file yet is in a chunk that is never dropped
-            resident = np.array(sorted(self._resident), np.uint64) * np.uint64(plane.CHUNK_PAGES)
         firsts.append(resident)
         lasts.append(resident + np.uint64(plane.CHUNK_PAGES))
         return _united(
@@ -340,6 +342,7 @@ class Engine:
         values = bat.pack_entries(tags & np.uint64(7), offsets)
         anchors = self._commit_entries(blocks, values)
         with self._lock:
+            self._space.assign(len(anchors))  # they were nobody's places until now
             self._space.release_after(changes.generation, anchors)
             self._space.committed(changes.generation)
 
@@ -432,12 +435,13 @@ class Engine:
             yield self._leaf
 
     def forget_log(self) -> None:
-        """Replays nothing any more that was logged so far; inside changing() only.
+        """Begins a new log, so that earlier entries are never replayed; inside changing() only.
 
         Call it before logged pages of metadata are changed in place: a reader that replays more than
         the newest entry would undo that change.
         """
         self._leaf.flush()
+        self._journal.barrier_passed()
         with self._poisoning():
             self._journal.restart(self._referenced_end)
 

@@ -70,7 +70,7 @@ class _Header:
 
 @dataclass(frozen=True)
 class Moved:
-    """What is to be written; each a list of offset (bytes of the disk) and data.
+    """The writes of a move. Each field is a list of (offset in the disk in bytes, data).
 
     Attributes:
         backup: entries and header of the second copy.
@@ -103,7 +103,8 @@ def plan_move(read: Read, size: int, new_size: int, sector: int) -> Moved | None
             raise InvalidArgumentError("the first copy of its GPT is not whole", hint=_HINT)
         return None
     total = first.count * first.entry_size
-    if first.mine != 1 or total > _LARGEST_ARRAY or first.entries_at * sector + total > size:
+    outside = first.entries_at * sector + total > size
+    if first.mine != 1 or first.entry_size < 128 or total > _LARGEST_ARRAY or outside:
         raise InvalidArgumentError("its GPT is not whole", hint=_HINT)
     entries = read(total, first.entries_at * sector)
     if zlib.crc32(entries) != first.entries_checksum:
@@ -116,13 +117,16 @@ def plan_move(read: Read, size: int, new_size: int, sector: int) -> Moved | None
             f"there is no room for the second copy of the GPT behind sector {furthest}",
             hint="make the last partition smaller in the guest first",
         )
-    if (first.alternate, first.last_usable) == (last, entries_at - 1):
+    mbr = _protective(read, new_size // sector)
+    if (first.alternate, first.last_usable) == (last, entries_at - 1) and all(
+        read(len(data), at) == data for at, data in mbr
+    ):
         return None
     primary = replace(first, alternate=last, last_usable=entries_at - 1)
     backup = replace(primary, mine=last, alternate=1, entries_at=entries_at)
     return Moved(
         [(entries_at * sector, entries), (last * sector, backup.pack())],
-        [(sector, primary.pack()), *_protective(read, new_size // sector)],
+        [(sector, primary.pack()), *mbr],
     )
 
 

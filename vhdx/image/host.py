@@ -96,7 +96,7 @@ def open_host(
             host = _open_once(path, write=write, sparse=sparse, locked=locked)
         except InUseError:
             if wait_for_dropped() == closed:
-                raise  # it was no Disk of ours that was never closed
+                raise  # the lock belongs to somebody else, not to a dropped Disk of this process
             host = _open_once(path, write=write, sparse=sparse, locked=locked)
         try:
             status = os.stat(host.path)

@@ -13,10 +13,10 @@ Generations. All entries under one LogGuid form a single run of consecutive numb
 under that LogGuid stands anywhere else in the log. A new LogGuid begins a new generation: its first
 entry is made durable, then a header that names it. It is begun where an entry does not fit before the
 end of the log, where the file gets shorter, and before metadata that an entry holds are changed
-without the log. The specification would do with less: its search (2.3.3) takes only consecutive
-numbers, and replay begins at the newest entry's tail. But QEMU accepts the entry behind a run's
-first one whatever its number is, replays a run from its first entry on, and refuses a run in which
-any entry asks for a longer file.
+without the log. The specification asks for less: its search (2.3.3) takes only consecutive numbers,
+and replay begins at the newest entry's tail. QEMU differs in three ways. It accepts the entry behind
+a run's first one whatever its number is. It replays a run from its first entry on. It refuses a run
+in which any entry asks for a longer file.
 
 No entry wraps, and the last two sectors stay unused, because QEMU never ends its search of a log
 whose entries reach its end. Three entries always fit, so the one that is being written never
@@ -168,7 +168,7 @@ class Journal:
         self._leaf.batch([_header_step(header), _BARRIER])
         self._header = header
         self._sequence = secrets.randbits(62) + 1
-        self._begin_generation(_EMPTY, file_size)
+        self._begin_generation(_EMPTY, file_size, at=self._head)
 
     def commit(
         self,
@@ -196,14 +196,13 @@ class Journal:
         length = log.entry_length(len(content[0]))
         try:
             if self._fits(length):
-                entry = self._pack(self._header.log_guid, content, file_size)
-                steps += [*self._entry_steps(entry), _BARRIER, *apply]
+                entry = self._pack(self._header.log_guid, content, file_size, self._head)
+                steps += [*self._entry_steps(entry, self._head), _BARRIER, *apply]
                 self._applied_durable = False
                 self._leaf.batch(steps)
-                self._advance(length)  # only now: a failed entry is written over
+                self._advance(self._head, length)  # only now: a failed entry is written over
             else:
-                self._head = 0
-                self._begin_generation(content, file_size)
+                self._begin_generation(content, file_size, at=0)
                 self._applied_durable = False
                 self._leaf.batch(apply)
         except BaseException:
@@ -217,22 +216,21 @@ class Journal:
         It is called before the file gets shorter, and before metadata are changed without the log.
 
         Args:
-            file_size: bytes that the file has, or will have, at the least.
+            file_size: bytes; the file is never shorter, now and after the change that follows.
         """
-        if not self._fits(log.entry_length(0)):
-            self._head = 0
-        self._begin_generation(_EMPTY, file_size)
+        at = self._head if self._fits(log.entry_length(0)) else 0
+        self._begin_generation(_EMPTY, file_size, at=at)
 
-    def _begin_generation(self, content: _Content, file_size: int) -> None:
-        """Writes the first entry of a new LogGuid at the head; then both headers name it.
+    def _begin_generation(self, content: _Content, file_size: int, *, at: int) -> None:
+        """Writes the first entry of a new LogGuid at ``at`` in the log; then both headers name it.
 
         The entry before it counts until the first of the two headers is durable, so what that entry
         changed is made durable first.
         """
         guid = uuid4()
-        entry = self._pack(guid, content, file_size)
+        entry = self._pack(guid, content, file_size, at)
         steps = [] if self._applied_durable else [_BARRIER]
-        self._leaf.batch([*steps, *self._entry_steps(entry), _BARRIER])
+        self._leaf.batch([*steps, *self._entry_steps(entry, at), _BARRIER])
         self._applied_durable = True
         header = self._header.successor(log_guid=guid)
         try:
@@ -243,7 +241,7 @@ class Journal:
                 "a header may or may not be written", path=self._leaf.path, hint=_AGAIN
             ) from error
         self._header = header
-        self._advance(len(entry))
+        self._advance(at, len(entry))
         # The other copy too, so that a damaged header does not lead back to the old LogGuid.
         self._leaf.batch([_header_step(second := header.successor())])
         self._header = second
@@ -271,27 +269,27 @@ class Journal:
         """Whether an entry of this length fits between the head and the end of the log."""
         return self._head + length <= self._header.log_length - _UNUSED
 
-    def _pack(self, guid: UUID, content: _Content, file_size: int) -> npt.NDArray[np.uint8]:
-        """The entry at the head; its tail is itself."""
+    def _pack(self, guid: UUID, content: _Content, file_size: int, at: int) -> npt.NDArray[np.uint8]:
+        """The next entry, to stand at ``at`` in the log; its tail is itself."""
         size = file_size // MIB * MIB
         return log.pack_entry(
             guid,
             self._sequence,
-            self._head,
+            at,
             *content,
             flushed_file_offset=size,
             last_file_offset=size,
         )
 
-    def _entry_steps(self, entry: npt.NDArray[np.uint8]) -> list[plane.Step]:
-        start, length = self._head, len(entry)
-        assert self._fits(length)
+    def _entry_steps(self, entry: npt.NDArray[np.uint8], start: int) -> list[plane.Step]:
+        length = len(entry)
+        assert start + length <= self._header.log_length - _UNUSED
         assert start + length <= self._counting[0] or start >= self._counting[1]
         return [plane.Step(_WRITE, self._header.log_offset + start, buffer=entry)]
 
-    def _advance(self, length: int) -> None:
-        self._counting = (self._head, self._head + length)
-        self._head += length
+    def _advance(self, start: int, length: int) -> None:
+        self._counting = (start, start + length)
+        self._head = start + length
         self._sequence += 1
 
 

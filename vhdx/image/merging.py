@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What leaves the content of an image alone, offline: merge, another parent, compaction.
+"""Offline operations that keep what an image reads as: merge, rebase, compaction.
 
 Merge. The child's content goes into the parent's file, which then takes the child's name. Its
 DataWriteGuid becomes the child's, because its content does: so images that are based on the child
@@ -97,19 +97,18 @@ def merge(
         base = open_layer(open_host(parent_path, write=True), search=search, data_write_guid=guid)
         stack.callback(base.close)
         _merge_into(base, name, progress, cancel)
-        others = _others_based_on(name)
+        for other in _others_based_on(name):
+            note_child(parent_path, other)
+        if base.parent is not None:
+            note_child(base.parent.engine.host.path, name)
+        _keep_attributes(name, parent_path)
         try:
-            _keep_attributes(name, parent_path)
             os.replace(parent_path, name)
-            sync_directory(Path(name).parent)
         except OSError as error:
             raise HostIOError(
                 f"it is merged, but {parent_path} cannot take its name: {error.strerror}", path=name
             ) from error
-        for other in others:
-            note_child(name, other)
-        if base.parent is not None:
-            note_child(base.parent.engine.host.path, name)
+        sync_directory(Path(name).parent)
 
 
 def _keep_attributes(name: str, parent_path: str) -> None:
@@ -259,7 +258,7 @@ def _check_siblings(name: str, parent_path: str) -> None:
 
 
 def _pieces(top: Engine, state: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """State, offset and length of what the upper layer itself says; elsewhere the parent shows."""
+    """State, offset and length of what the upper layer stores or zeroes; the rest is the parent's."""
     for start, end in top.stored_ranges():
         for extent in top.map.extents(start, end - start):
             if extent.state not in state or extent.depth > 0:
@@ -376,8 +375,8 @@ def rebase(
         try:
             if old is not None:
                 _keep_content(engine, old, new, name, progress, cancel)
-            _set_locator(engine, locator_for(parent, name, linkage))
             note_child(parent, name)
+            _set_locator(engine, locator_for(parent, name, linkage))
         finally:
             engine.close()
 

@@ -26,7 +26,7 @@ _MOST_TRIES = 20
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file of this name is one that was never finished, or is not yet."""
+    """Whether this is the name of an unfinished file."""
     return name.startswith(".") and _SUFFIX.fullmatch(name[-_SUFFIX_LENGTH:]) is not None
 
 
@@ -53,7 +53,8 @@ def create_partial(target: Path) -> tuple[Path, int]:
             if _is_named(path, fd):
                 return path, fd
         except InUseError:
-            pass  # somebody took it for a left-over, before it was locked
+            # Somebody took it for a left-over before it was locked, and may not remove it now.
+            path.unlink(missing_ok=True)
         except BaseException:
             os.close(fd)
             path.unlink(missing_ok=True)
@@ -84,7 +85,7 @@ def _remove_left_overs(target: Path) -> None:
 def _remove_unlocked(path: Path) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        # Where the file system knows no locks nobody can tell whether it is still written.
+        # Without locks nobody can tell whether the file is still being written, so it stays.
         if lock.acquire(fd, os.fspath(path), write=True) and _is_named(path, fd):
             path.unlink()
     finally:

@@ -44,7 +44,8 @@ class _Reclaimer:
 
     def _run(self) -> None:
         while (device := self._next()) is not None:
-            with contextlib.suppress(VhdxError):  # closed by now, or it says so to whoever uses it
+            # The device may be closed. Any other failure is shown to its next user.
+            with contextlib.suppress(VhdxError):
                 device.flush()
             del device  # nobody is kept open by this thread
 
@@ -71,6 +72,14 @@ class _Reclaimer:
 
 
 _lock = threading.Lock()
+
+
+def _unlock_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread may have held it when the process forked
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
 _reclaimers: list[_Reclaimer] = []  # under _lock: one, of this process
 
 
@@ -78,5 +87,8 @@ def flush_soon(device: plane.Device, *, much: bool) -> None:
     """Has ``device`` flushed a second after the last call for it, or at once when ``much`` waits."""
     with _lock:
         if not _reclaimers or _reclaimers[0].process != os.getpid():
-            _reclaimers[:] = [_Reclaimer()]
+            try:
+                _reclaimers[:] = [_Reclaimer()]
+            except RuntimeError:  # no thread can begin: the space comes back at the next flush
+                return
         _reclaimers[0].add(device, 0.0 if much else _IDLE_SECONDS)

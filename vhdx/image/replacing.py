@@ -36,16 +36,16 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
     """A leaf over a new file that gets the name ``path`` when the block ends without an exception.
 
     The content and the name are durable afterwards. With an exception nothing is left behind. With
-    ``force`` what has the name is replaced; a symbolic link stays, and what it leads to is replaced.
+    ``force`` the existing file is replaced. A symbolic link is kept, and its target is replaced.
 
     Raises:
         ExistsError: ``path`` is there already and ``force`` is not set.
         InUseError: what has the name is open, or another image is based on it.
         NotFoundError, NoSpaceError, HostIOError: the file cannot be made.
     """
-    target = Path(os.path.realpath(path)) if force else Path(path)
     guard: int | None = None
     try:
+        target = Path(os.path.realpath(path)) if force else Path(path)
         guard = _guard_target(target, force=force)
         temporary, fd = create_partial(target)
     except BaseException as error:
@@ -60,7 +60,14 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
         if isinstance(error, OSError):
             raise _host_error(error, path) from error
         raise
-    leaf = plane.File(fd, 0, read_only=False, sparse=sparse, bulk=True, path=os.fspath(path))
+    try:
+        leaf = plane.File(fd, 0, read_only=False, sparse=sparse, bulk=True, path=os.fspath(path))
+    except BaseException:
+        os.close(fd)
+        temporary.unlink()
+        if guard is not None:
+            os.close(guard)
+        raise
     try:
         if guard is not None:
             copy_attributes(target, fd)
@@ -117,7 +124,8 @@ def rename_new(temporary: Path, target: Path) -> None:
     except FileExistsError:
         raise
     except OSError:
-        # A file system without hard links: the name may be taken in between, but not seen half.
+        # A file system without hard links: somebody may take the name in between. Nobody sees an
+        # incomplete file.
         if os.path.lexists(target):
             raise FileExistsError(target) from None
         temporary.rename(target)
@@ -139,7 +147,7 @@ def sync_directory(path: Path) -> None:
     """Makes names in a directory durable.
 
     Raises:
-        HostIOError: which of them are is not known.
+        HostIOError: it is unknown which names are durable.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

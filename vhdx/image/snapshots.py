@@ -108,7 +108,9 @@ def _is_same_name(path: str, checkpoint: Path) -> bool:
         if not os.path.samefile(path, checkpoint):
             return False
         if os.stat(path).st_nlink == 1:
-            return True  # a mount shows the directory twice, or letters of either case will do
+            # The file has one name, so both paths are that name: by a bind mount, or in a directory
+            # that does not tell letters of either case apart.
+            return True
         beside = os.path.samefile(os.path.dirname(path), checkpoint.parent)
     except OSError:
         return False
@@ -226,6 +228,9 @@ def fresh_child(path: str, checkpoint: Path, base: Engine, pool: plane.Pool) -> 
     try:
         yield child
     except BaseException:
-        child.engine.close()
-        child.discard()
+        try:
+            with contextlib.suppress(VhdxError):  # what went wrong before is what is said
+                child.engine.close()
+        finally:
+            child.discard()
         raise

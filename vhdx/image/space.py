@@ -57,7 +57,7 @@ class Space:
 
     @property
     def kept(self) -> int:
-        """Places that blocks have or will have: those handed out, but for those that wait."""
+        """Places that were handed out and are not waiting to be freed."""
         return self._in_use - self.waiting
 
     def take(self, count: int) -> npt.NDArray[np.uint64]:
@@ -124,7 +124,11 @@ class Space:
         return found
 
     def assign(self, count: int) -> None:
-        """So many blocks got places otherwise (positive), or lost one for something else."""
+        """Corrects the count of places in use.
+
+        Positive: blocks got places outside of :meth:`take`. Negative: a taken place serves something
+        else.
+        """
         self._in_use += count
 
     def release_after(self, generation: int, offsets: npt.NDArray[np.uint64]) -> None:

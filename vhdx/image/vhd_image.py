@@ -140,7 +140,7 @@ class VhdImage(PlainImage):
         self._released: list[tuple[int, int]] = []  # generation, offset of the data
         self._unsure: set[int] = set()  # sectors of the table that a failed commit may have written
         self._changed = False
-        self._kept_end = 0  # bytes of the file up to here that are not ours stay
+        self._kept_end = 0  # before this offset the file holds data that we do not know
         self._table = self._read_table()
         self._in_use = int((self._table[: self._blocks] != vhd.UNUSED).sum())  # and granted places
         self._end = self._leaf.size
@@ -290,7 +290,7 @@ class VhdImage(PlainImage):
         """The copy of the footer is there, durably, before the footer moves."""
         with self._gate_lock:
             if not self._changed:
-                # A valid one says the same of the disk, or the image was not opened for writing.
+                # A copy that is valid agrees with the footer: opening for writing has checked that.
                 if vhd.parse_footer(self._leaf.read(vhd.FOOTER_SIZE, 0)) is None:
                     self._leaf.write(self._footer.pack(), 0)
                     self._leaf.flush()
@@ -415,16 +415,19 @@ class VhdImage(PlainImage):
     def _free_committed(self, generation: int) -> None:
         with self._lock:
             ready = [at for when, at in self._released if when <= generation]
-            self._released = [each for each in self._released if each[0] > generation]
-            self._free += ready
-            self._in_use -= len(ready)
         # The host gets it back; data are zeroed when they are granted again. What is not zero in a
         # gap is taken for somebody else's by the next open, so the bitmap goes, too.
         steps = []
         for offset in ready:
             steps.append(plane.Step(plane.Operation.ZERO, offset - self._bitmap, self._bitmap))
-            steps.append(plane.Step(plane.Operation.TRIM, offset, self.block_size))
+            # Where the host keeps trimmed space, it must not look like somebody else's either.
+            blank = plane.Operation.TRIM if self.host.sparse else plane.Operation.ZERO
+            steps.append(plane.Step(blank, offset, self.block_size))
         self._leaf.batch(steps)
+        with self._lock:  # only now: who is granted a place writes it at once
+            self._released = [each for each in self._released if each[0] > generation]
+            self._free += ready
+            self._in_use -= len(ready)
 
     # ---- facts and the end ----
 
@@ -474,6 +477,10 @@ class VhdImage(PlainImage):
         """The footer goes behind the last block that is stored, and the file ends with it."""
         if self.read_only or not self._changed:
             return
+        # Places that were granted and not used: their bitmaps go, or they would be kept for ever.
+        unused = [at - self._bitmap for at in self.device.revoke().tolist()]
+        blank = plane.Operation.ZERO
+        self._leaf.batch([plane.Step(blank, at, self._bitmap) for at in unused])
         blocks = np.flatnonzero(self._table[: self._blocks] != vhd.UNUSED)
         starts = self._table[blocks].astype(np.int64) * vhd.SECTOR
         metadata = max(

@@ -143,7 +143,7 @@ def _refuse_disagreement(leaf: plane.Device, footer: vhd.Footer) -> None:
         copy = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, 0))
     except UnsupportedError as error:
         raise DamagedError(
-            f"the copy of the footer at the start of the file says that {error.message}",
+            f"the copy of the footer at the start of the file cannot be used: {error.message}",
             reason=Reason.HEADERS,
             offset=0,
         ) from error

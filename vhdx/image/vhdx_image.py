@@ -136,6 +136,10 @@ class VhdxImage:
             old = self.engine
             snapshots.check_place(self._real_path, name, old)
             old.open_gate()  # from here on its DataWriteGuid stays
+            # Hints first: one that leads nowhere does no harm, one that is missing does.
+            note_child(self._real_path, self._real_path, of=name)
+            if self.parent is not None:
+                note_child(self.parent.engine.host.path, name)
             with snapshots.fresh_child(self._real_path, name, old, self._pool) as child:
                 old.map.flush()  # most of it, before anybody is held up
                 with self._switch.paused():
@@ -144,11 +148,8 @@ class VhdxImage:
                         child.take_name()
                     # From here on there is no way back, and what fails is the child's.
                     failure = child.settle(self._switch, old, name)
-            child.engine.host.path = self.path
-            note_child(name, self._real_path)
-            if self.parent is not None:
-                note_child(self.parent.engine.host.path, name)
-            self._follow(old, child.engine, name)
+                    child.engine.host.path = self.path
+                    self._follow(old, child.engine, name)
         if failure is not None:
             raise failure
         return os.fspath(name)
@@ -255,6 +256,8 @@ class VhdxImage:
                 return self._grow(now, size, move_gpt=move_gpt)
             if size < now:
                 self._shrink(now, size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt)
+            elif move_gpt and (moved := self._plan_move(now, size)) is not None:
+                self._move_gpt(moved)  # the disk was grown before
             return None
 
     def _grow(self, now: int, size: int, *, move_gpt: bool) -> str | None:
@@ -272,7 +275,8 @@ class VhdxImage:
             return None
         return (
             "its GPT has its second copy where the disk ended before; the guest has to move it "
-            "(sgdisk -e, or the disk tool of Windows), or resize --move-gpt does while no guest runs"
+            "(sgdisk -e, or the disk tool of Windows); or stop the guest and run this resize again "
+            "with --move-gpt"
         )
 
     def _shrink(self, now: int, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> None:
@@ -470,6 +474,7 @@ def _mend_region_table(host: HostFile, structure: Structure) -> bool:
     if damaged[0] == damaged[1]:
         return False
     at, good = region.TABLE_OFFSETS[damaged[1]], tables[damaged[0]]
+    survey(structure, host.leaf)  # what must be refused is refused before it is changed
     journal.change_once(host.leaf, structure.header, at, good)
     return True
 

@@ -159,7 +159,9 @@ def inherited_socket() -> socket.socket | None:
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)
     if count != "1":
-        raise InvalidArgumentError(f"{count} sockets were handed over (LISTEN_FDS); it takes one")
+        raise InvalidArgumentError(
+            f"{count} sockets were handed over (LISTEN_FDS); the server accepts one"
+        )
     try:
         found = socket.socket(fileno=_FIRST_INHERITED)
         stream = found.type == socket.SOCK_STREAM

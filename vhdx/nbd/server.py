@@ -51,8 +51,8 @@ class Limits:
         option_bytes: data of one option.
         requests: under way in one connection.
         connection_bytes: payload under way in one connection.
-        server_bytes: payload under way in all connections. Each of them has 4 MiB of its own; where
-            that would leave less than a quarter of it for all to share, a quarter is added.
+        server_bytes: payload under way in all connections. Each connection has 4 MiB of its own. The
+            rest is shared, but never less than a quarter of this value.
         payload: bytes of one READ or WRITE.
     """
 
@@ -394,7 +394,13 @@ class Server:
             )
         flow.under_way = lambda: connection.counters().under_way
         code = connection.serve()
-        if code < 0:
+        if code == plane.CANCELLED:
+            _log.warning(
+                "a client of export %r was cut off: it did not read its replies, and "
+                "another one needed the memory that they took",
+                negotiated.export,
+            )
+        elif code < 0:
             _log.info("connection of export %r ended: code %d", negotiated.export, code)
 
     # ---- the end ----

@@ -7,6 +7,7 @@ stand in ``csrc/device.h`` and ``csrc/map.h``.
 """
 
 from vhdx.plane.callback import Backend, Callback
+from vhdx.plane.check import E_CANCELLED as CANCELLED
 from vhdx.plane.check import E_FORKED as FORKED
 from vhdx.plane.connection import CONNECTION_BYTES, Connection, ConnectionCounters
 from vhdx.plane.device import (
@@ -63,6 +64,7 @@ from vhdx.plane.schedule import (
 from vhdx.plane.turn import serving
 
 __all__ = [
+    "CANCELLED",
     "CHUNK_PAGES",
     "CONNECTION_BYTES",
     "DATA",

@@ -6,7 +6,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import sys
 import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -153,17 +152,17 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def upcalls() -> Any:
-    """The ``vx_upcalls`` of every device; those of the main thread are a thread's of their own.
+    """The ``vx_upcalls`` of every device. A separate thread carries out those of the main thread.
 
     So a signal handler, which Python runs on the main thread, never ends an upcall in the middle.
     """
     global _delegate_of
     with _lock:
         if _delegate_of != os.getpid():  # nothing begun, or a forked child: its thread is not there
-            _delegate_of = os.getpid()
             _upcalls.delegate = ffi.NULL
-            if not sys.is_finalizing():
+            with contextlib.suppress(RuntimeError):  # the interpreter ends: no thread can begin
                 _begin_delegate()
+            _delegate_of = os.getpid()
         return _upcalls
 
 
@@ -184,9 +183,7 @@ def _begin_delegate() -> None:
     def end() -> None:
         if os.getpid() != process:
             return
-        _upcalls.delegate = ffi.NULL
         lib.vx_delegate_end(delegate)
         thread.join()
-        lib.vx_delegate_destroy(delegate)
 
     atexit.register(end)

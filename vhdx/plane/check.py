@@ -127,13 +127,14 @@ class _Raised:
         self.error: BaseException | None = None
 
 
-_of_main_thread = _Raised()  # and of the thread that answers its upcalls: one works, the other waits
+# The main thread and its delegate share this slot. Only one of them runs at a time.
+_of_main_thread = _Raised()
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.failure = ffi.new("vx_failure *")
-        is_main = threading.current_thread() is threading.main_thread()
+        is_main = threading.get_ident() == threading.main_thread().ident
         self.raised = _of_main_thread if is_main else _Raised()
 
 
