@@ -124,7 +124,7 @@ class _Job:
 
     def __init__(self, progress: Progress | None, cancel: Cancel | None) -> None:
         self._progress, self._cancel = progress, cancel
-        self._root: object = getattr(_local, "root", None) or self
+        self._root: object = getattr(_local, "root", None) or object()
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._begun = self._given_up = False
@@ -145,6 +145,7 @@ class _Job:
         except BaseException as interruption:
             self._stopping = True
             if self._waited_to_the_end():
+                self._result = None  # nobody gets it
                 if self._error is None:
                     interruption.add_note(DONE_NOTE)
                 elif self._error is not interruption:

@@ -61,6 +61,7 @@ def bases(tmp_path_factory):
             window.doubtful.append(event)
     disk.handle.abandon()
     disk._closed = True  # it is gone, as after a crash
+    disk._forget()
     found["dirty"] = bytes(window.durable)
     return found
 

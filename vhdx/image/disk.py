@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import atexit
 import io
 import threading
-import weakref
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from vhdx import plane
 from vhdx.errors import ClosedError, InUseError, NoSpaceError, RangeError, ReadOnlyError
-from vhdx.image.dropped import close_dropped, close_now, wait_for_dropped
+from vhdx.image.dropped import keep
 from vhdx.interrupts import uninterruptible
 from vhdx.plane.device import Buffer
 
@@ -145,7 +143,7 @@ class Disk:
         self._lock = threading.Lock()
         self._users = 0
         self._closed = False
-        _open_disks.add(self)
+        self._forget = keep(self, image)
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else "r" if self.read_only else "r+"
@@ -417,12 +415,9 @@ class Disk:
             with self._lock:
                 self._closed = False
             raise
-
-    def __del__(self) -> None:
-        if getattr(self, "_closed", True):
-            return
-        self._closed = True
-        close_dropped(self._image, repr(self))
+        finally:
+            if self._closed:
+                self._forget()
 
     def __enter__(self) -> Self:
         return self
@@ -450,21 +445,6 @@ class Disk:
     def _check_open(self) -> None:
         if self._closed:
             raise ClosedError("the disk was closed", path=self.path)
-
-
-_open_disks: weakref.WeakSet[Disk] = weakref.WeakSet()
-
-
-def _close_all() -> None:
-    """At the end of the process, as long as everything that a close needs is there."""
-    wait_for_dropped()
-    for disk in list(_open_disks):
-        if not disk._closed:
-            disk._closed = True
-            close_now(disk._image, repr(disk))
-
-
-atexit.register(_close_all)
 
 
 def _extent(raw: plane.RawExtent) -> Extent:

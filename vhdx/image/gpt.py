@@ -104,7 +104,10 @@ def plan_move(read: Read, size: int, new_size: int, sector: int) -> Moved | None
         return None
     total = first.count * first.entry_size
     outside = first.entries_at * sector + total > size
-    if first.mine != 1 or first.entry_size < 128 or total > _LARGEST_ARRAY or outside:
+    behind = first.entries_at - 1 + -(-total // sector)
+    odd = first.entry_size < 128 or first.entry_size & (first.entry_size - 1)
+    misplaced = first.mine != 1 or first.entries_at < 2 or behind >= first.first_usable
+    if odd or misplaced or outside or total > _LARGEST_ARRAY:
         raise InvalidArgumentError("its GPT is not whole", hint=_HINT)
     entries = read(total, first.entries_at * sector)
     if zlib.crc32(entries) != first.entries_checksum:

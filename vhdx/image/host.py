@@ -135,9 +135,9 @@ def _open_once(path: str | os.PathLike[str], *, write: bool, sparse: bool, locke
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise HostIOError(f"it is {kind}", reason=Reason.NOT_A_FILE, path=name)
-        size = os.lseek(fd, 0, os.SEEK_END)
         if locked:
             lock.acquire(fd, name, write=write)
+        size = os.lseek(fd, 0, os.SEEK_END)  # now nobody else changes it
     except BaseException:
         os.close(fd)
         raise

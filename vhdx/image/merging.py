@@ -73,7 +73,8 @@ def merge(
     Args:
         path: of the differencing image.
         parent_search: further directories to look for the parent in.
-        force: merge although other images are based on the parent; they are lost.
+        force: merge although other images are based on the parent, or one of the two has a second
+            hard link; they are lost.
         progress: called with the bytes done and the bytes in all.
         cancel: asked between pieces; the merge stops when it answers True.
 
@@ -92,10 +93,13 @@ def merge(
         _check_names(name, parent_path)
         check_owner(name)
         if not force:
+            _check_links(name, parent_path)
             _check_siblings(name, parent_path)
         guid = _accept_own_guid(name, parent_path)
         base = open_layer(open_host(parent_path, write=True), search=search, data_write_guid=guid)
         stack.callback(base.close)
+        if not force:
+            _check_siblings(name, parent_path)  # again: now nobody can base another image on it
         _merge_into(base, name, progress, cancel)
         for other in _others_based_on(name):
             note_child(parent_path, other)
@@ -244,6 +248,17 @@ def _check_names(name: str, parent_path: str) -> None:
                 f"its parent {parent_path} is in another directory and has a parent itself",
                 path=name,
                 hint="move them together",
+            )
+
+
+def _check_links(name: str, parent_path: str) -> None:
+    """Refuses where a hard link would be left with another image, or with one that does not open."""
+    for each in (name, parent_path):
+        if os.stat(each).st_nlink > 1:
+            raise UnsupportedError(
+                f"{each} has another name, a hard link, which the merge would leave behind",
+                path=name,
+                hint="remove that name, or use --force (force=True) if it is not needed",
             )
 
 

@@ -229,6 +229,8 @@ class VhdImage(PlainImage):
         taken = sorted([*metadata, *zip(starts.tolist(), ends.tolist(), strict=True)])
         end = round_up(taken[-1][1], vhd.SECTOR)
         footer_at = self._leaf.size - vhd.FOOTER_SIZE
+        if vhd.parse_footer(self._leaf.read(vhd.FOOTER_SIZE, footer_at)) is None:
+            footer_at = self._leaf.size  # what stands there may be anybody's
         for (_, low), (high, _) in itertools.pairwise([*taken, (max(end, footer_at), 0)]):
             if not self._is_zero(low, high):
                 # What others keep there, such as XenServer's batmap, or what a crash left. How much
