@@ -121,10 +121,25 @@ def test_a_move_is_made_up_for_at_the_same_size(disk, tmp_path):
     assert vhdx.resize(disk, 96 * MIB, move_gpt=True) is None
 
 
-def test_entries_of_no_size_are_refused(disk):
+@pytest.mark.parametrize(
+    ("at", "value"),
+    [
+        pytest.param(84, bytes(4), id="entries of no size"),
+        pytest.param(84, (132).to_bytes(4, "little"), id="entries of an odd size"),
+        pytest.param(72, (1).to_bytes(8, "little"), id="entries over the header"),
+        pytest.param(72, (40).to_bytes(8, "little"), id="entries in the first partition"),
+    ],
+)
+def test_entries_that_cannot_be_are_refused(disk, at, value):
     with vhdx.open(disk, "r+") as image:
         header = bytearray(image.pread(512, 512))
-        header[84:88] = bytes(4)
+        header[at : at + len(value)] = value
+        start, count = (
+            int.from_bytes(header[72:80], "little"),
+            int.from_bytes(header[80:84], "little"),
+        )
+        total = count * int.from_bytes(header[84:88], "little")
+        header[88:92] = zlib.crc32(image.pread(total, start * 512)).to_bytes(4, "little")
         header[16:20] = bytes(4)
         header[16:20] = zlib.crc32(header[:92]).to_bytes(4, "little")
         image.pwrite(header, 512)

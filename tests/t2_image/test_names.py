@@ -219,6 +219,20 @@ def test_merge_by_any_name(place, way):
             assert disk.pread(len(CONTENT), MIB) == CONTENT
 
 
+@pytest.mark.parametrize("linked", ["parent", "child"])
+def test_a_merge_leaves_no_hard_link_behind(tmp_path, linked):
+    """Under the second name there would be an image that misses its data, or its parent."""
+    base, path, other = (tmp_path / n for n in ("base.vhdx", "disk.vhdx", "other.vhdx"))
+    vhdx.create(base, SIZE, block_size=MIB)
+    make(path, base)
+    os.link(base if linked == "parent" else path, other)
+    with pytest.raises(vhdx.UnsupportedError, match="hard link"):
+        vhdx.merge(path)
+    assert content(path) == CONTENT
+    vhdx.merge(path, force=True)
+    assert content(path) == CONTENT
+
+
 def test_a_destination_that_is_a_link_stays_one(tmp_path):
     source, real, link = (tmp_path / n for n in ("a.vhdx", "real.vhdx", "link.vhdx"))
     make(source)

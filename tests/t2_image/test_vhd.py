@@ -641,6 +641,20 @@ def test_bytes_of_others_between_blocks_stay(tmp_path):
         assert disk.pread(disk.size, 0) == b"x" * disk.size
 
 
+def test_bytes_of_others_at_the_end_stay(tmp_path):
+    path, note = tmp_path / "d.vhd", b"somebody's note".ljust(512, b".")
+    dynamic_with(path, b"", (1,))
+    with path.open("r+b") as file:
+        file.seek(-512, 2)
+        where = file.tell()
+        file.write(note)  # and the copy of the footer at the start is left
+    with vhdx.open(path, "r+") as disk:
+        disk.pwrite(b"x" * disk.size, 0)
+    assert path.read_bytes()[where : where + 512] == note
+    with vhdx.open(path) as disk:
+        assert disk.pread(disk.size, 0) == b"x" * disk.size
+
+
 def different(footer: bytes, **changes) -> bytes:
     parsed = vhd.parse_footer(footer)
     return replace(parsed, original=b"", **changes).pack()

@@ -364,6 +364,28 @@ def test_a_dropped_disk_is_closed_without_a_garbage_collection(tmp_path):
         gc.enable()
 
 
+def test_a_disk_in_a_reference_cycle_is_closed(tmp_path):
+    path = tmp_path / "a.vhdx"
+    vhdx.create(path, SIZE)
+
+    def fail():
+        disk = vhdx.open(path, "r+")
+        disk.pwrite(b"kept", 0)
+        try:
+            disk.pwrite(b"x", disk.size)
+        except vhdx.RangeError as error:
+            kept = error  # its traceback holds this frame, and the frame holds it
+            assert kept is not None
+
+    for _ in range(20):
+        fail()
+        with pytest.warns(ResourceWarning, match="a.vhdx"):
+            gc.collect()
+        with vhdx.open(path, "r+") as disk:
+            assert disk.pread(4, 0) == b"kept"
+            disk.trim(0, disk.size)
+
+
 def test_disks_that_are_open_at_the_end_are_closed(tmp_path):
     path = tmp_path / "a.vhdx"
     vhdx.create(path, SIZE)
