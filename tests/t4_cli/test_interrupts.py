@@ -16,9 +16,11 @@ import warnings
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import vhdx
 from tests.images import edit
+from vhdx.cli import commands
 from vhdx.format import header
 from vhdx.interrupts import DONE_NOTE, uninterrupted
 from vhdx.units import MIB
@@ -362,6 +364,14 @@ def test_a_dropped_disk_is_closed_without_a_garbage_collection(tmp_path):
                 assert disk.pread(512, n * MIB) == bytes([n + 1]) * 512
     finally:
         gc.enable()
+
+
+def test_a_program_that_calls_a_command_has_its_handlers_back(tmp_path):
+    path = tmp_path / "a.vhdx"
+    vhdx.create(path, SIZE)
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert CliRunner().invoke(commands.main, ["info", str(path)]).exit_code == 0
+    assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_disk_in_a_reference_cycle_is_closed(tmp_path):

@@ -11,14 +11,14 @@ import os
 import signal
 from types import FrameType
 
-__all__ = ["INTERRUPTED", "SIGNALS", "main"]
+__all__ = ["INTERRUPTED", "SIGNALS", "end_at_once", "main"]
 
 INTERRUPTED = 130
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """Signals that end a command; one that is ignored from the start (nohup) stays ignored."""
 
 
-def _end(number: int, frame: FrameType | None) -> None:
+def end_at_once(number: int, frame: FrameType | None) -> None:
     """Nothing has begun, so there is nothing to undo."""
     del number, frame
     os.write(2, b"vhdx: interrupted\n")
@@ -29,7 +29,7 @@ def main() -> None:
     """Runs the command that the arguments name; does not return."""
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _end)
+            signal.signal(number, end_at_once)
     from vhdx.cli import commands
 
     commands.main(prog_name="vhdx")

@@ -24,7 +24,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from vhdx.cli import INTERRUPTED, SIGNALS
+from vhdx.cli import INTERRUPTED, SIGNALS, end_at_once
 from vhdx.errors import (
     DamagedError,
     InUseError,
@@ -134,7 +134,7 @@ class VhdxGroup(click.Group):
             signals.end()
             click.echo(f"vhdx: interrupted{_what_is_left(error)}", err=True)
             code = INTERRUPTED
-        signals.ignore()
+        signals.leave()
         sys.exit(code)
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
@@ -170,13 +170,14 @@ class _Signals:
 
     def __init__(self) -> None:
         self._seen = self._ended = False
-        self._numbers: list[signal.Signals] = []
+        self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return  # a test
         for number in SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
+            before = signal.getsignal(number)
+            if before not in (signal.SIG_IGN, None):  # None: a handler that is not Python's
                 signal.signal(number, self._on_signal)
-                self._numbers.append(number)
+                self._before[number] = before
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         del number, frame
@@ -194,10 +195,13 @@ class _Signals:
         """The command has ended."""
         self._ended = True
 
-    def ignore(self) -> None:
-        """From here on the process ends with its exit code, whatever comes."""
-        for number in self._numbers:
-            signal.signal(number, signal.SIG_IGN)
+    def leave(self) -> None:
+        """From here on our own process ends with its exit code, whatever comes.
+
+        In the process of a program that called the command, its handlers come back.
+        """
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if before is end_at_once else before)
 
 
 def _what_is_left(error: BaseException) -> str:
