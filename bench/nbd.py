@@ -39,6 +39,7 @@ STEADY = {
     "randread 4k QD1": ("--rw=randread", "--bs=4k", "--iodepth=1"),
     "randwrite 4k QD16": ("--rw=randwrite", "--bs=4k", "--iodepth=16"),
     "read 1M QD4": ("--rw=read", "--bs=1m", "--iodepth=4"),
+    "read 8M QD2": ("--rw=read", "--bs=8m", "--iodepth=2"),
     "write 1M QD4": ("--rw=write", "--bs=1m", "--iodepth=4"),
 }
 

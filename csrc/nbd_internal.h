@@ -21,6 +21,9 @@
 #define READ_HOLES 32u          /* holes that a structured read tells apart */
 #define STARVED_POLL_MS 5
 #define STALL_POLL_MS 1000
+/* While so much waits to be sent, no further READ is started. What comes from the page cache then goes
+ * through the connection's own buffers, which the CPU's cache holds and which need no new pages. */
+#define UNSENT_LIMIT ((uint64_t)VX_NBD_PIECE)
 #define SPARE_BUFFERS 2u    /* of VX_NBD_PIECE bytes each */
 #define MOST_STATUSES 8u    /* BLOCK_STATUS under way, with their arrays of extents */
 #define OUTPUT_LIMIT ((uint64_t)128 << 20)

@@ -72,7 +72,8 @@ static nbd_request next_piece(const vx_nbd_connection *c, const transfer *comman
 void nbd_start_reads(vx_nbd_connection *c)
 {
     c->starved = false;
-    while (c->reads != NULL && !c->gone && nbd_room_for_reply(c, REPLY_ROOM)) {
+    while (c->reads != NULL && !c->gone && c->output.bytes < UNSENT_LIMIT &&
+           nbd_room_for_reply(c, REPLY_ROOM)) {
         transfer *command = c->reads;
         operation *op = NULL;
         if (command->error != NBD_OK) /* of a piece: nothing more is read */
