@@ -211,6 +211,27 @@ def test_latency_beside_64_stalled_clients_of_each_kind(server):
         time.sleep(0.5)
 
 
+@pytest.mark.parametrize("server", ["vhdx"], indirect=True)
+def test_no_more_is_read_than_is_about_to_be_sent(server):
+    """A READ is no reason to hold all of it in memory: its pieces are read as they leave."""
+    path, process = server
+    good = connect(path)
+    assert good.read(0, 8 * MIB) == b"d" * (8 * MIB)
+    before = resident(process)
+    stalled = [connect(path) for _ in range(16)]
+    for client in stalled:
+        client.send(0, length=LARGEST)
+    time.sleep(0.5)
+    assert resident(process) - before < 16 * 6 * MIB  # of the 512 MiB that are asked for
+    for client in stalled:
+        _, error, chunks = client.reply()
+        assert error == 0
+        assert {body[8:] for _, body in chunks} == {b"d" * MIB}
+        assert sum(len(body) - 8 for _, body in chunks) == LARGEST
+        client.close()
+    good.close()
+
+
 def test_requests_before_any_reply_is_read(server):
     """8 READs and 8 WRITEs of 32 MiB are sent before the first reply is taken."""
     path, _ = server
