@@ -16,6 +16,8 @@ Sizes and offsets are bytes; buffers are anything with the buffer protocol. Ever
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vhdx import lazy
+
 if TYPE_CHECKING:
     from vhdx.control import compact, info, resize, serve, snapshot
     from vhdx.errors import (
@@ -50,7 +52,7 @@ if TYPE_CHECKING:
         repair,
         undo,
     )
-    from vhdx.image.convert import convert
+    from vhdx.image.converting import convert
     from vhdx.nbd import Limits, Server
 
 __all__ = [
@@ -95,27 +97,21 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "vhdx.control": ("compact", "info", "resize", "serve", "snapshot"),
+    "vhdx.control": "compact info resize serve snapshot",
     "vhdx.image": (
-        *("Disk", "Extent", "ExtentState", "Finding", "Report", "View"),
-        *("check", "convert", "create", "merge", "open", "rebase", "repair", "undo"),
+        "Disk Extent ExtentState Finding Report View "
+        "check convert create merge open rebase repair undo"
     ),
-    "vhdx.nbd": ("Limits", "Server"),
+    "vhdx.nbd": "Limits Server",
+    "vhdx.errors": " ".join(name for name in __all__ if name.endswith("Error")) + " Reason",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_find = lazy.exports(__name__, _HOMES)
 _PARTS = {"cli", "control", "errors", "format", "image", "nbd", "plane", "qos", "units"}
 
 
 def __getattr__(name: str) -> Any:
     """What is used is loaded when it is first used: few programs need all of it."""
-    if name in _PARTS:
-        return importlib.import_module(f"vhdx.{name}")
-    home = _HOME_OF.get(name, "vhdx.errors" if name in __all__ else None)
-    if home is None:
-        raise AttributeError(f"module 'vhdx' has no attribute {name!r}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
+    return importlib.import_module(f"vhdx.{name}") if name in _PARTS else _find(name)
 
 
 def __dir__() -> list[str]:

@@ -321,7 +321,7 @@ def test_operations_that_take_long_do_not_hold_up_qos(image, monkeypatch):
             change = {"change": "disk", "name": "disk", "settings": {"maximum_iops": 77}}
             found.change_qos(change)
             assert server.qos.describe()["disks"][0]["settings"]["maximum_iops"] == 77
-            assert "vhdx_" in control.client.get_text(found.socket, "/metrics")
+            assert "vhdx_" in found.metrics()
         finally:
             go.set()
 

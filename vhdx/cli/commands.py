@@ -1,19 +1,55 @@
 # SPDX-License-Identifier: MIT
-"""All commands, put together; each stands in a module of its own."""
+"""All commands, put together; each stands in a module of its own, which is loaded when it is used."""
 
 from __future__ import annotations
+
+import importlib
 
 import click
 
 from vhdx import __version__
-from vhdx.cli import images, quality, serving
 from vhdx.cli.output import VhdxGroup
 
 __all__ = ["main"]
 
+_IMAGES, _SERVING, _QUALITY = "vhdx.cli.images", "vhdx.cli.serving", "vhdx.cli.quality"
+_HOMES = {
+    "create": _IMAGES,
+    "info": _IMAGES,
+    "map": _IMAGES,
+    "dump": _IMAGES,
+    "convert": _IMAGES,
+    "check": _IMAGES,
+    "compact": _IMAGES,
+    "resize": _IMAGES,
+    "snapshot": _IMAGES,
+    "merge": _IMAGES,
+    "rebase": _IMAGES,
+    "serve": _SERVING,
+    "ps": _SERVING,
+    "stop": _SERVING,
+    "qos": _QUALITY,
+    "top": _QUALITY,
+}
+_OTHER_NAMES = {"map": "map_extents"}
+
+
+class _Commands(VhdxGroup):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        del ctx
+        return list(_HOMES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        del ctx
+        if cmd_name not in _HOMES:
+            return None
+        module = importlib.import_module(_HOMES[cmd_name])
+        command: click.Command = getattr(module, _OTHER_NAMES.get(cmd_name, cmd_name))
+        return command
+
 
 @click.group(
-    cls=VhdxGroup,
+    cls=_Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Sizes are written 64G, 512M or 4096, in binary units. "
     "Exit codes: 0 done, 1 failed, 2 usage, 3 image damaged, 4 in use, 130 interrupted by a signal. "
@@ -22,24 +58,3 @@ __all__ = ["main"]
 @click.version_option(__version__, prog_name="vhdx")
 def main() -> None:
     """Real VHDX images on Linux: create, look at, resize, convert and serve them."""
-
-
-for command in (
-    images.create,
-    images.info,
-    images.map_extents,
-    images.dump,
-    images.convert,
-    images.check,
-    images.compact,
-    images.resize,
-    images.snapshot,
-    images.merge,
-    images.rebase,
-    serving.serve,
-    serving.ps,
-    serving.stop,
-    quality.qos,
-    quality.top,
-):
-    main.add_command(command)

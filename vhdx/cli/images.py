@@ -9,7 +9,6 @@ import click
 
 from vhdx import control, image
 from vhdx.cli.output import (
-    FORMATS,
     SEQUENCE,
     SIZE,
     json_option,
@@ -19,7 +18,7 @@ from vhdx.cli.output import (
 )
 from vhdx.errors import InvalidArgumentError
 from vhdx.image import dump as dumping
-from vhdx.image.opening import RAW_SUFFIXES
+from vhdx.image.formats import FORMATS, RAW_SUFFIXES
 from vhdx.units import format_size
 
 if TYPE_CHECKING:

@@ -14,15 +14,6 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from vhdx.cli import INTERRUPTED, SIGNALS, end_at_once
 from vhdx.errors import (
@@ -31,7 +22,6 @@ from vhdx.errors import (
     InvalidArgumentError,
     VhdxError,
 )
-from vhdx.image import opening
 from vhdx.interrupts import DONE_NOTE
 from vhdx.units import parse_size
 
@@ -40,7 +30,6 @@ if TYPE_CHECKING:
     from types import FrameType
 
 __all__ = [
-    "FORMATS",
     "SECONDS",
     "SEQUENCE",
     "SIZE",
@@ -85,7 +74,6 @@ class _Size(click.ParamType):  # type: ignore[type-arg]
 
 
 SIZE = _Size()
-FORMATS = opening.FORMATS
 
 
 class _Sequence(click.ParamType):  # type: ignore[type-arg]
@@ -229,18 +217,10 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, nothing otherwise; call it with the bytes done and the bytes in all."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
-    with bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    from vhdx.cli.progress import bar
+
+    with bar(what) as update:
+        yield update

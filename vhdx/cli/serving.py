@@ -18,7 +18,6 @@ from vhdx import control, nbd
 from vhdx.cli import INTERRUPTED, SIGNALS
 from vhdx.cli.output import (
     DONE,
-    FORMATS,
     SECONDS,
     SIZE,
     json_option,
@@ -27,6 +26,7 @@ from vhdx.cli.output import (
 )
 from vhdx.cli.quality import changes_of, refuse_stuck, settings_options
 from vhdx.errors import InvalidArgumentError, NotFoundError
+from vhdx.image.formats import FORMATS
 from vhdx.plane import DEEPEST, ModelKind
 from vhdx.qos import LARGEST_IOPS, NORMALISED_UNIT, Scheduling
 from vhdx.units import format_size

@@ -6,9 +6,14 @@ operations that work the same whether an image is idle or served; :mod:`vhdx.con
 server's side, :mod:`vhdx.control.client` finds a server and asks it.
 """
 
-from vhdx.control.client import Owner, find_owner, owners, servers
-from vhdx.control.disks import compact, extents, info, resize, snapshot
-from vhdx.control.service import Control, serve
+from typing import TYPE_CHECKING
+
+from vhdx import lazy
+
+if TYPE_CHECKING:
+    from vhdx.control.client import Owner, find_owner, owners, servers
+    from vhdx.control.disks import compact, extents, info, resize, snapshot
+    from vhdx.control.service import Control, serve
 
 __all__ = [
     "Control",
@@ -23,3 +28,12 @@ __all__ = [
     "servers",
     "snapshot",
 ]
+
+__getattr__ = lazy.exports(
+    __name__,
+    {
+        "vhdx.control.client": "Owner find_owner owners servers",
+        "vhdx.control.disks": "compact extents info resize snapshot",
+        "vhdx.control.service": "Control serve",
+    },
+)

@@ -4,16 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
-import json
 import os
-import socket
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vhdx import lazy
 from vhdx.control import wire
 from vhdx.errors import InUseError, ProtocolError, Reason, VhdxError
 from vhdx.nbd.address import is_alive, runtime_directory
@@ -21,11 +18,13 @@ from vhdx.nbd.address import is_alive, runtime_directory
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from vhdx.control import transport
+else:
+    transport = lazy.Module("vhdx.control.transport")  # HTTP is loaded where there is a server to ask
+
 __all__ = ["Owner", "ServerInfo", "find_owner", "owners", "servers"]
 
 _ANSWER_SECONDS = 5.0
-_LONGEST_LINE = 16 << 20
-_JSON = "application/json"
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class ServerInfo:
         Raises:
             InUseError: it has not ended after ``seconds``.
         """
-        with _answer(self.socket, "POST", "/v1/stop", {}, _ANSWER_SECONDS):
+        with transport.answer(self.socket, "POST", "/v1/stop", {}, _ANSWER_SECONDS):
             pass
         deadline = time.monotonic() + seconds
         while self.socket.exists() and is_alive(self.socket):
@@ -66,7 +65,7 @@ class ServerInfo:
 
     def qos(self) -> dict[str, Any]:
         """What :meth:`vhdx.qos.Domain.describe` says."""
-        with _answer(self.socket, "GET", "/v1/qos", None, _ANSWER_SECONDS) as lines:
+        with transport.answer(self.socket, "GET", "/v1/qos", None, _ANSWER_SECONDS) as lines:
             answer = next(lines)
         if "error" in answer:
             raise wire.error_of(answer["error"])
@@ -74,7 +73,7 @@ class ServerInfo:
 
     def change_qos(self, body: dict[str, Any]) -> Any:
         """Has it change what is wanted; see :func:`vhdx.control.quality.change_qos`."""
-        with _answer(self.socket, "POST", "/v1/qos", body, _ANSWER_SECONDS) as lines:
+        with transport.answer(self.socket, "POST", "/v1/qos", body, _ANSWER_SECONDS) as lines:
             answer = next(lines)
         if "error" in answer:
             raise wire.error_of(answer["error"])
@@ -82,7 +81,7 @@ class ServerInfo:
 
     def metrics(self) -> str:
         """What Prometheus would scrape."""
-        return get_text(self.socket, "/metrics")
+        return transport.get_text(self.socket, "/metrics", _ANSWER_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,9 @@ class Owner:
             arguments: of the operation.
         """
         body = {"export": self.export, "arguments": arguments}
-        with _answer(self.server.socket, "POST", f"/v1/operations/{operation}", body, None) as lines:
+        with transport.answer(
+            self.server.socket, "POST", f"/v1/operations/{operation}", body, None
+        ) as lines:
             for line in lines:
                 if "error" in line:
                     raise wire.error_of(line["error"])
@@ -126,18 +127,6 @@ class Owner:
         raise ProtocolError("the server ended before its answer", path=self.server.socket)
 
 
-def get_text(path: Path, target: str) -> str:
-    """The text behind ``target``."""
-    connection = _Connection(path, _ANSWER_SECONDS)
-    try:
-        connection.request("GET", target)
-        return connection.getresponse().read().decode(errors="replace")
-    except (OSError, http.client.HTTPException) as error:
-        raise ProtocolError(f"the server does not answer: {error!r}", path=path) from error
-    finally:
-        connection.close()
-
-
 def servers() -> list[ServerInfo]:
     """The servers of this user, oldest first; sockets of dead ones are removed."""
     found = []
@@ -146,7 +135,7 @@ def servers() -> list[ServerInfo]:
             continue
         pid = int(path.name.partition("-")[0])
         try:
-            with _answer(path, "GET", "/v1/server", None, _ANSWER_SECONDS) as lines:
+            with transport.answer(path, "GET", "/v1/server", None, _ANSWER_SECONDS) as lines:
                 facts = next(lines)
             wanted = {"pid", "started", "exports", "connections"}
             found.append(ServerInfo(path, **{k: v for k, v in facts.items() if k in wanted}))
@@ -183,43 +172,3 @@ def find_owner(path: str | os.PathLike[str]) -> Owner | None:
     except VhdxError:
         return None  # no place where servers could be found
     return found[0] if found else None
-
-
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
-
-    def __init__(self, path: Path, seconds: float | None) -> None:
-        super().__init__("vhdx", timeout=seconds)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(os.fspath(self._path))
-
-
-@contextlib.contextmanager
-def _answer(
-    path: Path, method: str, target: str, body: dict[str, Any] | None, seconds: float | None
-) -> Iterator[Iterator[dict[str, Any]]]:
-    """The lines of the answer to one request."""
-    connection = _Connection(path, seconds)
-    try:
-        data = None if body is None else json.dumps(body)
-        connection.request(method, target, data, {"Content-Type": _JSON})
-        answer = connection.getresponse()
-        if answer.status != 200 and answer.getheader("Content-Type", "").partition(";")[0] != _JSON:
-            text = answer.read(200).decode(errors="replace")
-            raise ProtocolError(f"the server answered {answer.status}: {text}", path=path)
-        yield _lines(answer)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        if isinstance(error, VhdxError):
-            raise
-        raise ProtocolError(f"the server does not answer: {error!r}", path=path) from error
-    finally:
-        connection.close()
-
-
-def _lines(answer: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    while line := answer.readline(_LONGEST_LINE):
-        yield json.loads(line)

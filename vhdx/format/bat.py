@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from vhdx.arrays import np
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
@@ -29,9 +28,9 @@ __all__ = [
 ]
 
 ENTRY_SIZE = 8
-_STATE = np.uint64(7)
-_RESERVED = np.uint64(0xFFFF8)
-_MIB_SHIFT = np.uint64(20)
+_STATE = 7
+_RESERVED = 0xFFFF8
+_MIB_SHIFT = 20
 
 
 class BlockState(IntEnum):
@@ -108,19 +107,19 @@ class Geometry:
 
 def state_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """States, bits 0 to 2."""
-    result: npt.NDArray[np.uint64] = entries & _STATE
+    result: npt.NDArray[np.uint64] = entries & np.uint64(_STATE)
     return result
 
 
 def reserved_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Reserved bits 3 to 19; not zero in a bad entry."""
-    result: npt.NDArray[np.uint64] = entries & _RESERVED
+    result: npt.NDArray[np.uint64] = entries & np.uint64(_RESERVED)
     return result
 
 
 def offset_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """Offsets in the file, in bytes (FileOffsetMB is in bits 20 to 63, so they need no shift)."""
-    result: npt.NDArray[np.uint64] = entries >> _MIB_SHIFT << _MIB_SHIFT
+    result: npt.NDArray[np.uint64] = entries >> np.uint64(_MIB_SHIFT) << np.uint64(_MIB_SHIFT)
     return result
 
 

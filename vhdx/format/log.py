@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from uuid import UUID
 
-import numpy as np
-
+from vhdx.arrays import np
 from vhdx.format.checksum import sealed, verify
 from vhdx.format.region import TABLE_OFFSETS
 from vhdx.units import MIB
@@ -46,10 +45,13 @@ _FIRST_DESCRIPTOR = 64
 _MOST_PATCHES = 1 << 17
 _DESCRIPTOR = 32
 
-_DATA_DTYPE = np.dtype(
-    [("signature", "S4"), ("trailing", "V4"), ("leading", "V8"), ("offset", "<u8"), ("seq", "<u8")]
-)
-assert _DATA_DTYPE.itemsize == _DESCRIPTOR
+_DATA_FIELDS = [
+    ("signature", "S4"),
+    ("trailing", "V4"),
+    ("leading", "V8"),
+    ("offset", "<u8"),
+    ("seq", "<u8"),
+]
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def pack_entry(
         last_file_offset,
     )
     if count:
-        table = np.zeros(count, _DATA_DTYPE)
+        table = np.zeros(count, np.dtype(_DATA_FIELDS))
         table["signature"] = b"desc"
         table["trailing"] = np.ascontiguousarray(pages[:, 4092:]).view("V4")[:, 0]
         table["leading"] = np.ascontiguousarray(pages[:, :8]).view("V8")[:, 0]

@@ -4,15 +4,20 @@
 Owns: which bytes of a host file mean what. Never: how they are moved (the plane does).
 """
 
-from vhdx.image.checking import Finding, Report, check
-from vhdx.image.convert import convert
-from vhdx.image.creation import create_disk as create
-from vhdx.image.disk import Disk, Extent, ExtentState
-from vhdx.image.merging import compact, merge, rebase
-from vhdx.image.opening import open_disk as open
-from vhdx.image.opening import snapshot
-from vhdx.image.repairing import repair, undo
-from vhdx.image.view import View
+from typing import TYPE_CHECKING
+
+from vhdx import lazy
+
+if TYPE_CHECKING:
+    from vhdx.image.checking import Finding, Report, check
+    from vhdx.image.converting import convert
+    from vhdx.image.creation import create_disk as create
+    from vhdx.image.disk import Disk, Extent, ExtentState
+    from vhdx.image.merging import compact, merge, rebase
+    from vhdx.image.opening import open_disk as open
+    from vhdx.image.opening import snapshot
+    from vhdx.image.repairing import repair, undo
+    from vhdx.image.view import View
 
 __all__ = [
     "Disk",
@@ -32,3 +37,17 @@ __all__ = [
     "snapshot",
     "undo",
 ]
+
+__getattr__ = lazy.exports(
+    __name__,
+    {
+        "vhdx.image.checking": "Finding Report check",
+        "vhdx.image.converting": "convert",
+        "vhdx.image.creation": "create_disk:create",
+        "vhdx.image.disk": "Disk Extent ExtentState",
+        "vhdx.image.merging": "compact merge rebase",
+        "vhdx.image.opening": "open_disk:open snapshot",
+        "vhdx.image.repairing": "repair undo",
+        "vhdx.image.view": "View",
+    },
+)

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import DamagedError, Reason
 from vhdx.format import bat
 from vhdx.format.bat import BlockState
@@ -27,18 +26,15 @@ if TYPE_CHECKING:
 __all__ = ["Taken", "bat_runs", "block_counts", "check_entries", "is_payload", "survey"]
 
 _RUN_ENTRIES = 1 << 16
-_VALID = np.zeros(8, np.bool_)
-_VALID[[state.value for state in BlockState]] = True
-_STORED = np.zeros(8, np.bool_)
-_STORED[[BlockState.FULLY_PRESENT, BlockState.PARTIALLY_PRESENT]] = True
-_ANCHORED = np.zeros(8, np.bool_)
-_ANCHORED[[BlockState.UNDEFINED, BlockState.UNMAPPED]] = True
+# Sets of states: a bit each.
+_VALID = sum(1 << state for state in BlockState)
+_STORED = 1 << BlockState.FULLY_PRESENT | 1 << BlockState.PARTIALLY_PRESENT
+_ANCHORED = 1 << BlockState.UNDEFINED | 1 << BlockState.UNMAPPED
+_STATE_OF_BYTE = bytes(byte & 7 for byte in range(256))
 
 
-def bat_runs(
-    structure: Structure, leaf: plane.Device
-) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
-    """First index and entries of each stored run; the entries between runs are zero."""
+def _stored_runs(structure: Structure, leaf: plane.Device) -> Iterator[tuple[int, bytes]]:
+    """First index and bytes of each stored run of entries; the entries between runs are zero."""
     start, length = structure.bat.offset, structure.geometry.entries * bat.ENTRY_SIZE
     whole = [(start, length)]
     if structure.overlay.is_empty and start + length <= leaf.size:
@@ -52,7 +48,15 @@ def bat_runs(
     for offset, size in whole:
         for at in range(offset, offset + size, _RUN_ENTRIES * 8):
             data = structure.overlay.read(at, min(_RUN_ENTRIES * 8, offset + size - at))
-            yield (at - start) // 8, np.frombuffer(data, "<u8").astype(np.uint64)
+            yield (at - start) // 8, data
+
+
+def bat_runs(
+    structure: Structure, leaf: plane.Device
+) -> Iterator[tuple[int, npt.NDArray[np.uint64]]]:
+    """First index and entries of each stored run; the entries between runs are zero."""
+    for first, data in _stored_runs(structure, leaf):
+        yield first, np.frombuffer(data, "<u8").astype(np.uint64)
 
 
 def is_payload(structure: Structure, indices: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -66,6 +70,11 @@ def is_payload(structure: Structure, indices: npt.NDArray[np.uint64]) -> npt.NDA
 
 def _refuse(structure: Structure, index: int, message: str, reason: Reason) -> DamagedError:
     return DamagedError(message, reason=reason, offset=structure.bat.offset + index * bat.ENTRY_SIZE)
+
+
+def _among(states: npt.NDArray[np.uint64], wanted: int) -> npt.NDArray[np.bool_]:
+    result: npt.NDArray[np.bool_] = (np.uint64(wanted) >> states & np.uint64(1)) != 0
+    return result
 
 
 def check_entries(
@@ -91,8 +100,8 @@ def check_entries(
         np.uint64(structure.geometry.virtual_size)
         - np.minimum(starts, np.uint64(structure.geometry.virtual_size)),
     )
-    stored = _STORED[states]
-    bad_state = ~_VALID[states]
+    stored = _among(states, _STORED)
+    bad_state = ~_among(states, _VALID)
     bad_reserved = bat.reserved_of(values) != 0
     bad_offset = stored & (
         (offsets < HEADER_SECTION)
@@ -225,9 +234,9 @@ def survey(structure: Structure, leaf: plane.Device) -> Taken:
         if error is not None:
             raise error
         states, offsets = bat.state_of(values), bat.offset_of(values)
-        stored = payload & _STORED[states]
+        stored = payload & _among(states, _STORED)
         taken.claim(indices[stored], offsets[stored], block_size)
-        anchored = payload & _ANCHORED[states] & (offsets >= HEADER_SECTION)
+        anchored = payload & _among(states, _ANCHORED) & (offsets >= HEADER_SECTION)
         anchored &= offsets <= np.uint64(max(0, file_size - block_size))
         taken.claim(indices[anchored], offsets[anchored], block_size)
         taken.anchors.update(offsets[anchored].tolist())
@@ -241,10 +250,14 @@ def survey(structure: Structure, leaf: plane.Device) -> Taken:
 
 def block_counts(structure: Structure, leaf: plane.Device) -> dict[str, int]:
     """Payload blocks by state, under the names of :class:`BlockState` in lower case."""
-    counts = np.zeros(8, np.int64)
-    for first, values in bat_runs(structure, leaf):
-        indices = np.arange(first, first + len(values), dtype=np.uint64)
-        states = bat.state_of(values[is_payload(structure, indices)])
-        counts += np.bincount(states.astype(np.int64), minlength=8)
-    counts[0] += structure.geometry.blocks - int(counts.sum())
-    return {state.name.lower(): int(counts[state]) for state in BlockState}
+    geometry, counts = structure.geometry, [0] * 8
+    period, last_block = geometry.chunk_ratio + 1, geometry.blocks - 1
+    end = last_block + last_block // geometry.chunk_ratio + 1  # behind the last payload entry
+    for first, data in _stored_runs(structure, leaf):
+        # The state is in the low bits of an entry's first byte; every period-th entry is a bitmap's.
+        states = data[:: bat.ENTRY_SIZE].translate(_STATE_OF_BYTE)[: max(0, end - first)]
+        bitmaps = states[(geometry.chunk_ratio - first) % period :: period]
+        for state in range(8):
+            counts[state] += states.count(state) - bitmaps.count(state)
+    counts[BlockState.NOT_PRESENT] += geometry.blocks - sum(counts)
+    return {state.name.lower(): counts[state] for state in BlockState}

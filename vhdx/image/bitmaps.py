@@ -10,8 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from vhdx.arrays import np
 from vhdx.errors import DamagedError, Reason
 from vhdx.format import bat
 from vhdx.format.log import SECTOR

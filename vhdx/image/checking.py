@@ -11,9 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import DamagedError, Reason, UnsupportedError, VhdxError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers

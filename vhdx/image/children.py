@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 import google_crc32c
 
+from vhdx import lazy
 from vhdx.errors import InUseError, UnsupportedError, VhdxError
 from vhdx.format.header import SIGNATURE
 from vhdx.image.attributes import OWN_PREFIX
@@ -31,12 +32,16 @@ from vhdx.image.host import open_host
 from vhdx.image.parents import candidates, existing
 from vhdx.image.partial import is_partial
 from vhdx.image.structure import Structure, read_structure
-from vhdx.image.vhd_opening import find_footer, guard_vhd_parent
+from vhdx.image.vhd_footer import find_footer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from vhdx.image import vhd_opening
+
     StrPath = str | os.PathLike[str]
+else:
+    vhd_opening = lazy.Module("vhdx.image.vhd_opening")
 
 __all__ = ["children_of", "guard_parent", "guard_replaced", "note_child", "pack_hint", "parse_hint"]
 
@@ -202,7 +207,7 @@ def _guard_replaced_vhd(path: StrPath) -> None:
         with contextlib.suppress(UnsupportedError):
             footer = find_footer(host.leaf)
             if footer is not None:
-                guard_vhd_parent(host, footer)
+                vhd_opening.guard_vhd_parent(host, footer)
     finally:
         host.close()
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import ReadOnlyError, Reason, VhdxError
 from vhdx.format.bat import BlockState
 from vhdx.image.entries import is_placed

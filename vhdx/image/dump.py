@@ -6,8 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from vhdx.arrays import np
 from vhdx.errors import InvalidArgumentError, UnsupportedError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers

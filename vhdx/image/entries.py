@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.format import bat
 from vhdx.format.bat import BlockState
 

@@ -29,9 +29,8 @@ import secrets
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import NoSpaceError, PoisonedError
 from vhdx.format import header as headers
 from vhdx.format import log
@@ -63,7 +62,10 @@ _AGAIN = "free some space, then close the image and open it again"
 _KEPT_PAGES = 2048
 
 _BARRIER = plane.Step(_FLUSH)
-_EMPTY = (np.empty(0, np.uint64), np.empty((0, log.SECTOR), np.uint8))
+
+
+def _nothing() -> _Content:
+    return np.empty(0, np.uint64), np.empty((0, log.SECTOR), np.uint8)
 
 
 def _header_step(header: headers.Header) -> plane.Step:
@@ -168,7 +170,7 @@ class Journal:
         self._leaf.batch([_header_step(header), _BARRIER])
         self._header = header
         self._sequence = secrets.randbits(62) + 1
-        self._begin_generation(_EMPTY, file_size, at=self._head)
+        self._begin_generation(_nothing(), file_size, at=self._head)
 
     def commit(
         self,
@@ -219,7 +221,7 @@ class Journal:
             file_size: bytes; the file is never shorter, now and after the change that follows.
         """
         at = self._head if self._fits(log.entry_length(0)) else 0
-        self._begin_generation(_EMPTY, file_size, at=at)
+        self._begin_generation(_nothing(), file_size, at=at)
 
     def _begin_generation(self, content: _Content, file_size: int, *, at: int) -> None:
         """Writes the first entry of a new LogGuid at ``at`` in the log; then both headers name it.

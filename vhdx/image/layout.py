@@ -11,9 +11,8 @@ import os
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import InvalidArgumentError, Reason, UnsupportedError, VhdxError
 from vhdx.format import bat, header, metadata, region
 from vhdx.format.bat import BlockState, Geometry

@@ -6,12 +6,13 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, TypeVar
 
-from vhdx import plane
+from vhdx import lazy, plane
 from vhdx.errors import InvalidArgumentError, Reason, UnsupportedError, VhdxError
 from vhdx.image.disk import Disk
+from vhdx.image.formats import FORMATS, RAW_SUFFIXES
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.raw import RawImage
-from vhdx.image.vhd_opening import find_footer, has_footer, open_vhd
+from vhdx.image.vhd_footer import find_footer, has_footer
 from vhdx.image.vhdx_image import is_vhdx, open_vhdx
 from vhdx.image.view import AS_SPECIFIED, View
 from vhdx.interrupts import uninterruptible
@@ -19,12 +20,14 @@ from vhdx.interrupts import uninterruptible
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vhdx.image import vhd_opening
+else:
+    vhd_opening = lazy.Module("vhdx.image.vhd_opening")
+
 _Found = TypeVar("_Found")
 
-__all__ = ["FORMATS", "RAW_SUFFIXES", "open_disk", "snapshot"]
+__all__ = ["open_disk", "snapshot"]
 
-RAW_SUFFIXES = (".raw", ".img")
-FORMATS = ("vhdx", "vhd", "raw")
 _MODES = {"r": False, "r+": True}
 
 
@@ -105,7 +108,7 @@ def open_disk(
     footer = _looks(find_footer, host)
     if footer is not None:
         return Disk(
-            open_vhd(
+            vhd_opening.open_vhd(
                 host,
                 footer,
                 write=write,

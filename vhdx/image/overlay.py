@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import ReadOnlyError
 from vhdx.format.log import SECTOR
 
@@ -29,9 +28,10 @@ class Overlay:
     def __init__(self, leaf: plane.Device, patches: list[Patch], size: int) -> None:
         self._leaf = leaf
         self._patches = patches
-        self._starts = np.array([patch.offset for patch in patches], np.int64)
-        self._ends = np.array([patch.offset + patch.length for patch in patches], np.int64)
         self._size = size
+        if patches:  # only a log that is to be replayed takes numpy
+            self._starts = np.array([patch.offset for patch in patches], np.int64)
+            self._ends = np.array([patch.offset + patch.length for patch in patches], np.int64)
 
     @property
     def size(self) -> int:
@@ -45,10 +45,18 @@ class Overlay:
 
     def touches(self, start: int, end: int) -> bool:
         """Whether a patch changes a byte of this range."""
-        return bool(((self._starts < end) & (self._ends > start)).any())
+        return len(self._touching(start, end)) > 0
+
+    def _touching(self, start: int, end: int) -> list[int]:
+        """Numbers of the patches that change a byte of this range, in their order."""
+        if not self._patches:
+            return []
+        return np.flatnonzero((self._starts < end) & (self._ends > start)).tolist()
 
     def covers_only(self, spans: Iterable[tuple[int, int]]) -> bool:
         """Whether the file is as long as replay leaves it, and each patch inside one span."""
+        if not self._patches:
+            return self.size == self._leaf.size
         inside = np.zeros(len(self._patches), np.bool_)
         for start, end in spans:
             inside |= (self._starts >= start) & (self._ends <= end)
@@ -60,8 +68,7 @@ class Overlay:
         data = bytearray(length)
         if present:
             self._leaf.read_into(memoryview(data)[:present], offset)
-        touching = np.flatnonzero((self._starts < offset + length) & (self._ends > offset))
-        for i in touching:
+        for i in self._touching(offset, offset + length):
             patch = self._patches[i]
             start = max(patch.offset, offset)
             end = min(patch.offset + patch.length, offset + length)

@@ -11,6 +11,8 @@ import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vhdx.units import round_up
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -59,10 +61,11 @@ class PartitionTable:
     readable: bool = True
     reserved: int = 0
 
-    @property
-    def minimum_size(self) -> int:
-        """The least size, bytes, at which every partition is inside the disk."""
-        return max((p.end for p in self.partitions), default=0) + self.reserved
+    def minimum_size(self, sector: int) -> int | None:
+        """The least size, bytes, that cuts no partition off; None where that is not known."""
+        if not self.readable or not self.partitions:
+            return None
+        return round_up(max(p.end for p in self.partitions) + self.reserved, sector)
 
     def last(self) -> Partition | None:
         """The partition that ends furthest back."""

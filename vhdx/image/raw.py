@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import UnsupportedError
 from vhdx.image.plain import PlainImage
 from vhdx.units import GIB

@@ -16,9 +16,8 @@ import struct
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import InvalidArgumentError, ReadOnlyError, UnsupportedError
 from vhdx.format import bat, metadata, region
 from vhdx.format.bat import BlockState
@@ -29,21 +28,13 @@ from vhdx.units import MIB, format_size, round_up
 if TYPE_CHECKING:
     from vhdx.format.bat import Geometry
     from vhdx.image.engine import Engine
-    from vhdx.image.partitions import PartitionTable
 
-__all__ = ["check_shrink", "grow", "minimum_size", "shrink"]
+    Table = np.ndarray[tuple[int], np.dtype[np.uint64]]
 
-Table = np.ndarray[tuple[int], np.dtype[np.uint64]]
+__all__ = ["check_shrink", "grow", "shrink"]
 
 _PAGE = 4096
 _COPY = 4 * MIB
-
-
-def minimum_size(table: PartitionTable | None, sector: int) -> int | None:
-    """The least size, bytes, that cuts no partition off; None where that is not known."""
-    if table is None or not table.readable or not table.partitions:
-        return None
-    return round_up(table.minimum_size, sector)
 
 
 def _check(engine: Engine, size: int) -> None:
@@ -233,7 +224,7 @@ def check_shrink(
                 hint="use --unsafe (unsafe=True) if the file system was shrunk before",
             )
         return
-    least = minimum_size(table, sector)
+    least = table.minimum_size(sector)
     if least is None:
         what = "is empty" if table.readable else "cannot be read"
         if not (table.readable and unsafe):

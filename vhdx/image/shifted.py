@@ -16,8 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from vhdx.arrays import np
 from vhdx.errors import DamagedError, Reason
 from vhdx.format import bat, log
 from vhdx.format import header as headers

@@ -11,9 +11,8 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import NoSpaceError
 from vhdx.units import MIB, round_up
 

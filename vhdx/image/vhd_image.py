@@ -13,9 +13,8 @@ import itertools
 import threading
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import (
     DamagedError,
     MissingParentError,
@@ -41,7 +40,7 @@ _MIXED_TAG, _FULL_TAG = 1, 2
 _GRANT_BYTES = 64 * MIB
 _ALIGNMENT = 4096
 _ENTRIES = vhd.SECTOR // 4  # of the table in a sector
-_REVERSED = np.packbits(np.unpackbits(np.arange(256, dtype=np.uint8)), bitorder="little")
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 """Bytes with their bits the other way round: a VHD's bitmaps begin at the highest bit."""
 
 
@@ -286,7 +285,7 @@ class VhdImage(PlainImage):
 
     @staticmethod
     def _turned(bits: bytes) -> bytes:
-        return bytes(_REVERSED[np.frombuffer(bits, np.uint8)])
+        return bits.translate(_REVERSED)
 
     def open_gate(self) -> None:
         """The copy of the footer is there, durably, before the footer moves."""

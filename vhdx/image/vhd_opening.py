@@ -21,37 +21,16 @@ from vhdx.format import vhd
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.parents import existing
 from vhdx.image.plain import PlainImage
+from vhdx.image.vhd_footer import find_footer
 from vhdx.image.vhd_image import FixedVhd, VhdImage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["find_footer", "guard_vhd_parent", "has_footer", "open_vhd"]
+__all__ = ["guard_vhd_parent", "open_vhd"]
 
 _LONGEST_CHAIN = 256
 _MOST_BLOCKS = 1 << 24
-
-
-def find_footer(leaf: plane.Device) -> vhd.Footer | None:
-    """The footer of a VHD image: the one at the end of the file, or its copy at the start.
-
-    Raises:
-        UnsupportedError: it is of a kind that is not known.
-    """
-    size = leaf.size
-    if size < vhd.FOOTER_SIZE:
-        return None
-    last = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, size - vhd.FOOTER_SIZE))
-    if last is not None:
-        return last
-    first = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, 0))
-    return None if first is None or first.disk_type == vhd.DiskType.FIXED else first
-
-
-def has_footer(leaf: plane.Device) -> bool:
-    """Whether the file ends as a VHD does."""
-    at = leaf.size - vhd.FOOTER_SIZE
-    return at >= 0 and vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, at)) is not None
 
 
 def open_vhd(

@@ -9,7 +9,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vhdx import plane
+from vhdx import lazy, plane
 from vhdx.errors import (
     DamagedError,
     InUseError,
@@ -22,7 +22,7 @@ from vhdx.errors import (
 )
 from vhdx.format import header as headers
 from vhdx.format import region
-from vhdx.image import compacting, gpt, journal, resizing, snapshots
+from vhdx.image import journal
 from vhdx.image.allocation import block_counts, survey
 from vhdx.image.children import guard_parent, note_child
 from vhdx.image.engine import Engine
@@ -40,7 +40,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from uuid import UUID
 
+    from vhdx.image import compacting, gpt, resizing, snapshots
     from vhdx.interrupts import Progress
+else:  # an operation loads what only it takes
+    compacting = lazy.Module("vhdx.image.compacting")
+    gpt = lazy.Module("vhdx.image.gpt")
+    resizing = lazy.Module("vhdx.image.resizing")
+    snapshots = lazy.Module("vhdx.image.snapshots")
 
 __all__ = ["VhdxImage", "is_vhdx", "open_layer", "open_vhdx", "prepare_for_writing"]
 
@@ -125,7 +131,7 @@ class VhdxImage:
             table = read_partitions(self.device.read, self.device.size, sector)
         except VhdxError:
             return None  # opened without its chain, or damaged there
-        return resizing.minimum_size(table, sector)
+        return None if table is None else table.minimum_size(sector)
 
     def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
         """Makes the file the parent of a fresh child; see :meth:`vhdx.Disk.snapshot`."""

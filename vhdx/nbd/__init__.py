@@ -5,9 +5,14 @@ Source: NetworkBlockDevice doc/proto.md. :mod:`vhdx.nbd.handshake` is a pure sta
 bytes; :mod:`vhdx.nbd.server` owns sockets, threads and limits.
 """
 
-from vhdx.nbd.address import inherited_socket
-from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
-from vhdx.nbd.server import Limits, Server, serve
+from typing import TYPE_CHECKING
+
+from vhdx import lazy
+
+if TYPE_CHECKING:
+    from vhdx.nbd.address import inherited_socket
+    from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
+    from vhdx.nbd.server import Limits, Server, serve
 
 __all__ = [
     "ExportTerms",
@@ -18,3 +23,12 @@ __all__ = [
     "inherited_socket",
     "serve",
 ]
+
+__getattr__ = lazy.exports(
+    __name__,
+    {
+        "vhdx.nbd.address": "inherited_socket",
+        "vhdx.nbd.handshake": "ExportTerms Handshake Negotiated",
+        "vhdx.nbd.server": "Limits Server serve",
+    },
+)

@@ -6,8 +6,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-import numpy as np
-
+from vhdx.arrays import np
 from vhdx.errors import ClosedError
 from vhdx.plane import check, turn
 from vhdx.plane._native import ffi, lib

@@ -27,14 +27,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
+from vhdx.arrays import np
 from vhdx.qos.reservations import Reservation
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-_Seconds = np.ndarray[Any, np.dtype[np.float64]]
+    _Seconds = np.ndarray[Any, np.dtype[np.float64]]
+
 
 __all__ = ["USABLE", "Load", "Verdict", "best_depth", "judge", "most_alone", "most_below"]
 

@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
+from vhdx.arrays import np
 from vhdx.plane import quantile
 
 if TYPE_CHECKING:

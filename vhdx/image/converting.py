@@ -7,21 +7,22 @@ import os
 import threading
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from vhdx import plane
+from vhdx.arrays import np
 from vhdx.errors import InvalidArgumentError, Reason, VhdxError
 from vhdx.format import vhd
 from vhdx.image import layout
 from vhdx.image.creation import format_of_name
 from vhdx.image.disk import Disk, ExtentState
 from vhdx.image.engine import Engine
+from vhdx.image.formats import FORMATS
 from vhdx.image.host import HostFile
-from vhdx.image.opening import FORMATS, open_disk
+from vhdx.image.opening import open_disk
 from vhdx.image.replacing import new_file
 from vhdx.image.structure import read_structure
+from vhdx.image.vhd_footer import find_footer
 from vhdx.image.vhd_layout import check_vhd, write_vhd
-from vhdx.image.vhd_opening import find_footer, open_vhd
+from vhdx.image.vhd_opening import open_vhd
 from vhdx.interrupts import uninterruptible
 from vhdx.units import MIB, round_up
 

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: MIT
+"""numpy, loaded when it is first used: ``from vhdx.arrays import np``.
+
+Importing numpy takes longer than most commands run, and many of them look at no table.
+"""
+
+from typing import TYPE_CHECKING
+
+from vhdx import lazy
+
+__all__ = ["np"]
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = lazy.Module("numpy")
