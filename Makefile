@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := $(wildcard csrc/*.c csrc/*.h csrc/*.py) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*.h csrc/*.py csrc/*/*.c csrc/*/*.h) setup.py pyproject.toml
 # What a build needs, and the peers that the tests and benchmarks run against.
 BUILD_PACKAGES := gcc python3-dev python3-venv libc6-dev
 PEER_PACKAGES := curl fdisk qemu-utils libnbd-bin nbdkit fio libvhdi-utils e2fsprogs fuse3

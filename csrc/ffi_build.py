@@ -7,8 +7,8 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).parent
-SOURCES = sorted(p.name for p in HERE.glob("*.c"))
-HEADERS = sorted(p.name for p in HERE.glob("*.h"))
+SOURCES = sorted(str(p.relative_to(HERE)) for p in HERE.rglob("*.c"))
+HEADERS = sorted(str(p.relative_to(HERE)) for p in HERE.rglob("*.h"))
 
 ffibuilder = FFI()
 ffibuilder.cdef((HERE / "native.cdef.h").read_text())

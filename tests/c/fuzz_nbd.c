@@ -11,10 +11,10 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "map.h"
-#include "memory.h"
-#include "nbd.h"
-#include "nbd_wire.h"
+#include "map/map.h"
+#include "leaf/memory.h"
+#include "front/nbd.h"
+#include "front/nbd_wire.h"
 
 #define SIZE ((uint64_t)1 << 20)
 #define PAGE_SHIFT 14u

@@ -11,9 +11,9 @@
 #include <time.h>
 
 #include "check.h"
-#include "map_internal.h"
-#include "memory.h"
-#include "run.h"
+#include "map/map_internal.h"
+#include "leaf/memory.h"
+#include "core/run.h"
 
 #define PAGE_SHIFT 12u
 #define PAGE (1u << PAGE_SHIFT)

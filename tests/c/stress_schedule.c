@@ -6,12 +6,12 @@
 #include <time.h>
 
 #include "check.h"
-#include "delay.h"
-#include "load.h"
-#include "memory.h"
-#include "schedule.h"
-#include "switch.h"
-#include "throttle.h"
+#include "sim/delay.h"
+#include "sim/load.h"
+#include "leaf/memory.h"
+#include "qos/schedule.h"
+#include "map/switch.h"
+#include "qos/throttle.h"
 
 #define DISKS 4u
 #define MIB ((uint64_t)1 << 20)

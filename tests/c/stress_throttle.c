@@ -7,9 +7,9 @@
 #include <time.h>
 
 #include "check.h"
-#include "memory.h"
-#include "run.h"
-#include "throttle.h"
+#include "leaf/memory.h"
+#include "core/run.h"
+#include "qos/throttle.h"
 
 #define FLOWS 3u
 #define THREADS 6u

@@ -5,10 +5,10 @@
 #include <string.h>
 
 #include "check.h"
-#include "hold.h"
-#include "map.h"
-#include "memory.h"
-#include "run.h"
+#include "sim/hold.h"
+#include "map/map.h"
+#include "leaf/memory.h"
+#include "core/run.h"
 
 #define PAGE 4096u
 #define PAGES 8u

@@ -7,8 +7,8 @@
 #include <sched.h>
 
 #include "check.h"
-#include "map_internal.h"
-#include "memory.h"
+#include "map/map_internal.h"
+#include "leaf/memory.h"
 
 #define PAGE_SHIFT 12u
 #define SECTOR 512u

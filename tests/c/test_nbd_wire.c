@@ -2,8 +2,8 @@
 #include <string.h>
 
 #include "check.h"
-#include "error.h"
-#include "nbd_wire.h"
+#include "core/error.h"
+#include "front/nbd_wire.h"
 
 static const uint8_t write_request[NBD_REQUEST_BYTES] = {
     0x25, 0x60, 0x95, 0x13, 0, 1, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 0, 0, 0, 0, 0, 0, 0x10, 0,

@@ -3,10 +3,10 @@
 #include <time.h>
 
 #include "check.h"
-#include "hold.h"
-#include "memory.h"
-#include "pool.h"
-#include "run.h"
+#include "sim/hold.h"
+#include "leaf/memory.h"
+#include "core/pool.h"
+#include "core/run.h"
 
 #define JOBS 200
 

@@ -6,16 +6,16 @@
 #include <string.h>
 #include <time.h>
 
-#include "bucket.h"
+#include "qos/bucket.h"
 #include "check.h"
-#include "delay.h"
-#include "dmclock.h"
-#include "hold.h"
-#include "load.h"
-#include "memory.h"
-#include "schedule.h"
-#include "switch.h"
-#include "throttle.h"
+#include "sim/delay.h"
+#include "qos/dmclock.h"
+#include "sim/hold.h"
+#include "sim/load.h"
+#include "leaf/memory.h"
+#include "qos/schedule.h"
+#include "map/switch.h"
+#include "qos/throttle.h"
 
 #define MS ((uint64_t)1000000u)
 #define SECOND (1000 * MS)

@@ -3,11 +3,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "bucket.h"
+#include "qos/bucket.h"
 #include "check.h"
-#include "map.h"
-#include "memory.h"
-#include "throttle.h"
+#include "map/map.h"
+#include "leaf/memory.h"
+#include "qos/throttle.h"
 
 #define SECOND ((uint64_t)1000000000u)
 #define UNIT 8192u

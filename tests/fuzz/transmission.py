@@ -20,7 +20,7 @@ def build_nbd(source: Path, target: Path) -> Path:
         f"-I{source}",
         f"-I{ROOT / 'tests' / 'c'}",
     ]
-    command += [*map(str, sorted(source.glob("*.c"))), str(ROOT / "tests" / "c" / "fuzz_nbd.c")]
+    command += [*map(str, sorted(source.rglob("*.c"))), str(ROOT / "tests" / "c" / "fuzz_nbd.c")]
     subprocess.run([*command, "-o", str(program), "-lpthread"], check=True)
     return program
 

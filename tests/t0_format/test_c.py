@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
-SOURCES = sorted((ROOT / "csrc").glob("*.c"))
+SOURCES = sorted((ROOT / "csrc").rglob("*.c"))
 UNITS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
 
 
@@ -42,6 +43,27 @@ def test_unit_under_address_and_undefined_behaviour_sanitizer(unit, tmp_path):
     )
     result = run(program)
     assert result.returncode == 0, result.stderr
+
+
+MAY_INCLUDE = {
+    "core": set(),
+    "leaf": {"core"},
+    "map": {"core"},
+    "sim": {"core"},
+    "qos": {"core", "sim"},
+    "front": {"core"},
+}
+
+
+def test_folders_include_downwards_only():
+    found = {
+        (path.parent.name, folder)
+        for path in (ROOT / "csrc").rglob("*.[ch]")
+        for folder in re.findall(r'#include "(\w+)/', path.read_text())
+        if path.parent.name in MAY_INCLUDE and folder != path.parent.name
+    }
+    assert {path.parent.name for path in SOURCES} == set(MAY_INCLUDE)
+    assert [(a, b) for a, b in sorted(found) if b not in MAY_INCLUDE[a]] == []
 
 
 STRESSES = sorted((ROOT / "tests" / "c").glob("stress_*.c"))

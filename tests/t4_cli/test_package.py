@@ -25,7 +25,7 @@ def test_wheel_is_built_from_the_sdist_and_runs(tmp_path):
     (sdist,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"csrc/ffi_build.py", "csrc/native.cdef.h", "csrc/map.c", "Makefile"} <= names
+    assert {"csrc/ffi_build.py", "csrc/native.cdef.h", "csrc/map/map.c", "Makefile"} <= names
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp311-abi3-linux" in wheel.name
     with zipfile.ZipFile(wheel) as archive:

@@ -3,7 +3,7 @@
 
 Owns: devices, page tables, the thread pool and NBD connections as Python objects, and the way from
 C's error codes to exceptions. Knows nothing of any on-disk format. The contracts of the devices
-stand in ``csrc/device.h`` and ``csrc/map.h``.
+stand in ``csrc/core/device.h`` and ``csrc/map/map.h``.
 """
 
 from vhdx.plane.callback import Backend, Callback

@@ -50,7 +50,7 @@ class Backend(Protocol):
 
 
 class Callback(Device):
-    """A device whose bytes live behind a :class:`Backend` (``csrc/callback.h``)."""
+    """A device whose bytes live behind a :class:`Backend` (``csrc/leaf/callback.h``)."""
 
     def __init__(self, backend: Backend, size: int, *, read_only: bool = False) -> None:
         identity = check.new_identity()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One NBD connection in its transmission phase (``csrc/nbd.h``)."""
+"""One NBD connection in its transmission phase (``csrc/front/nbd.h``)."""
 
 from __future__ import annotations
 

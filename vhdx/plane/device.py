@@ -85,7 +85,7 @@ os.register_at_fork(after_in_child=_fail_in_child)
 
 
 class Pool:
-    """Threads for what may block (``csrc/pool.h``)."""
+    """Threads for what may block (``csrc/core/pool.h``)."""
 
     def __init__(self, threads: int = _POOL_THREADS, byte_limit: int = _POOL_BYTES) -> None:
         handle = lib.vx_pool_create(threads, byte_limit)
@@ -285,7 +285,7 @@ def _offset(value: int) -> int:
 
 
 class File(Device):
-    """A host file or block device (``csrc/file.h``).
+    """A host file or block device (``csrc/leaf/file.h``).
 
     Args:
         fd: an open descriptor; it belongs to the device from here on.
@@ -348,7 +348,7 @@ class Memory(Device):
 
 
 class Switch(Device):
-    """A device that can be moved to another lower one at a consistent point (``csrc/switch.h``).
+    """A device that can be moved to another lower one at a consistent point (``csrc/map/switch.h``).
 
     Args:
         lower: where it lives at first.
@@ -380,7 +380,7 @@ class Switch(Device):
 
 
 class Hold(Device):
-    """A device for tests that parks, delays and fails requests of a lower one (``csrc/hold.h``)."""
+    """Parks, delays and fails requests of a lower device, for tests (``csrc/sim/hold.h``)."""
 
     def __init__(self, lower: Device, pool: Pool) -> None:
         super().__init__(lib.vx_hold_create(lower.handle, pool.handle, 0), lower.path)

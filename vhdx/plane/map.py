@@ -38,7 +38,7 @@ TAG_ZERO = 256
 
 
 class Kind(IntEnum):
-    """Kinds of entries (``csrc/table.h``)."""
+    """Kinds of entries (``csrc/map/table.h``)."""
 
     ASK = 0
     HOLE = 1
@@ -129,7 +129,7 @@ def _copy(memory: Any, length: int) -> bytes:
 
 
 class Map(Device):
-    """A device whose pages live on lower devices (``csrc/map.h``).
+    """A device whose pages live on lower devices (``csrc/map/map.h``).
 
     Args:
         handler: answers the faults; held by weak reference through this object only, so whoever

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Time, limits, and what was done: the faces of ``csrc/clock.h``, ``throttle.h`` and ``meter.h``."""
+"""Time, limits, and what was done.
+
+The faces of ``csrc/core/clock.h``, ``csrc/core/meter.h`` and ``csrc/qos/throttle.h``.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Disks as slow as models say, turns at a shared device, and clients for experiments.
 
-The faces of ``csrc/model.h``, ``delay.h``, ``schedule.h`` and ``load.h``.
+The faces of ``csrc/sim`` (``model.h``, ``delay.h``, ``load.h``) and ``csrc/qos/schedule.h``.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class ModelKind(IntEnum):
 
 
 class Model:
-    """How long a disk would take; ``csrc/model.h`` says how that is reckoned, and where from.
+    """How long a disk would take; ``csrc/sim/model.h`` says how that is reckoned, and where from.
 
     Args:
         kind: of disk.

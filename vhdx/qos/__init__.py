@@ -4,7 +4,7 @@
 :mod:`vhdx.qos.policy` has what is wanted as data, :mod:`vhdx.qos.store` keeps it in a file,
 :mod:`vhdx.qos.domain` applies it to the disks of a server, :mod:`vhdx.qos.scheduling` keeps
 minimums, and :mod:`vhdx.qos.monitor` watches what flows get, :mod:`vhdx.qos.alerts`
-tells of it. The data plane's part is ``csrc/throttle.h`` and ``csrc/schedule.h``.
+tells of it. The data plane's part is ``csrc/qos/throttle.h`` and ``csrc/qos/schedule.h``.
 """
 
 from vhdx.qos.domain import Domain

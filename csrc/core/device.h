@@ -1,0 +1,202 @@
+/* SPDX-License-Identifier: MIT
+ *
+ * Requests and devices: the contract every part of the data plane stands on.
+ *
+ * A request is an operation on a byte range with its buffer, flags and completion. vx_submit hands
+ * it to a device, which answers
+ *
+ *   VX_DONE     request->result holds 0 or a negative vx_error; nothing more will happen
+ *   VX_AGAIN    only with VX_NOWAIT: answering now would block; nothing lasting was done
+ *   VX_PARKED   request->complete is called exactly once, maybe before vx_submit returns: nobody but
+ *               the completion may touch the request any more. Only when VX_NOWAIT is not set, or
+ *               VX_MAY_PARK is, too. The device must not use request->memo, which belongs to the
+ *               submitter's stack
+ *   VX_FAULTED  the device lacks something that its fault handler must provide; request->fault
+ *               says what. The whole stack is unwound: no epoch, lock or buffer is held. The
+ *               driver (run.h) calls the handler once and submits the request again.
+ *
+ * Rules
+ *   range      checked against the size at the time of the call, overflow-safe, in vx_submit
+ *   buffers    belong to the caller until DONE or completion
+ *   sleeping   never inside a device: one that models time sets not_before_ns, and the front end
+ *              keeps the reply until then
+ *   restart    every operation may be submitted again from the top after AGAIN or FAULTED; `done`
+ *              bytes of the front of the range need not be repeated
+ *   poison     a failed barrier sets the device's state; every later request fails with it
+ */
+#ifndef VX_DEVICE_H
+#define VX_DEVICE_H
+
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#include "core/error.h"
+
+typedef struct vx_device vx_device;
+typedef struct vx_request vx_request;
+
+enum vx_operation {
+    VX_READ = 0,
+    VX_WRITE = 1,
+    VX_ZERO = 2,
+    VX_TRIM = 3,
+    VX_FLUSH = 4,
+    VX_EXTENTS = 5
+};
+
+enum vx_flag {
+    VX_FUA = 1,      /* durable before done (operations that write) */
+    VX_NOWAIT = 2,   /* answer AGAIN rather than block */
+    VX_NO_HOLE = 4,  /* ZERO: the range must be stored afterwards */
+    VX_FAST = 8,    /* ZERO: fail with UNSUPPORTED unless faster than writing */
+    VX_MAY_PARK = 16 /* with NOWAIT: a throttle may park the request nevertheless */
+};
+
+enum vx_answer { VX_DONE = 0, VX_AGAIN = 1, VX_PARKED = 2, VX_FAULTED = 3 };
+
+enum vx_extent_state { VX_EXTENT_DATA = 0, VX_EXTENT_ZERO = 1, VX_EXTENT_HOLE = 2 };
+
+typedef struct vx_extent {
+    uint64_t offset; /* bytes */
+    uint64_t length; /* bytes */
+    uint32_t state;  /* enum vx_extent_state */
+    int32_t depth;   /* 0 this device, 1 its parent ...; -1 for holes */
+} vx_extent;
+
+enum vx_fault_kind {
+    VX_FAULT_LOAD = 0,   /* entries of pages [first, first + count) are unknown */
+    VX_FAULT_GRANT = 1,  /* no ready space; count says how many pages are wanted */
+    VX_FAULT_GATE = 2,   /* the first change since the gate was closed */
+    VX_FAULT_RANGE = 3,  /* whole pages are to be zeroed or trimmed (operation) */
+    VX_FAULT_COMMIT = 4  /* pages and entries are to be made durable */
+};
+
+typedef struct vx_fault {
+    vx_device *device;
+    uint32_t kind;      /* enum vx_fault_kind */
+    uint32_t operation; /* enum vx_operation, RANGE only */
+    uint64_t first;     /* page */
+    uint64_t count;     /* pages, or entries of a commit */
+    uint64_t size;      /* RANGE: of the device when the pages were counted, bytes */
+    const uint64_t *pages;   /* COMMIT: the pages published, oldest first; may repeat */
+    const uint64_t *entries; /* COMMIT: their entries */
+    uint64_t generation;     /* COMMIT: what it makes durable */
+    uint64_t bitmap_count;         /* COMMIT: sector bitmaps that changed */
+    uint64_t bitmap_bytes;         /* COMMIT: of each */
+    const uint64_t *bitmap_pages;  /* COMMIT: their pages */
+    const uint8_t *bitmap_bits;    /* COMMIT: their bits, one behind the other */
+} vx_fault;
+
+/* How C asks its owner; an integer identity, never a pointer, goes up. Results: 0 or vx_error. */
+typedef struct vx_upcalls {
+    int (*fault)(uint64_t device, vx_fault *fault);
+    int (*perform)(uint64_t device, vx_request *request);  /* callback devices */
+    int (*resize)(uint64_t device, uint64_t size);         /* callback devices */
+    struct vx_delegate *delegate; /* carries out those of one thread (delegate.h); or NULL */
+} vx_upcalls;
+
+#define VX_MEMO_RANGES 8
+
+/* RANGE faults already answered for a request, so that a restart does not ask again. */
+typedef struct vx_memo {
+    uint32_t count;
+    struct {
+        const vx_device *device;
+        uint64_t first;
+        uint64_t count;
+    } ranges[VX_MEMO_RANGES];
+} vx_memo;
+
+struct vx_request {
+    uint32_t operation;
+    uint32_t flags;
+    uint64_t offset;
+    uint64_t length;
+    uint8_t *buffer; /* READ: filled; WRITE: the data; else unused */
+
+    int32_t result;
+    uint32_t slot;   /* a hint that spreads threads over epoch slots */
+    uint64_t done;   /* bytes of the front that need not be repeated */
+    uint64_t not_before_ns; /* CLOCK_MONOTONIC; 0: no delay */
+
+    vx_extent *extents; /* EXTENTS: room for extent_capacity; READ: holes found, not filled in */
+    uint32_t extent_capacity;
+    uint32_t extent_count;
+    int32_t depth; /* EXTENTS: depth that this device reports */
+    uint32_t stage; /* a device's own mark across a restart */
+    bool admitted;       /* a throttle has let it pass, also across a restart */
+    uint64_t arrived_ns; /* at a throttle that parked it */
+    uint64_t queued_ns;  /* how long it was parked there */
+    const void *owner;   /* who asked; for `drop` */
+    vx_device *held_by;  /* the device that keeps it in a queue shared with others */
+    uint64_t held_since; /* ns of that device's clock */
+
+    vx_memo *memo;
+    void (*complete)(vx_request *request);
+    void *context;
+    vx_request *next; /* for the list the request is parked in */
+
+    vx_failure failure;
+    vx_fault fault;
+};
+
+typedef struct vx_operations {
+    const char *kind;
+    int (*submit)(vx_device *device, vx_request *request);
+    int (*resize)(vx_device *device, uint64_t size);
+    void (*destroy)(vx_device *device);
+    /* Throttles: hold up nothing any more. What waits passes, or fails with CANCELLED. */
+    void (*hurry)(vx_device *device, bool drop);
+    bool (*is_holding)(vx_device *device); /* throttles: whether something waits */
+    /* Whether it may hold requests for long: what is under way for it is then held to less memory. */
+    bool (*is_limited)(vx_device *device);
+    /* What `owner` has waiting in queues fails with CANCELLED: nobody is there to take the answer. */
+    void (*drop)(vx_device *device, const void *owner);
+} vx_operations;
+
+struct vx_device {
+    const vx_operations *operations;
+    const vx_upcalls *upcalls;
+    uint64_t identity;
+    _Atomic uint64_t size;     /* bytes */
+    _Atomic int32_t state;     /* 0, or the error of every further request */
+    _Atomic uint32_t references;
+    _Atomic uint64_t progress; /* raised by every change that a fault handler makes */
+    _Atomic bool read_only;
+    vx_device *sized_by; /* whose size and checks of range count instead; NULL: its own */
+};
+
+/* Gives `device` its common part; one reference belongs to the caller. */
+void vx_device_initialise(vx_device *device, const vx_operations *operations, uint64_t identity,
+                          const vx_upcalls *upcalls, uint64_t size);
+vx_device *vx_device_reference(vx_device *device);
+void vx_device_release(vx_device *device); /* destroys at the last reference; NULL is allowed */
+
+uint64_t vx_device_size(vx_device *device);
+int vx_device_resize(vx_device *device, uint64_t size);
+int vx_device_state(vx_device *device);
+/* The first state other than 0 stays, except that FORKED replaces anything. */
+void vx_device_set_state(vx_device *device, int state);
+/* Refuses changes from now on; those under way go on. */
+void vx_device_freeze(vx_device *device);
+
+/* Checks the range and the state, then asks the device. A zero-length request inside the device,
+ * other than a flush, is done at once. */
+int vx_submit(vx_device *device, vx_request *request);
+
+/* `child` becomes a request of the same nature as `parent` for part of its range. */
+void vx_request_child(vx_request *child, const vx_request *parent, uint32_t operation,
+                      uint64_t offset, uint64_t length, uint8_t *buffer);
+/* Makes ready for another attempt, which may block, a request whose attempt did not end; `done`: bytes
+ * of its front that it need not repeat. */
+void vx_request_again(vx_request *request, uint64_t done);
+/* Copies outcome, failure and delay of a child that was answered into its parent. */
+void vx_request_adopt(vx_request *parent, const vx_request *child);
+
+/* Fails `request` here: sets result and failure, and returns VX_DONE. */
+int vx_fail(vx_device *device, vx_request *request, int code, int os_error, uint64_t offset);
+int vx_succeed(vx_request *request);
+
+#endif

@@ -1,0 +1,406 @@
+/* SPDX-License-Identifier: MIT */
+#include "front/nbd_internal.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* Reads into the staging buffer behind the place of its header. False: not answered. */
+static bool read_inline(vx_nbd_connection *c, const nbd_request *wire)
+{
+    vx_request request;
+    bool structured = c->rules.structured;
+    size_t header = structured ? NBD_CHUNK_BYTES + 8 : NBD_SIMPLE_REPLY_BYTES;
+    uint8_t *out = nbd_output_stage(&c->output);
+    nbd_prepare(c, &request, wire);
+    request.flags |= VX_NOWAIT;
+    request.buffer = out + header;
+    if (structured && !(wire->flags & NBD_FLAG_DF)) {
+        request.extents = c->holes;
+        request.extent_capacity = 1;
+    }
+    uint64_t began = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
+    if (vx_submit(c->device, &request) != VX_DONE || request.not_before_ns != 0)
+        return false;
+    if (began != 0)
+        vx_meter_note(c->meter, VX_READ, wire->length, vx_now_ns() - began, 0);
+    if (request.result != 0) {
+        nbd_reply_status(c, nbd_error_of(request.result, wire), wire);
+        return true;
+    }
+    if (request.extent_count > 0 && request.extents[0].length == wire->length) {
+        nbd_output_staged(&c->output,
+                          nbd_put_hole(out, true, wire->cookie, wire->offset, wire->length));
+        return true;
+    }
+    if (request.extent_count > 0)
+        memset(out + header + (request.extents[0].offset - wire->offset), 0,
+               request.extents[0].length);
+    if (structured)
+        nbd_put_data(out, true, wire->cookie, wire->offset, wire->length);
+    else
+        nbd_put_simple(out, NBD_OK, wire->cookie);
+    nbd_output_staged(&c->output, header + wire->length);
+    return true;
+}
+
+/* A large read tries the page cache first, as the small ones do. */
+static void submit_read(vx_nbd_connection *c, operation *op)
+{
+    nbd_prepare(c, &op->request, &op->wire);
+    op->request.buffer = op->buffer;
+    if (c->rules.structured && !(op->wire.flags & NBD_FLAG_DF)) {
+        op->request.extents = op->extents;
+        op->request.extent_capacity = READ_HOLES;
+    }
+    if (op->wire.length > INLINE_READ && nbd_try_operation(c, op))
+        nbd_reply_operation(c, op);
+    else
+        nbd_send_to_pool(c, op);
+}
+
+/* The next piece of a READ, or all of it where it must be answered as a whole. */
+static nbd_request next_piece(const vx_nbd_connection *c, const transfer *command)
+{
+    nbd_request piece = command->wire;
+    uint32_t rest = command->wire.length - command->begun;
+    bool divisible = c->rules.structured && !(piece.flags & NBD_FLAG_DF);
+    piece.offset += command->begun;
+    piece.length = divisible && rest > VX_NBD_PIECE ? (uint32_t)VX_NBD_PIECE : rest;
+    return piece;
+}
+
+void nbd_start_reads(vx_nbd_connection *c)
+{
+    c->starved = false;
+    while (c->reads != NULL && !c->gone && c->output.bytes < UNSENT_LIMIT &&
+           nbd_room_for_reply(c, REPLY_ROOM)) {
+        transfer *command = c->reads;
+        operation *op = NULL;
+        if (command->error != NBD_OK) /* of a piece: nothing more is read */
+            command->begun = command->wire.length;
+        if (command->begun < command->wire.length) {
+            nbd_request piece = next_piece(c, command);
+            enum outcome outcome = nbd_start_operation(c, command, &piece, READING, piece.length, &op);
+            if (outcome == HELD) {
+                c->starved = c->bytes[READING] == 0;
+                if (c->starved)
+                    vx_pool_note_shortage(c->pool, vx_now_ns());
+                return;
+            }
+            if (outcome == TAKEN) {
+                command->begun += piece.length;
+                command->operations++;
+            } else { /* no memory: that request alone fails */
+                command->error = NBD_ENOMEM;
+                command->begun = command->wire.length;
+            }
+        }
+        if (command->begun == command->wire.length) {
+            c->reads = command->next;
+            if (c->reads == NULL)
+                c->reads_end = &c->reads;
+        }
+        if (op != NULL) {
+            submit_read(c, op);
+        } else if (nbd_is_complete(command)) {
+            if (command->said)
+                nbd_output_staged(&c->output,
+                                  nbd_put_chunk(nbd_output_stage(&c->output), true, NBD_CHUNK_NONE,
+                                                command->wire.cookie, 0));
+            else
+                nbd_reply_status(c, command->error, &command->wire);
+            nbd_end_transfer(c, command);
+        }
+    }
+}
+
+void nbd_forget_reads(vx_nbd_connection *c)
+{
+    while (c->reads != NULL) {
+        transfer *command = c->reads;
+        c->reads = command->next;
+        command->begun = command->wire.length;
+        if (command->operations == 0)
+            nbd_end_transfer(c, command);
+    }
+    c->reads_end = &c->reads;
+}
+
+static transfer *new_transfer(vx_nbd_connection *c, const nbd_request *wire)
+{
+    transfer *command = calloc(1, sizeof *command);
+    if (command == NULL)
+        return NULL;
+    command->wire = *wire;
+    command->began_ns = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
+    c->under_way++;
+    atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
+    return command;
+}
+
+static enum outcome take_read(vx_nbd_connection *c, const nbd_request *wire)
+{
+    if (wire->length == 0) {
+        nbd_reply_status(c, NBD_OK, wire);
+        return TAKEN;
+    }
+    if (wire->length <= INLINE_READ && read_inline(c, wire))
+        return TAKEN;
+    if (!nbd_may_take(c))
+        return HELD;
+    transfer *command = new_transfer(c, wire);
+    if (command == NULL)
+        return LOST;
+    *c->reads_end = command;
+    c->reads_end = &command->next;
+    nbd_start_reads(c);
+    return TAKEN;
+}
+
+/* True when the write was answered inline. */
+static bool write_inline(vx_nbd_connection *c, const nbd_request *wire, uint8_t *payload)
+{
+    vx_request request;
+    if (wire->flags & NBD_FLAG_FUA)
+        return false;
+    nbd_prepare(c, &request, wire);
+    request.flags |= VX_NOWAIT;
+    request.buffer = payload;
+    uint64_t began = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
+    if (vx_submit(c->device, &request) != VX_DONE || request.not_before_ns != 0)
+        return false;
+    if (began != 0)
+        vx_meter_note(c->meter, VX_WRITE, wire->length, vx_now_ns() - began, 0);
+    nbd_reply_status(c, nbd_error_of(request.result, wire), wire);
+    return true;
+}
+
+/* Moves what has arrived of a WRITE's payload, `ahead` bytes into the input, to its buffer; runs it if
+ * that is all. */
+static void fill(vx_nbd_connection *c, operation *op, size_t ahead)
+{
+    size_t present = c->end - c->begin - ahead;
+    size_t part = present < op->wire.length ? present : op->wire.length;
+    if (part > 0)
+        memcpy(op->buffer, c->input + c->begin + ahead, part);
+    c->begin += part; /* the caller skips what is ahead */
+    nbd_prepare(c, &op->request, &op->wire);
+    op->request.buffer = op->buffer;
+    c->filling = op;
+    c->filled = part;
+    if (part == op->wire.length)
+        nbd_filled(c);
+}
+
+static enum outcome take_write(vx_nbd_connection *c, const nbd_request *wire)
+{
+    size_t present = c->end - c->begin - NBD_REQUEST_BYTES;
+    uint8_t *payload = c->input + c->begin + NBD_REQUEST_BYTES;
+    if (wire->length <= present && write_inline(c, wire, payload)) {
+        c->begin += wire->length;
+        return TAKEN;
+    }
+    if (wire->length > present && wire->length <= INPUT_BYTES / 4)
+        return SHORT; /* small: wait until it is here */
+    if (!nbd_may_take(c))
+        return HELD;
+    if (wire->length > VX_NBD_PIECE) {
+        c->writing = new_transfer(c, wire);
+        return c->writing == NULL ? LOST : TAKEN; /* its pieces are taken as they arrive */
+    }
+    operation *op;
+    enum outcome outcome = nbd_start_operation(c, NULL, wire, WRITING, wire->length, &op);
+    if (outcome != TAKEN)
+        return outcome;
+    fill(c, op, NBD_REQUEST_BYTES);
+    return TAKEN;
+}
+
+void nbd_filled(vx_nbd_connection *c)
+{
+    operation *op = c->filling;
+    c->filling = NULL;
+    if (!(op->wire.flags & NBD_FLAG_FUA) && nbd_try_operation(c, op)) {
+        pthread_mutex_lock(&c->lock);
+        op->next = c->completed;
+        c->completed = op;
+        pthread_mutex_unlock(&c->lock);
+    } else {
+        nbd_send_to_pool(c, op);
+    }
+}
+
+/* Takes the next piece of c->writing from the input. */
+static enum outcome take_piece(vx_nbd_connection *c)
+{
+    transfer *command = c->writing;
+    uint32_t rest = command->wire.length - command->begun;
+    if (command->error != NBD_OK) { /* the rest is received and thrown away */
+        c->discard = rest;
+        c->discarding = command;
+        c->writing = NULL;
+        return TAKEN;
+    }
+    operation *op;
+    nbd_request piece = command->wire;
+    piece.offset += command->begun;
+    piece.length = rest > VX_NBD_PIECE ? (uint32_t)VX_NBD_PIECE : rest;
+    piece.flags &= (uint16_t)~NBD_FLAG_FUA; /* a flush follows the last one */
+    enum outcome outcome = nbd_start_operation(c, command, &piece, WRITING, piece.length, &op);
+    if (outcome == LOST) {
+        command->error = NBD_ENOMEM;
+        return TAKEN;
+    }
+    if (outcome != TAKEN)
+        return outcome;
+    command->begun += piece.length;
+    command->operations++;
+    if (command->begun == command->wire.length)
+        c->writing = NULL;
+    fill(c, op, 0);
+    return TAKEN;
+}
+
+void nbd_abandon_input(vx_nbd_connection *c)
+{
+    transfer *command = c->writing != NULL ? c->writing : c->discarding;
+    c->writing = c->discarding = NULL;
+    c->discard = 0;
+    if (c->filling != NULL) {
+        operation *op = c->filling;
+        c->filling = NULL;
+        if (op->command != NULL) {
+            command = op->command;
+            command->operations--;
+        }
+        nbd_free_operation(op, c);
+    }
+    if (command == NULL)
+        return;
+    command->abandoned = true;
+    command->begun = command->wire.length;
+    nbd_reply_write(c, command);
+}
+
+static enum outcome take_other(vx_nbd_connection *c, const nbd_request *wire)
+{
+    if (wire->command == NBD_CACHE) { /* a hint, and the page cache decides for itself */
+        nbd_reply_status(c, NBD_OK, wire);
+        return TAKEN;
+    }
+    operation *op;
+    if (!nbd_may_take(c) || (wire->command == NBD_BLOCK_STATUS && c->statuses == MOST_STATUSES))
+        return HELD;
+    enum outcome outcome = nbd_start_operation(c, NULL, wire, OTHER, 0, &op);
+    if (outcome != TAKEN)
+        return outcome;
+    nbd_prepare(c, &op->request, wire);
+    if (wire->command == NBD_BLOCK_STATUS) {
+        op->status = malloc(STATUS_EXTENTS * sizeof *op->status);
+        if (op->status == NULL) {
+            op->request.result = VX_E_NOMEM;
+            nbd_reply_operation(c, op);
+            return TAKEN;
+        }
+        c->statuses++;
+        op->request.extents = op->status;
+        op->request.extent_capacity = STATUS_EXTENTS;
+        if (nbd_try_operation(c, op)) {
+            nbd_reply_operation(c, op);
+            return TAKEN;
+        }
+    }
+    nbd_send_to_pool(c, op);
+    return TAKEN;
+}
+
+static void refuse(vx_nbd_connection *c, const nbd_request *wire, enum nbd_error error)
+{
+    c->discard = nbd_payload_of(wire);
+    c->refused = *wire;
+    c->refusal = error;
+    if (c->discard == 0)
+        nbd_reply_status(c, error, wire);
+}
+
+/* Takes the request at the front of the input, whose 28 bytes are there. */
+static enum outcome take_request(vx_nbd_connection *c)
+{
+    nbd_request wire;
+    if (!nbd_room_for_reply(c, INLINE_READ + 64 + STATUS_EXTENTS * 8))
+        return HELD;
+    if (c->gone || !nbd_parse_request(c->input + c->begin, &wire))
+        return LOST;
+    if (wire.command == NBD_DISCONNECT) {
+        c->disconnecting = true;
+        return TAKEN;
+    }
+    c->rules.size = vx_device_size(c->device);
+    enum nbd_error error = nbd_validate(&wire, &c->rules);
+    enum outcome outcome = TAKEN;
+    if (error != NBD_OK)
+        refuse(c, &wire, error);
+    else if (wire.command == NBD_READ)
+        outcome = take_read(c, &wire);
+    else if (wire.command == NBD_WRITE)
+        outcome = take_write(c, &wire);
+    else
+        outcome = take_other(c, &wire);
+    if (outcome == LOST) { /* no memory: that request alone fails */
+        refuse(c, &wire, NBD_ENOMEM);
+        outcome = TAKEN;
+    }
+    if (outcome != TAKEN)
+        return outcome;
+    c->begin += NBD_REQUEST_BYTES;
+    if (wire.command < 8)
+        nbd_count(&c->counters.requests[wire.command], 1);
+    if (error == NBD_OK && vx_meter_is_on(c->meter))
+        vx_meter_offer(c->meter, nbd_operation_of(wire.command), wire.length);
+    if (error == NBD_OK && wire.command == NBD_READ)
+        nbd_count(&c->counters.bytes_read, wire.length);
+    if (error == NBD_OK && wire.command == NBD_WRITE)
+        nbd_count(&c->counters.bytes_written, wire.length);
+    return TAKEN;
+}
+
+static void discard_payload(vx_nbd_connection *c)
+{
+    size_t present = c->end - c->begin;
+    size_t part = present < c->discard ? present : (size_t)c->discard;
+    c->begin += part;
+    c->discard -= part;
+    if (c->discard > 0)
+        return;
+    transfer *command = c->discarding;
+    c->discarding = NULL;
+    if (command == NULL) {
+        nbd_reply_status(c, c->refusal, &c->refused);
+    } else {
+        command->begun = command->wire.length;
+        nbd_reply_write(c, command);
+    }
+}
+
+bool nbd_take_input(vx_nbd_connection *c)
+{
+    c->held = false;
+    while (!c->disconnecting && c->filling == NULL) {
+        if (c->discard > 0) {
+            c->held = !nbd_room_for_reply(c, 64);
+            if (c->begin == c->end || c->held)
+                break;
+            discard_payload(c);
+            continue;
+        }
+        if (c->writing == NULL && c->end - c->begin < NBD_REQUEST_BYTES)
+            break;
+        enum outcome outcome = c->writing != NULL ? take_piece(c) : take_request(c);
+        if (outcome == LOST)
+            return false;
+        c->held = outcome == HELD;
+        if (outcome != TAKEN)
+            break;
+    }
+    return true;
+}

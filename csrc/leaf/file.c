@@ -1,0 +1,277 @@
+/* SPDX-License-Identifier: MIT */
+#include "leaf/file.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "core/pool.h"
+
+typedef struct file_device {
+    vx_device device;
+    int fd;
+    uint32_t flags;
+    _Atomic uint32_t slow_writes; /* NOWAIT writes still to be sent to the pool */
+    _Atomic bool size_changed;
+    _Atomic bool nowait_refused; /* the file system knows no RWF_NOWAIT */
+    _Atomic uint64_t barriers;
+} file_device;
+
+#define ZERO_PIECE 65536u
+static const uint8_t zeros[ZERO_PIECE];
+
+static int code_of(int os_error)
+{
+    switch (os_error) {
+    case ENOSPC:
+    case EDQUOT:
+    case EFBIG:
+        return VX_E_NOSPACE;
+    case ENOMEM:
+        return VX_E_NOMEM;
+    case EROFS:
+    case EBADF:
+        return VX_E_READONLY;
+    default:
+        return VX_E_IO;
+    }
+}
+
+static int fail_here(file_device *file, vx_request *request, uint64_t offset)
+{
+    int os_error = errno;
+    return vx_fail(&file->device, request, code_of(os_error), os_error, offset);
+}
+
+static int file_read(file_device *file, vx_request *request)
+{
+    bool nowait = (request->flags & VX_NOWAIT) && !(file->flags & VX_FILE_MEMORY);
+    uint64_t done = 0;
+    if (nowait && atomic_load_explicit(&file->nowait_refused, memory_order_relaxed))
+        return VX_AGAIN;
+    while (done < request->length) {
+        struct iovec piece = {request->buffer + done, request->length - done};
+        ssize_t n = preadv2(file->fd, &piece, 1, (off_t)(request->offset + done),
+                            nowait ? RWF_NOWAIT : 0);
+        if (n > 0) {
+            done += (uint64_t)n;
+        } else if (n == 0) {
+            /* The file ends before the device does: somebody shortened it. */
+            return vx_fail(&file->device, request, VX_E_IO, 0, request->offset + done);
+        } else if (errno == EAGAIN && nowait) {
+            return VX_AGAIN;
+        } else if (errno == EOPNOTSUPP && nowait) {
+            atomic_store(&file->nowait_refused, true);
+            return VX_AGAIN;
+        } else if (errno != EINTR) {
+            return fail_here(file, request, request->offset + done);
+        }
+    }
+    return vx_succeed(request);
+}
+
+static int put(file_device *file, vx_request *request, const uint8_t *data, uint64_t length,
+               uint64_t offset, int flags)
+{
+    for (uint64_t done = 0; done < length;) {
+        struct iovec piece = {(uint8_t *)(uintptr_t)data + done, length - done};
+        ssize_t n = pwritev2(file->fd, &piece, 1, (off_t)(offset + done), flags);
+        if (n >= 0) {
+            done += (uint64_t)n;
+        } else if (errno != EINTR) {
+            int os_error = errno;
+            vx_fail(&file->device, request, code_of(os_error), os_error, offset + done);
+            if (flags & RWF_DSYNC) /* its space is there, so it is the barrier that failed */
+                vx_device_set_state(&file->device, VX_E_POISONED);
+            return request->result;
+        }
+    }
+    return VX_OK;
+}
+
+static int allocate(file_device *file, int mode, vx_request *request)
+{
+    int n;
+    do
+        n = fallocate(file->fd, mode, (off_t)request->offset, (off_t)request->length);
+    while (n != 0 && errno == EINTR);
+    return n;
+}
+
+static int file_write(file_device *file, vx_request *request)
+{
+    bool fua = request->flags & VX_FUA, nowait = request->flags & VX_NOWAIT;
+    uint64_t began = 0;
+    if (nowait) {
+        uint32_t slow = atomic_load_explicit(&file->slow_writes, memory_order_relaxed);
+        if (fua)
+            return VX_AGAIN;
+        if (slow > 0) {
+            atomic_store_explicit(&file->slow_writes, slow - 1, memory_order_relaxed);
+            return VX_AGAIN;
+        }
+        began = vx_now_ns();
+    }
+    if (file->flags & VX_FILE_ALLOCATE && request->length >= VX_LARGE_WRITE)
+        (void)allocate(file, FALLOC_FL_KEEP_SIZE, request); /* the write says what is wrong */
+    /* FUA writes twice: the first finds the space, so that what the second fails at is durability. */
+    if (put(file, request, request->buffer, request->length, request->offset, 0) != VX_OK ||
+        (fua && put(file, request, request->buffer, request->length, request->offset,
+                    RWF_DSYNC) != VX_OK))
+        return VX_DONE;
+    if (fua)
+        atomic_fetch_add(&file->barriers, 1);
+    if (nowait && vx_now_ns() - began > VX_SLOW_WRITE_NS)
+        atomic_store_explicit(&file->slow_writes, 64, memory_order_relaxed);
+    return vx_succeed(request);
+}
+
+static int file_barrier(file_device *file, vx_request *request)
+{
+    if (file->flags & VX_FILE_READ_ONLY)
+        return vx_succeed(request);
+    atomic_fetch_add(&file->barriers, 1);
+    bool whole = atomic_exchange(&file->size_changed, false);
+    int n;
+    do
+        n = whole ? fsync(file->fd) : fdatasync(file->fd);
+    while (n != 0 && errno == EINTR); /* nothing was lost, it only did not end */
+    if (n == 0)
+        return vx_succeed(request);
+    fail_here(file, request, 0);
+    vx_device_set_state(&file->device, VX_E_POISONED);
+    return VX_DONE;
+}
+
+static int file_zero(file_device *file, vx_request *request)
+{
+    bool sparse = (file->flags & VX_FILE_SPARSE) && !(request->flags & VX_NO_HOLE);
+    bool done = sparse && allocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, request) == 0;
+    if (!done)
+        done = allocate(file, FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE, request) == 0;
+    if (!done && (request->flags & VX_FAST))
+        return vx_fail(&file->device, request, VX_E_UNSUPPORTED, 0, request->offset);
+    for (uint64_t at = 0; !done && at < request->length; at += ZERO_PIECE) {
+        uint64_t n = request->length - at < ZERO_PIECE ? request->length - at : ZERO_PIECE;
+        if (put(file, request, zeros, n, request->offset + at, 0) != VX_OK)
+            return VX_DONE;
+    }
+    return request->flags & VX_FUA ? file_barrier(file, request) : vx_succeed(request);
+}
+
+static int file_trim(file_device *file, vx_request *request)
+{
+    if (file->flags & VX_FILE_SPARSE) /* a hint: a file system that cannot is no failure */
+        (void)allocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, request);
+    return request->flags & VX_FUA ? file_barrier(file, request) : vx_succeed(request);
+}
+
+static int file_extents(file_device *file, vx_request *request)
+{
+    uint64_t at = request->offset, end = at + request->length;
+    request->extent_count = 0;
+    while (at < end && request->extent_count < request->extent_capacity) {
+        off_t data = lseek(file->fd, (off_t)at, SEEK_DATA);
+        if (data < 0 && errno != ENXIO)
+            data = (off_t)at; /* no such call here: it is all data */
+        uint64_t stop = data < 0 || (uint64_t)data > end ? end : (uint64_t)data;
+        uint32_t state = VX_EXTENT_HOLE;
+        if (stop == at) {
+            off_t hole = lseek(file->fd, (off_t)at, SEEK_HOLE);
+            stop = hole < 0 || (uint64_t)hole > end ? end : (uint64_t)hole;
+            state = VX_EXTENT_DATA;
+        }
+        if (stop <= at)
+            stop = end;
+        request->extents[request->extent_count++] =
+            (vx_extent){.offset = at,
+                        .length = stop - at,
+                        .state = state,
+                        .depth = state == VX_EXTENT_DATA ? request->depth : -1};
+        at = stop;
+    }
+    return vx_succeed(request);
+}
+
+static int file_submit(vx_device *device, vx_request *request)
+{
+    file_device *file = (file_device *)device;
+    switch (request->operation) {
+    case VX_READ:
+        return file_read(file, request);
+    case VX_WRITE:
+        return file_write(file, request);
+    default:
+        break;
+    }
+    if (request->flags & VX_NOWAIT)
+        return VX_AGAIN;
+    switch (request->operation) {
+    case VX_ZERO:
+        return file_zero(file, request);
+    case VX_TRIM:
+        return file_trim(file, request);
+    case VX_FLUSH:
+        return file_barrier(file, request);
+    case VX_EXTENTS:
+        return file_extents(file, request);
+    default:
+        return vx_fail(device, request, VX_E_INVALID, 0, request->offset);
+    }
+}
+
+static int file_resize(vx_device *device, uint64_t size)
+{
+    file_device *file = (file_device *)device;
+    if (file->flags & VX_FILE_READ_ONLY)
+        return VX_E_READONLY;
+    int n;
+    do
+        n = ftruncate(file->fd, (off_t)size);
+    while (n != 0 && errno == EINTR);
+    if (n != 0)
+        return code_of(errno);
+    atomic_store(&file->size_changed, true);
+    atomic_store(&device->size, size);
+    return VX_OK;
+}
+
+static void file_destroy(vx_device *device)
+{
+    vx_file_close(device);
+    free(device);
+}
+
+static const vx_operations file_operations = {
+    .kind = "file", .submit = file_submit, .resize = file_resize, .destroy = file_destroy};
+
+vx_device *vx_file_create(int fd, uint64_t size, uint32_t flags, uint64_t identity)
+{
+    file_device *file = calloc(1, sizeof *file);
+    if (file == NULL) {
+        close(fd);
+        return NULL;
+    }
+    vx_device_initialise(&file->device, &file_operations, identity, NULL, size);
+    file->device.read_only = flags & VX_FILE_READ_ONLY;
+    file->fd = fd;
+    file->flags = flags;
+    return &file->device;
+}
+
+void vx_file_close(vx_device *device)
+{
+    file_device *file = (file_device *)device;
+    vx_device_set_state(device, VX_E_CLOSED);
+    if (file->fd >= 0)
+        close(file->fd);
+    file->fd = -1;
+}
+
+uint64_t vx_file_barriers(vx_device *device)
+{
+    return atomic_load(&((file_device *)device)->barriers);
+}

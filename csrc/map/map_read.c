@@ -1,0 +1,260 @@
+/* SPDX-License-Identifier: MIT */
+#include <string.h>
+
+#include "map/map_internal.h"
+#include "core/run.h"
+
+/* Zeros for [offset, offset + length): noted as a hole where the reader asked for holes and there is
+ * room, else written into the buffer. Offsets of holes are those of the request's device. */
+static void read_hole(vx_request *request, uint64_t offset, uint64_t length)
+{
+    vx_extent *last = request->extent_count == 0 ? NULL
+                                                 : &request->extents[request->extent_count - 1];
+    if (last != NULL && last->offset + last->length == offset) {
+        last->length += length;
+    } else if (request->extents != NULL && request->extent_count < request->extent_capacity) {
+        request->extents[request->extent_count++] =
+            (vx_extent){offset, length, VX_EXTENT_HOLE, -1};
+    } else {
+        memset(request->buffer + (offset - request->offset), 0, length);
+    }
+}
+
+/* Reads from a lower device; what lies past its end is zeros. */
+static int read_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t lower_offset,
+                      uint64_t offset, uint64_t length)
+{
+    vx_device *device = map->lowers[lower];
+    uint64_t size = vx_device_size(device);
+    uint64_t present = lower_offset >= size             ? 0
+                       : size - lower_offset < length ? size - lower_offset
+                                                      : length;
+    if (present > 0) {
+        vx_request child;
+        vx_request_child(&child, request, VX_READ, lower_offset, present,
+                         request->buffer + (offset - request->offset));
+        int answer = vx_call(device, &child);
+        if (answer == VX_FAULTED)
+            request->fault = child.fault;
+        if (answer != VX_DONE)
+            return answer;
+        vx_request_adopt(request, &child);
+        if (child.result != 0)
+            return VX_DONE;
+    }
+    if (present < length)
+        read_hole(request, offset + present, length - present);
+    return VX_DONE;
+}
+
+static int read_mixed(vx_map *map, vx_request *request, uint64_t page, uint64_t entry, uint64_t at,
+                      uint64_t length)
+{
+    uint64_t base = page << map->page_shift, within = at - base, stop = within + length;
+    while (within < stop) {
+        bool stored;
+        uint64_t end = vx_mixed_run(map, page, within, stop, &stored);
+        if (!stored && map->parent == VX_MAP_NO_PARENT)
+            return vx_fail(&map->device, request, VX_E_MISSING_PARENT, 0, base + within);
+        int answer = stored ? read_lower(map, request, vx_entry_lower(entry),
+                                         vx_entry_offset(entry) + within, base + within,
+                                         end - within)
+                            : read_lower(map, request, map->parent, base + within, base + within,
+                                         end - within);
+        if (answer != VX_DONE || request->result != 0)
+            return answer;
+        within = end;
+    }
+    return VX_DONE;
+}
+
+static int read_segment(vx_map *map, vx_request *request, uint64_t page, uint64_t at,
+                        uint64_t length, bool *asks)
+{
+    uint64_t entry = vx_map_entry(map, page), within = at - (page << map->page_shift);
+    if (!vx_map_open_inside(map, request))
+        return VX_DONE;
+    switch (vx_entry_kind(entry)) {
+    case VX_HOLE:
+        read_hole(request, at, length);
+        return VX_DONE;
+    case VX_DATA:
+    case VX_SHARED:
+        return read_lower(map, request, vx_entry_lower(entry), vx_entry_offset(entry) + within, at,
+                          length);
+    case VX_MIXED:
+        return read_mixed(map, request, page, entry, at, length);
+    case VX_ASK:
+    default:
+        *asks = true;
+        return VX_DONE;
+    }
+}
+
+/* A restart reads again from `at` on, and would note the holes there twice. */
+static void forget_holes_after(vx_request *request, uint64_t at)
+{
+    while (request->extent_count > 0) {
+        vx_extent *last = &request->extents[request->extent_count - 1];
+        if (last->offset + last->length <= at)
+            return;
+        if (last->offset < at) {
+            last->length = at - last->offset;
+            return;
+        }
+        request->extent_count--;
+    }
+}
+
+int vx_map_read(vx_map *map, vx_request *request)
+{
+    uint64_t end = request->offset + request->length;
+    request->result = VX_OK;
+    forget_holes_after(request, request->offset + request->done);
+    while (request->done < request->length) {
+        uint64_t at = request->offset + request->done, page = at >> map->page_shift;
+        uint64_t stop = (page + 1) << map->page_shift;
+        uint64_t length = (stop < end ? stop : end) - at;
+        bool asks = false;
+        uint32_t slot = vx_epoch_enter(&map->epochs, request->slot);
+        int answer = read_segment(map, request, page, at, length, &asks);
+        vx_epoch_leave(&map->epochs, slot);
+        if (asks)
+            return vx_map_fault_load(map, request, at, end);
+        if (answer != VX_DONE || request->result != 0)
+            return answer;
+        request->done += length;
+    }
+    return VX_DONE;
+}
+
+/* Adds an extent, merged with the one before; false when there is no room. */
+static bool add_extent(vx_request *request, uint64_t offset, uint64_t length, uint32_t state,
+                       int32_t depth)
+{
+    if (request->extent_count > 0) {
+        vx_extent *last = &request->extents[request->extent_count - 1];
+        if (last->state == state && last->depth == depth &&
+            last->offset + last->length == offset) {
+            last->length += length;
+            return true;
+        }
+    }
+    if (request->extent_count == request->extent_capacity)
+        return false;
+    request->extents[request->extent_count++] = (vx_extent){offset, length, state, depth};
+    return true;
+}
+
+/* The extents of a lower device's range, moved to this device's offsets. *full: no room for all. */
+static int extents_of_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t from,
+                            uint64_t offset, uint64_t length, int32_t depth, bool *full)
+{
+    uint64_t size = vx_device_size(map->lowers[lower]);
+    uint64_t present = from >= size ? 0 : size - from < length ? size - from : length;
+    for (uint64_t at = 0; at < present && !*full;) {
+        vx_extent found[64];
+        vx_request child;
+        vx_request_child(&child, request, VX_EXTENTS, from + at, present - at, NULL);
+        child.extents = found;
+        child.extent_capacity = 64;
+        child.depth = depth;
+        int answer = vx_call(map->lowers[lower], &child);
+        if (answer == VX_FAULTED)
+            request->fault = child.fault;
+        if (answer != VX_DONE || child.result != 0) {
+            vx_request_adopt(request, &child);
+            return answer;
+        }
+        uint64_t before = at;
+        for (uint32_t i = 0; i < child.extent_count && at < present && !*full; i++) {
+            uint64_t n = found[i].length < present - at ? found[i].length : present - at;
+            *full = !add_extent(request, offset + at, n, found[i].state, found[i].depth);
+            at += n;
+        }
+        if (at == before && !*full) /* a device that has nothing to say of its own range */
+            return vx_fail(&map->device, request, VX_E_INVALID, 0, offset + at);
+    }
+    if (!*full && present < length)
+        *full = !add_extent(request, offset + present, length - present, VX_EXTENT_HOLE, -1);
+    return VX_DONE;
+}
+
+static int extents_of_mixed(vx_map *map, vx_request *request, uint64_t page, uint64_t at,
+                            uint64_t length, bool *full)
+{
+    uint64_t base = page << map->page_shift, within = at - base, stop = within + length;
+    while (within < stop && !*full) {
+        bool stored;
+        uint64_t end = vx_mixed_run(map, page, within, stop, &stored);
+        int answer = VX_DONE;
+        if (stored)
+            *full = !add_extent(request, base + within, end - within, VX_EXTENT_DATA,
+                                request->depth);
+        else if (map->parent == VX_MAP_NO_PARENT)
+            *full = !add_extent(request, base + within, end - within, VX_EXTENT_HOLE, -1);
+        else
+            answer = extents_of_lower(map, request, map->parent, base + within, base + within,
+                                      end - within, request->depth + 1, full);
+        if (answer != VX_DONE || request->result != 0)
+            return answer;
+        within = end;
+    }
+    return VX_DONE;
+}
+
+static int extents_of_page(vx_map *map, vx_request *request, uint64_t page, uint64_t at,
+                           uint64_t length, bool *asks, bool *full)
+{
+    uint64_t entry = vx_map_entry(map, page);
+    if (!vx_map_open_inside(map, request))
+        return VX_DONE;
+    bool zero = vx_entry_tag(entry) & VX_TAG_ZERO;
+    switch (vx_entry_kind(entry)) {
+    case VX_HOLE:
+        *full = !add_extent(request, at, length, zero ? VX_EXTENT_ZERO : VX_EXTENT_HOLE,
+                            zero ? request->depth : -1);
+        return VX_DONE;
+    case VX_DATA:
+        if (map->flags & VX_MAP_TRANSPARENT)
+            return extents_of_lower(map, request, vx_entry_lower(entry),
+                                    vx_entry_offset(entry) + (at - (page << map->page_shift)), at,
+                                    length, request->depth, full);
+        *full = !add_extent(request, at, length, VX_EXTENT_DATA, request->depth);
+        return VX_DONE;
+    case VX_SHARED:
+        return extents_of_lower(map, request, vx_entry_lower(entry),
+                                vx_entry_offset(entry) + (at - (page << map->page_shift)), at,
+                                length, request->depth + 1, full);
+    case VX_MIXED:
+        return extents_of_mixed(map, request, page, at, length, full);
+    case VX_ASK:
+    default:
+        *asks = true;
+        return VX_DONE;
+    }
+}
+
+int vx_map_extents(vx_map *map, vx_request *request)
+{
+    uint64_t end = request->offset + request->length;
+    bool full = false;
+    request->result = VX_OK;
+    request->extent_count = 0;
+    for (uint64_t at = request->offset; at < end && !full;) {
+        uint64_t page = at >> map->page_shift, stop = (page + 1) << map->page_shift;
+        uint64_t length = (stop < end ? stop : end) - at;
+        bool asks = false;
+        uint32_t slot = vx_epoch_enter(&map->epochs, request->slot);
+        int answer = extents_of_page(map, request, page, at, length, &asks, &full);
+        vx_epoch_leave(&map->epochs, slot);
+        if (asks && request->extent_count > 0)
+            break; /* a part of the answer is an answer; the rest is asked for next time */
+        if (asks)
+            return vx_map_fault_load(map, request, at, end);
+        if (answer != VX_DONE || request->result != 0)
+            return answer;
+        at += length;
+    }
+    return VX_DONE;
+}

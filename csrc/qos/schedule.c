@@ -1,0 +1,582 @@
+/* SPDX-License-Identifier: MIT */
+#include "qos/schedule.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "qos/bucket.h"
+#include "core/run.h"
+#include "qos/schedule_internal.h"
+
+#define STARTS_HERE 16u /* pieces that one thread starts in a row */
+
+static void dispatch(vx_scheduler *s);
+static void run_piece(vx_job *job);
+static void completed(vx_request *piece);
+
+/* ---- life of a scheduler ---- */
+
+void vx_scheduler_release(vx_scheduler *s)
+{
+    if (atomic_fetch_sub(&s->references, 1) != 1)
+        return;
+    while (s->shares != NULL) {
+        vx_share *share = s->shares;
+        s->shares = share->next;
+        free(share);
+    }
+    while (s->turns != NULL) {
+        vx_turn *p = s->turns;
+        s->turns = p->other;
+        free(p);
+    }
+    pthread_cond_destroy(&s->rested);
+    pthread_mutex_destroy(&s->lock);
+    free(s);
+}
+
+/* ---- pieces, without the lock ---- */
+
+enum rest { NOTHING, MORE, A_FLUSH };
+
+/* Takes what a piece brought into its request; what has yet to go. */
+static enum rest adopt(vx_turn *p)
+{
+    vx_request *request = p->request;
+    if (request == NULL)
+        return NOTHING;
+    p->piece.not_before_ns = 0; /* that has passed */
+    vx_request_adopt(request, &p->piece);
+    request->done += p->piece.length;
+    if (request->result != 0 || p->piece.operation == VX_FLUSH)
+        return NOTHING;
+    if (request->done < request->length)
+        return MORE;
+    return schedule_flushes_after(p->scheduler, request) ? A_FLUSH : NOTHING;
+}
+
+static void give_back(vx_scheduler *s, vx_turn *p)
+{
+    p->next = s->free;
+    s->free = p;
+}
+
+/* Makes durable what was written by pieces; on the pool. */
+static void flush_after(vx_turn *p)
+{
+    vx_request_child(&p->piece, p->request, VX_FLUSH, 0, 0, NULL);
+    p->piece.memo = NULL;
+    p->piece.complete = completed;
+    p->piece.context = p;
+    if (p->scheduler->is_virtual)
+        run_piece(&p->job);
+    else
+        vx_pool_push(p->scheduler->pool, &p->job);
+}
+
+/* Its place is free; the rest of its request waits again, or the request is done. */
+static void end(vx_turn *p)
+{
+    vx_scheduler *s = p->scheduler;
+    vx_request *request = p->request;
+    pthread_mutex_lock(&s->lock);
+    enum rest rest = adopt(p);
+    if (rest == A_FLUSH) {
+        p->submitters++;
+        pthread_mutex_unlock(&s->lock);
+        flush_after(p);
+        return;
+    }
+    uint64_t now = vx_clock_now(s->clock);
+    p->share->facts[BELOW]--;
+    schedule_leave(s, p, now);
+    p->request = NULL;
+    if (rest == MORE && p->dropped) {
+        vx_fail(request->held_by, request, VX_E_CANCELLED, 0, request->offset + request->done);
+        rest = NOTHING;
+    }
+    if (rest == MORE)
+        schedule_enqueue(s, p->share, request, true, now);
+    else
+        p->share->facts[REQUESTS]++;
+    if (rest != MORE)
+        schedule_leaves(p->share, now);
+    if (p->submitters > 0)
+        p->ended = true;
+    else
+        give_back(s, p);
+    pthread_mutex_unlock(&s->lock);
+    if (rest != MORE && request != NULL) {
+        vx_device *device = request->held_by;
+        request->complete(request);
+        vx_device_release(device);
+    }
+    dispatch(s);
+    vx_scheduler_release(s);
+}
+
+static void on_piece_time(vx_timer *timer)
+{
+    end((vx_turn *)((char *)timer - offsetof(vx_turn, timer)));
+}
+
+static void answered(vx_turn *p)
+{
+    vx_scheduler *s = p->scheduler;
+    uint64_t until = p->piece.not_before_ns;
+    if (until <= vx_clock_now(s->clock) || !vx_clock_set(s->clock, &p->timer, until))
+        end(p);
+}
+
+static void completed(vx_request *piece)
+{
+    answered(piece->context);
+}
+
+/* The thread has handed the piece down. What is parked there waits for its own disk (a pause, a
+ * commit), and holds up no other one meanwhile. */
+static void let_go(vx_turn *p, bool parked)
+{
+    vx_scheduler *s = p->scheduler;
+    pthread_mutex_lock(&s->lock);
+    p->submitters--;
+    if (p->ended && p->submitters == 0)
+        give_back(s, p);
+    else if (parked && !p->ended)
+        schedule_leave(s, p, vx_clock_now(s->clock));
+    pthread_mutex_unlock(&s->lock);
+}
+
+static void run_piece(vx_job *job)
+{
+    vx_turn *p = (vx_turn *)((char *)job - offsetof(vx_turn, job));
+    vx_scheduler *s = schedule_keep(p->scheduler);
+    vx_device *device = vx_device_reference(p->request->held_by);
+    p->piece.flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
+    bool parked = vx_run(((scheduled *)device)->lower, &p->piece) == VX_PARKED;
+    let_go(p, parked);
+    if (parked)
+        dispatch(s); /* there may be a place now */
+    else
+        answered(p);
+    vx_device_release(device);
+    vx_scheduler_release(s);
+}
+
+/* A turn has come: its owner does the I/O, and ends it. */
+static void start_turn(vx_turn *p)
+{
+    vx_request *waiting = p->request;
+    pthread_mutex_lock(&p->scheduler->lock); /* who drops looks at it */
+    p->request = NULL;
+    pthread_mutex_unlock(&p->scheduler->lock);
+    waiting->context = p;
+    waiting->complete(waiting);
+    let_go(p, false);
+}
+
+static void start(vx_turn *p)
+{
+    vx_scheduler *s = p->scheduler;
+    if (p->request->held_by == NULL) {
+        start_turn(p);
+        return;
+    }
+    vx_device *device = vx_device_reference(p->request->held_by);
+    p->job.run = run_piece;
+    p->timer.run = on_piece_time;
+    p->piece.complete = completed;
+    p->piece.context = p;
+    p->piece.flags |= VX_NOWAIT | VX_MAY_PARK;
+    bool large = p->piece.operation <= VX_WRITE && p->piece.length > VX_QUICK_BYTES;
+    int answer = large && !s->is_virtual ? VX_AGAIN
+                                         : vx_submit(((scheduled *)device)->lower, &p->piece);
+    if (answer == VX_DONE || answer == VX_PARKED)
+        let_go(p, answer == VX_PARKED);
+    if (answer == VX_DONE) {
+        answered(p);
+    } else if (answer != VX_PARKED) { /* this thread's hand on it goes to the pool's */
+        vx_request_again(&p->piece, 0);
+        if (s->is_virtual)
+            run_piece(&p->job);
+        else
+            vx_pool_push(s->pool, &p->job);
+    }
+    vx_device_release(device);
+}
+
+static void on_dispatch_job(vx_job *job)
+{
+    vx_scheduler *s = (vx_scheduler *)((char *)job - offsetof(vx_scheduler, job));
+    pthread_mutex_lock(&s->lock);
+    s->handed_over = false;
+    pthread_mutex_unlock(&s->lock);
+    dispatch(s);
+    vx_scheduler_release(s);
+}
+
+/* Starts what may go. One thread at a time does; after a while it lets go, because it has other work,
+ * and the pool goes on, or whoever comes before it gets there. */
+static void dispatch(vx_scheduler *s)
+{
+    unsigned started = 0;
+    bool hands_over = false;
+    pthread_mutex_lock(&s->lock);
+    s->again = true;
+    if (s->dispatching) {
+        pthread_mutex_unlock(&s->lock);
+        return;
+    }
+    s->dispatching = true;
+    while (s->again && !hands_over) {
+        vx_turn *p;
+        s->again = false;
+        while (!hands_over && (p = schedule_next(s)) != NULL) {
+            schedule_keep(s); /* until the piece ends */
+            pthread_mutex_unlock(&s->lock);
+            start(p);
+            pthread_mutex_lock(&s->lock);
+            hands_over = ++started >= STARTS_HERE && !s->is_virtual;
+        }
+    }
+    s->dispatching = false;
+    bool push = hands_over && !s->handed_over;
+    s->handed_over |= push;
+    pthread_mutex_unlock(&s->lock);
+    if (push) {
+        schedule_keep(s);
+        vx_pool_push(s->pool, &s->job);
+    }
+}
+
+static void on_time(vx_timer *timer)
+{
+    vx_scheduler *s = (vx_scheduler *)((char *)timer - offsetof(vx_scheduler, timer));
+    pthread_mutex_lock(&s->lock);
+    s->armed_for = 0;
+    pthread_mutex_unlock(&s->lock);
+    dispatch(s);
+    vx_scheduler_release(s);
+}
+
+/* ---- devices ---- */
+
+static bool is_of(const vx_request *request, const void *owner)
+{
+    return request->owner == owner && request->held_by != NULL;
+}
+
+static bool is_turn(const vx_request *request, const void *unused)
+{
+    (void)unused;
+    return request->held_by == NULL;
+}
+
+static void schedule_drop(vx_device *device, const void *owner)
+{
+    vx_share *share = atomic_load(&((scheduled *)device)->share);
+    vx_scheduler *s = share->scheduler;
+    pthread_mutex_lock(&s->lock);
+    vx_request *found = NULL;
+    for (share = s->shares; share != NULL; share = share->next) /* it may have changed meanwhile */
+        found = schedule_take_out(s, share, is_of, owner, found);
+    for (vx_turn *p = s->turns; p != NULL; p = p->other)
+        if (p->request != NULL && is_of(p->request, owner))
+            p->dropped = true;
+    pthread_mutex_unlock(&s->lock);
+    while (found != NULL) {
+        vx_request *request = found;
+        vx_device *held_by = request->held_by;
+        found = request->next; /* it is gone when it has completed */
+        vx_fail(held_by, request, VX_E_CANCELLED, 0, request->offset);
+        request->complete(request);
+        vx_device_release(held_by);
+    }
+}
+
+/* A flush on its way down: it waits for no turn, but its client is not idle meanwhile. */
+typedef struct passing {
+    vx_share *share;
+    void (*complete)(vx_request *request);
+    void *context;
+} passing;
+
+static void enters(vx_share *share)
+{
+    pthread_mutex_lock(&share->scheduler->lock);
+    schedule_enters(share);
+    pthread_mutex_unlock(&share->scheduler->lock);
+}
+
+static void leaves(vx_share *share, uint64_t not_before)
+{
+    vx_scheduler *s = share->scheduler;
+    uint64_t now = vx_clock_now(s->clock);
+    pthread_mutex_lock(&s->lock);
+    schedule_leaves(share, now > not_before ? now : not_before);
+    pthread_mutex_unlock(&s->lock);
+}
+
+static void passed(vx_request *request)
+{
+    passing *p = request->context;
+    vx_scheduler *s = p->share->scheduler;
+    leaves(p->share, request->not_before_ns);
+    request->complete = p->complete;
+    request->context = p->context;
+    free(p);
+    request->complete(request);
+    vx_scheduler_release(s);
+}
+
+static int pass(scheduled *d, vx_request *request)
+{
+    passing *p = malloc(sizeof *p);
+    if (p == NULL)
+        return vx_submit(d->lower, request);
+    *p = (passing){atomic_load(&d->share), request->complete, request->context};
+    vx_scheduler *s = schedule_keep(p->share->scheduler);
+    enters(p->share);
+    request->complete = passed;
+    request->context = p;
+    int answer = vx_submit(d->lower, request);
+    if (answer == VX_PARKED)
+        return VX_PARKED;
+    leaves(p->share, request->not_before_ns);
+    request->complete = p->complete;
+    request->context = p->context;
+    free(p);
+    vx_scheduler_release(s);
+    return answer;
+}
+
+static int schedule_submit(vx_device *device, vx_request *request)
+{
+    scheduled *d = (scheduled *)device;
+    if (request->operation == VX_FLUSH)
+        return pass(d, request);
+    if (request->operation == VX_EXTENTS || request->length == 0)
+        return vx_submit(d->lower, request);
+    if (request->flags & VX_NOWAIT && !(request->flags & VX_MAY_PARK))
+        return VX_AGAIN;
+    request->flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
+    request->held_by = vx_device_reference(device);
+    request->done = 0;
+    request->extent_count = 0;
+    vx_share *share = atomic_load(&d->share);
+    vx_scheduler *s = schedule_keep(share->scheduler);
+    pthread_mutex_lock(&s->lock);
+    schedule_enqueue(s, share, request, false, vx_clock_now(s->clock));
+    pthread_mutex_unlock(&s->lock);
+    dispatch(s);
+    vx_scheduler_release(s);
+    return VX_PARKED;
+}
+
+static bool schedule_is_holding(vx_device *device)
+{
+    return vx_schedule_waiting(device) > 0;
+}
+
+/* Memory is kept for those who are owed something. */
+static bool schedule_is_limited(vx_device *device)
+{
+    return !atomic_load(&atomic_load(&((scheduled *)device)->share)->has_reservation);
+}
+
+static void schedule_destroy(vx_device *device)
+{
+    scheduled *d = (scheduled *)device;
+    vx_scheduler_release(atomic_load(&d->share)->scheduler);
+    vx_device_release(d->lower);
+    free(d);
+}
+
+static const vx_operations schedule_operations = {.kind = "schedule",
+                                                  .submit = schedule_submit,
+                                                  .destroy = schedule_destroy,
+                                                  .drop = schedule_drop,
+                                                  .is_holding = schedule_is_holding,
+                                                  .is_limited = schedule_is_limited};
+
+vx_device *vx_schedule_create(vx_device *lower, vx_share *share, uint64_t identity)
+{
+    scheduled *d = calloc(1, sizeof *d);
+    if (d == NULL)
+        return NULL;
+    vx_device_initialise(&d->device, &schedule_operations, identity, NULL, 0);
+    d->device.sized_by = lower;
+    d->lower = vx_device_reference(lower);
+    schedule_keep(share->scheduler);
+    atomic_init(&d->share, share);
+    return &d->device;
+}
+
+uint64_t vx_schedule_waiting(vx_device *device)
+{
+    return atomic_load_explicit(&((scheduled *)device)->waiting, memory_order_relaxed);
+}
+
+void vx_schedule_set_share(vx_device *device, vx_share *share)
+{
+    atomic_store(&((scheduled *)device)->share, share);
+}
+
+/* ---- turns ---- */
+
+typedef struct turn {
+    vx_request request;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    bool came;
+} turn;
+
+static void turn_came(vx_request *request)
+{
+    turn *t = (turn *)request;
+    pthread_mutex_lock(&t->lock);
+    t->came = true;
+    pthread_cond_signal(&t->changed);
+    pthread_mutex_unlock(&t->lock);
+}
+
+/* A thread has no turn any more, and does not look at the clock and the pool. */
+static void rest_now(vx_scheduler *s)
+{
+    pthread_mutex_lock(&s->lock);
+    if (--s->working == 0)
+        pthread_cond_broadcast(&s->rested);
+    pthread_mutex_unlock(&s->lock);
+}
+
+vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes)
+{
+    vx_scheduler *s = share->scheduler;
+    turn t = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
+    uint64_t most = vx_piece_of(VX_READ, s->unit);
+    t.request.operation = VX_READ;
+    t.request.length = bytes == 0 ? 1 : bytes < most ? bytes : most;
+    t.request.complete = turn_came;
+    pthread_mutex_lock(&s->lock);
+    bool stopping = s->stopping;
+    if (!stopping) {
+        s->working++;
+        schedule_enqueue(s, share, &t.request, false, vx_clock_now(s->clock));
+    }
+    pthread_mutex_unlock(&s->lock);
+    if (!stopping) {
+        dispatch(s);
+        pthread_mutex_lock(&t.lock);
+        while (!t.came)
+            pthread_cond_wait(&t.changed, &t.lock);
+        pthread_mutex_unlock(&t.lock);
+        if (t.request.context == NULL)
+            rest_now(s);
+    }
+    pthread_mutex_destroy(&t.lock);
+    pthread_cond_destroy(&t.changed);
+    return t.request.context;
+}
+
+void vx_turn_end(vx_turn *taken)
+{
+    vx_scheduler *s = schedule_keep(taken->scheduler);
+    end(taken);
+    rest_now(s);
+    vx_scheduler_release(s);
+}
+
+void vx_scheduler_stop(vx_scheduler *s)
+{
+    vx_request *found = NULL;
+    pthread_mutex_lock(&s->lock);
+    s->stopping = true;
+    for (vx_share *share = s->shares; share != NULL; share = share->next)
+        found = schedule_take_out(s, share, is_turn, NULL, found);
+    pthread_mutex_unlock(&s->lock);
+    while (found != NULL) {
+        vx_request *request = found;
+        found = request->next; /* it is gone when it has completed */
+        request->complete(request);
+    }
+    pthread_mutex_lock(&s->lock);
+    while (s->working > 0)
+        pthread_cond_wait(&s->rested, &s->lock);
+    pthread_mutex_unlock(&s->lock);
+}
+
+/* ---- shares and facts ---- */
+
+void vx_scheduler_set_most_below(vx_scheduler *s, uint64_t ns)
+{
+    pthread_mutex_lock(&s->lock);
+    s->most_below_ns = ns;
+    pthread_mutex_unlock(&s->lock);
+    dispatch(s);
+}
+
+vx_share *vx_share_create(vx_scheduler *s)
+{
+    vx_share *share = calloc(1, sizeof *share);
+    if (share == NULL)
+        return NULL;
+    share->scheduler = s;
+    pthread_mutex_lock(&s->lock);
+    vx_dmclock_set(&s->all, &share->client, 0, 0, 1, vx_ticks(vx_clock_now(s->clock)));
+    share->next = s->shares;
+    s->shares = share;
+    pthread_mutex_unlock(&s->lock);
+    return share;
+}
+
+void vx_share_set(vx_share *share, uint64_t reservation, uint64_t limit, uint64_t weight)
+{
+    vx_scheduler *s = share->scheduler;
+    pthread_mutex_lock(&s->lock);
+    vx_dmclock_set(&s->all, &share->client, reservation, limit, weight,
+                   vx_ticks(vx_clock_now(s->clock)));
+    atomic_store(&share->has_reservation, reservation != 0);
+    pthread_mutex_unlock(&s->lock);
+    dispatch(s); /* a limit may be gone */
+}
+
+void vx_share_read(vx_share *share, uint64_t *facts)
+{
+    pthread_mutex_lock(&share->scheduler->lock);
+    uint64_t late = vx_dmclock_late(&share->client, vx_ticks(vx_clock_now(share->scheduler->clock)));
+    share->facts[LATE_NS] = vx_ns_of_ticks(late);
+    memcpy(facts, share->facts, sizeof share->facts);
+    pthread_mutex_unlock(&share->scheduler->lock);
+}
+
+void vx_scheduler_read(vx_scheduler *s, uint64_t *facts)
+{
+    pthread_mutex_lock(&s->lock);
+    schedule_note_contention(s, vx_clock_now(s->clock));
+    facts[0] = s->contended_ns;
+    facts[1] = s->contended_units;
+    facts[2] = s->waiting;
+    facts[3] = s->below;
+    pthread_mutex_unlock(&s->lock);
+}
+
+vx_scheduler *vx_scheduler_create(vx_clock *clock, vx_pool *pool, uint32_t unit, uint32_t depth,
+                                  vx_model *model)
+{
+    vx_scheduler *s = calloc(1, sizeof *s);
+    if (s == NULL)
+        return NULL;
+    pthread_mutex_init(&s->lock, NULL);
+    pthread_cond_init(&s->rested, NULL);
+    atomic_init(&s->references, 1);
+    s->clock = clock;
+    s->pool = pool;
+    s->unit = unit;
+    s->depth = depth;
+    s->most_below_ns = UINT64_MAX;
+    s->model = model;
+    s->is_virtual = vx_clock_is_virtual(clock);
+    s->timer.run = on_time;
+    s->job.run = on_dispatch_job;
+    return s;
+}
