@@ -68,6 +68,7 @@ bench: $(STAMP) peers ## benchmarks against the peers; report in bench/results
 	$(BIN)/python -m bench chain
 	$(BIN)/python -m bench convert
 	$(BIN)/python -m bench qos
+	$(BIN)/python -m bench start
 
 clean: ## remove what was built
 	rm -rf $(VENV) .interop build dist *.egg-info vhdx/plane/*.so
