@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from vhdx.image import journal
+from vhdx.image.vhdx import journal
 
 REQUIRE = os.environ.get("VHDX_REQUIRE_PEERS") == "1"
 DATA = Path(os.environ.get("VHDX_TEST_DATA", Path(__file__).parents[2] / "shared"))

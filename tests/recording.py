@@ -23,7 +23,7 @@ import xxhash
 from vhdx import plane
 from vhdx.image.disk import Disk
 from vhdx.image.host import HostFile
-from vhdx.image.vhdx_image import open_vhdx
+from vhdx.image.vhdx.image import open_vhdx
 
 SECTOR = 512
 HEADERS = (64 << 10, 192 << 10)

@@ -12,15 +12,25 @@ that is called on any other thread, where no handler runs, is done there.
 from __future__ import annotations
 
 import _thread
+import contextlib
 import contextvars
 import functools
 import inspect
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["DONE_NOTE", "Cancel", "Progress", "caller", "uninterrupted", "uninterruptible"]
+__all__ = [
+    "DONE_NOTE",
+    "Cancel",
+    "Completion",
+    "Progress",
+    "caller",
+    "completing",
+    "uninterrupted",
+    "uninterruptible",
+]
 
 _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
@@ -50,6 +60,32 @@ def caller() -> object:
     return getattr(_local, "root", None) or threading.get_ident()
 
 
+class Completion:
+    """How far the operation inside :func:`completing` is.
+
+    Attributes:
+        begun: it is, or was, at work.
+        done: it has succeeded. Both are set by the thread of the operation and read by anyone.
+    """
+
+    def __init__(self) -> None:
+        self.begun = self.done = False
+
+
+@contextlib.contextmanager
+def completing() -> Iterator[Completion]:
+    """Around one operation on the main thread: an interruption that is too late counts for nothing.
+
+    Where the operation succeeds although a handler raised, it returns what it always returns. Whoever
+    set the handler looks at the completion, and raises nothing once it is done.
+    """
+    before, _local.completion = getattr(_local, "completion", None), Completion()
+    try:
+        yield _local.completion
+    finally:
+        _local.completion = before
+
+
 def _never() -> bool:
     return False
 
@@ -69,7 +105,8 @@ def uninterrupted(
 
     Raises:
         BaseException: what ``work`` raised. Or what a signal handler raised on the main thread. The
-            cause is then the exception that ended the work. If the work succeeded, a note says so.
+            cause is then the exception that ended the work. If the work succeeded, a note says so;
+            inside :func:`completing` its result is returned instead.
     """
     if threading.get_ident() != threading.main_thread().ident:
         return work(progress, _never if cancel is None else cancel)
@@ -112,9 +149,10 @@ class _Call:
         self.error: BaseException | None = None
 
     def answer(self) -> None:
+        """Calls it. An exception of a signal handler is not the function's, and goes on from here."""
         try:
             self.result = self.function()
-        except BaseException as error:
+        except Exception as error:
             self.error = error
         self.answered.set()
 
@@ -128,6 +166,7 @@ class _Job:
         self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._begun = self._given_up = False
+        self._completion: Completion | None = getattr(_local, "completion", None)
         self._stopping = False
         self._done = False
         self._result: object = None
@@ -144,13 +183,14 @@ class _Job:
                 self._answer_one()
         except BaseException as interruption:
             self._stopping = True
-            if self._waited_to_the_end():
+            begun = self._waited_to_the_end()
+            if begun and self._error is not None and self._error is not interruption:
+                raise interruption from self._error
+            if not begun or self._error is not None or self._completion is None:
                 self._result = None  # nobody gets it
-                if self._error is None:
+                if begun and self._error is None:
                     interruption.add_note(DONE_NOTE)
-                elif self._error is not interruption:
-                    raise interruption from self._error
-            raise
+                raise
         # The thread of the work may live a moment longer, and would keep the result alive.
         result, self._result = self._result, None
         error, self._error = self._error, None
@@ -197,10 +237,14 @@ class _Job:
             if self._given_up:
                 return
             self._begun = True
+        if self._completion is not None:
+            self._completion.begun = True
         _local.root = self._root
         progress = None if self._progress is None else self._tell
         try:
             self._result = context.run(work, progress, self._asks_to_stop)
+            if self._completion is not None:
+                self._completion.done = True
         except BaseException as error:
             self._error = error
         self._done = True

@@ -12,7 +12,8 @@ import pytest
 import vhdx
 from tests.images import edit
 from vhdx import plane
-from vhdx.image import compacting, engine, lock, snapshots
+from vhdx.image import lock
+from vhdx.image.vhdx import compacting, engine, snapshots
 from vhdx.units import GIB, MIB, TIB
 
 

@@ -17,7 +17,7 @@ from tests.images import BAT_OFFSET, add_log, edit, edit_headers, make_child, re
 from vhdx.cli.commands import main
 from vhdx.format import header, region
 from vhdx.format.bat import BlockState
-from vhdx.image.repairing import undo_path
+from vhdx.image.vhdx.repairing import undo_path
 from vhdx.units import MIB
 
 SIZE = 8 * MIB

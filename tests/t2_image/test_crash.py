@@ -27,7 +27,7 @@ from tests.recording import (
 from tests.reference import Refused, read_reference
 from vhdx.errors import VhdxError
 from vhdx.format import header as headers
-from vhdx.image import engine
+from vhdx.image.vhdx import engine
 from vhdx.units import MIB
 
 SIZE = 6 * MIB

@@ -14,7 +14,8 @@ import vhdx
 from tests.images import edit, edit_headers, read
 from tests.namespace import Directory, written
 from vhdx.format import header
-from vhdx.image import engine, vhd_image
+from vhdx.image.vhd import image as vhd_image
+from vhdx.image.vhdx import engine
 from vhdx.units import MIB
 
 SIZE = 4 * MIB

@@ -333,7 +333,7 @@ def test_snapshots_and_merges_leave_hints(tmp_path):
     disk = there / "disk.vhdx"
     vhdx.create(disk, parent=base)
     vhdx.snapshot(disk, there / "older.vhdx")
-    if not children._hinted(base):
+    if not children.hinted(base):
         pytest.skip("this file system has no extended attributes")
     with pytest.raises(vhdx.InUseError, match=r"older\.vhdx depends on it"):
         vhdx.open(base, "r+")

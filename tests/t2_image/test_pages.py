@@ -10,7 +10,7 @@ import pytest
 
 import vhdx
 from vhdx import plane
-from vhdx.image import journal
+from vhdx.image.vhdx import journal
 from vhdx.units import MIB
 
 

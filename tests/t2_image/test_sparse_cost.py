@@ -41,7 +41,7 @@ def test_an_empty_disk_costs_little(chain, fast_path, what):
     vhdx.create(other, SIZE, block_size=MIB)
     code = (
         "import sys, time, vhdx\n"
-        "from vhdx.image.engine import Engine\n"
+        "from vhdx.image.vhdx.engine import Engine\n"
         "load, loads = Engine.load, []\n"
         "Engine.load = lambda *a: (loads.append(a), load(*a))\n"
         "child, other = sys.argv[1:]\n"

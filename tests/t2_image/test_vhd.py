@@ -21,9 +21,10 @@ import vhdx
 from tests.recording import Handle, History, Recorder, crash_states, digest
 from vhdx import plane
 from vhdx.format import vhd
-from vhdx.image import vhd_image, vhd_opening
 from vhdx.image.disk import Disk
 from vhdx.image.host import HostFile
+from vhdx.image.vhd import image as vhd_image
+from vhdx.image.vhd import opening as vhd_opening
 from vhdx.units import KIB, MIB
 
 BLOCK = 512 * KIB

@@ -18,7 +18,7 @@ import pytest
 import vhdx
 from tests.conftest import absent
 from vhdx import plane
-from vhdx.image import snapshots
+from vhdx.image.vhdx import snapshots
 from vhdx.units import MIB
 
 

@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def end_at_once(number: int, frame: FrameType | None) -> None:
     """Nothing has begun, so there is nothing to undo."""
     del number, frame
-    os.write(2, b"vhdx: interrupted\n")
+    os.write(2, b"vhdx: interrupted: nothing was changed\n")
     os._exit(INTERRUPTED)
 
 

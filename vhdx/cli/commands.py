@@ -35,6 +35,8 @@ _OTHER_NAMES = {"map": "map_extents"}
 
 
 class _Commands(VhdxGroup):
+    asking = frozenset(name for name, home in _HOMES.items() if home != _IMAGES)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
         return list(_HOMES)

@@ -11,14 +11,15 @@ from vhdx import control, image
 from vhdx.cli.output import (
     SEQUENCE,
     SIZE,
+    change,
     json_option,
     print_json,
     print_table,
     progress_bar,
 )
 from vhdx.errors import InvalidArgumentError
-from vhdx.image import dump as dumping
 from vhdx.image.formats import FORMATS, RAW_SUFFIXES
+from vhdx.image.vhdx import dump as dumping
 from vhdx.units import format_size
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def create(
         raise InvalidArgumentError(
             "an image of this name would be taken for a raw one", path=path, hint="name it .vhdx"
         )
-    with progress_bar("allocating") as progress:
+    with progress_bar("allocating") as progress, change():
         image.create(
             path,
             size,
@@ -210,10 +211,15 @@ def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: 
     if repair and undo:
         raise click.UsageError("choose --repair or --undo")
     if undo:
-        image.undo(path)
+        with change():
+            image.undo(path)
         click.echo("the last repair is undone")
         return
-    report = image.repair(path) if repair else image.check(path)
+    if repair:
+        with change():
+            report = image.repair(path)
+    else:
+        report = image.check(path)
     if as_json:
         print_json(report.as_dict())
     else:
@@ -240,7 +246,7 @@ def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
 
     Example: vhdx compact disk.vhdx
     """
-    with progress_bar("compacting") as progress:
+    with progress_bar("compacting") as progress, change():
         done = control.compact(path, parent_search=parent_dir, progress=progress)
     if as_json:
         print_json(done.as_dict())
@@ -276,7 +282,10 @@ def resize(path: str, size: int, shrink: bool, unsafe: bool, move_gpt: bool, for
 
     Example: vhdx resize disk.vhdx 128G
     """
-    note = control.resize(path, size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt, force=force)
+    with change():
+        note = control.resize(
+            path, size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt, force=force
+        )
     if note is not None:
         click.echo(f"vhdx: {path}: {note}", err=True)
 
@@ -290,7 +299,9 @@ def snapshot(path: str, checkpoint: str | None, force: bool) -> None:
 
     Example: vhdx snapshot disk.vhdx --checkpoint before-upgrade.vhdx
     """
-    click.echo(control.snapshot(path, checkpoint, force=force))
+    with change():
+        name = control.snapshot(path, checkpoint, force=force)
+    click.echo(name)
 
 
 @click.command()
@@ -304,7 +315,7 @@ def merge(path: str, parent_dir: tuple[str, ...], force: bool) -> None:
 
     Example: vhdx merge disk.vhdx
     """
-    with progress_bar("merging") as progress:
+    with progress_bar("merging") as progress, change():
         image.merge(path, parent_search=parent_dir, force=force, progress=progress)
 
 
@@ -318,7 +329,7 @@ def rebase(path: str, parent: str, parent_dir: tuple[str, ...], unsafe: bool) ->
 
     Example: vhdx rebase disk.vhdx --parent moved/base.vhdx
     """
-    with progress_bar("comparing") as progress:
+    with progress_bar("comparing") as progress, change():
         image.rebase(path, parent, parent_search=parent_dir, unsafe=unsafe, progress=progress)
 
 
@@ -420,7 +431,7 @@ def convert(
 
     Example: vhdx convert disk.raw disk.vhdx
     """
-    with progress_bar("converting") as progress:
+    with progress_bar("converting") as progress, change():
         padded = image.convert(
             source,
             destination,

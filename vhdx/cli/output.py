@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +23,7 @@ from vhdx.errors import (
     InvalidArgumentError,
     VhdxError,
 )
-from vhdx.interrupts import DONE_NOTE
+from vhdx.interrupts import DONE_NOTE, Completion, completing
 from vhdx.units import parse_size
 
 if TYPE_CHECKING:
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
     from types import FrameType
 
 __all__ = [
+    "SAME_SECONDS",
     "SECONDS",
     "SEQUENCE",
     "SIZE",
     "VhdxGroup",
+    "change",
     "exit_code",
     "json_option",
     "print_json",
@@ -42,6 +45,8 @@ __all__ = [
 ]
 
 _LONGEST_SECONDS = 86400
+SAME_SECONDS = 0.5
+"""Signals this soon after the first one are the same request: timeout(1) and shells send several."""
 DONE, FAILED, USAGE, DAMAGED, IN_USE = 0, 1, 2, 3, 4
 
 
@@ -108,7 +113,23 @@ SECONDS = _Seconds()
 
 
 class VhdxGroup(click.Group):
-    """Turns errors into one line and an exit code."""
+    """Turns errors into one line and an exit code.
+
+    Attributes:
+        asking: commands that ask a server, so that nobody knows what an interrupted one has done.
+    """
+
+    asking: frozenset[str] = frozenset()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command. Click would hide what an interruption knows."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            left = _what_is_left(error)
+            if left is None and ctx.invoked_subcommand not in self.asking and not _has_begun():
+                left = "nothing was changed"
+            raise _InterruptedError(left) from error
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the command; never shows a traceback for what a user can meet."""
@@ -118,9 +139,10 @@ class VhdxGroup(click.Group):
                 code = self._run(args, kwargs)
             finally:
                 signals.end()
-        except (KeyboardInterrupt, click.Abort) as error:
+        except (KeyboardInterrupt, click.Abort, _InterruptedError) as error:
             signals.end()
-            click.echo(f"vhdx: interrupted{_what_is_left(error)}", err=True)
+            left = error.left if isinstance(error, _InterruptedError) else None
+            click.echo("vhdx: interrupted" + (f": {left}" if left else ""), err=True)
             code = INTERRUPTED
         signals.leave()
         sys.exit(code)
@@ -150,14 +172,48 @@ class VhdxGroup(click.Group):
         return result if isinstance(result, int) else DONE
 
 
-class _Signals:
-    """The first signal raises KeyboardInterrupt; the second ends the command at once.
+class _InterruptedError(BaseException):
+    """An interruption on its way through Click.
 
-    A signal that comes when the command has ended changes nothing any more.
+    Attributes:
+        left: what is left, where that is known.
+    """
+
+    def __init__(self, left: str | None) -> None:
+        super().__init__()
+        self.left = left
+
+
+_completion: Completion | None = None
+"""Of the change that the command makes, once it has begun."""
+
+
+def _has_begun() -> bool:
+    return _completion is not None and _completion.begun
+
+
+@contextlib.contextmanager
+def change() -> Iterator[None]:
+    """Around the one operation by which a command changes something.
+
+    When that is done, a signal comes too late: the command ends as it would have without.
+    """
+    global _completion
+    with completing() as _completion:
+        yield
+
+
+class _Signals:
+    """The first signal raises KeyboardInterrupt; a second, later one ends the command at once.
+
+    A signal that comes when the command has done its work, or has ended, changes nothing any more.
     """
 
     def __init__(self) -> None:
-        self._seen = self._ended = False
+        global _completion
+        _completion = None
+        self._seen: float | None = None
+        self._ended = False
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is not threading.main_thread():
             return  # a test
@@ -171,10 +227,15 @@ class _Signals:
         del number, frame
         if self._ended:
             return
-        if self._seen:
-            os.write(2, b"vhdx: ended at once; a temporary file may be left\n")
-            os._exit(INTERRUPTED)
-        self._seen = True
+        now = time.monotonic()
+        if self._seen is not None:
+            if now - self._seen > SAME_SECONDS:
+                os.write(2, b"vhdx: ended at once; a temporary file may be left\n")
+                os._exit(INTERRUPTED)
+            return
+        self._seen = now
+        if _completion is not None and _completion.done:
+            return
         if sys.stderr is not None and sys.stderr.isatty():
             os.write(2, b"\nvhdx: stopping; interrupt again to end at once\n")
         raise KeyboardInterrupt
@@ -192,12 +253,11 @@ class _Signals:
             signal.signal(number, signal.SIG_IGN if before is end_at_once else before)
 
 
-def _what_is_left(error: BaseException) -> str:
+def _what_is_left(error: BaseException) -> str | None:
     """What an operation that was interrupted came to, where one was under way."""
-    cause = error.__cause__
-    if isinstance(cause, VhdxError):
-        return f": {cause}"
-    return f": {DONE_NOTE}" if DONE_NOTE in getattr(error, "__notes__", ()) else ""
+    if isinstance(error.__cause__, VhdxError):
+        return str(error.__cause__)
+    return DONE_NOTE if DONE_NOTE in getattr(error, "__notes__", ()) else None
 
 
 def print_json(value: object) -> None:

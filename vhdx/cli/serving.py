@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from vhdx import control, nbd
 from vhdx.cli import INTERRUPTED, SIGNALS
 from vhdx.cli.output import (
     DONE,
+    SAME_SECONDS,
     SECONDS,
     SIZE,
     json_option,
@@ -252,16 +254,20 @@ class _Events:
         self._writer.setblocking(False)
         self._noted = threading.Event()
         self._signal: int | None = None
+        self._seen = 0.0
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self._signal is not None:
-            os.write(2, b"vhdx: ended at once; what was flushed is kept\n")
-            os._exit(128 + number)
-        self._signal = number
+            if now - self._seen > SAME_SECONDS:
+                os.write(2, b"vhdx: ended at once; what was flushed is kept\n")
+                os._exit(INTERRUPTED)
+            return
+        self._signal, self._seen = number, now
         if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
             os.write(2, b"\nvhdx: finishing requests, then stopping; Ctrl-C again ends it at once\n")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vhdx import image
 from vhdx.control.client import Owner, find_owner
 from vhdx.errors import InUseError
-from vhdx.image.compacting import Compacted
+from vhdx.image.contract import Compacted
 from vhdx.image.disk import Extent, ExtentState
 from vhdx.interrupts import uninterruptible
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 from vhdx import lazy
 
 if TYPE_CHECKING:
-    from vhdx.image.checking import Finding, Report, check
     from vhdx.image.converting import convert
     from vhdx.image.creation import create_disk as create
     from vhdx.image.disk import Disk, Extent, ExtentState
-    from vhdx.image.merging import compact, merge, rebase
     from vhdx.image.opening import open_disk as open
     from vhdx.image.opening import snapshot
-    from vhdx.image.repairing import repair, undo
-    from vhdx.image.view import View
+    from vhdx.image.vhdx.checking import Finding, Report, check
+    from vhdx.image.vhdx.merging import compact, merge, rebase
+    from vhdx.image.vhdx.repairing import repair, undo
+    from vhdx.image.vhdx.view import View
 
 __all__ = [
     "Disk",
@@ -41,13 +41,13 @@ __all__ = [
 __getattr__ = lazy.exports(
     __name__,
     {
-        "vhdx.image.checking": "Finding Report check",
+        "vhdx.image.vhdx.checking": "Finding Report check",
         "vhdx.image.converting": "convert",
         "vhdx.image.creation": "create_disk:create",
         "vhdx.image.disk": "Disk Extent ExtentState",
-        "vhdx.image.merging": "compact merge rebase",
+        "vhdx.image.vhdx.merging": "compact merge rebase",
         "vhdx.image.opening": "open_disk:open snapshot",
-        "vhdx.image.repairing": "repair undo",
-        "vhdx.image.view": "View",
+        "vhdx.image.vhdx.repairing": "repair undo",
+        "vhdx.image.vhdx.view": "View",
     },
 )

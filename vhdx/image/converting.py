@@ -11,27 +11,29 @@ from vhdx import plane
 from vhdx.arrays import np
 from vhdx.errors import InvalidArgumentError, Reason, VhdxError
 from vhdx.format import vhd
-from vhdx.image import layout
 from vhdx.image.creation import format_of_name
 from vhdx.image.disk import Disk, ExtentState
-from vhdx.image.engine import Engine
 from vhdx.image.formats import FORMATS
 from vhdx.image.host import HostFile
 from vhdx.image.opening import open_disk
 from vhdx.image.replacing import new_file
-from vhdx.image.structure import read_structure
-from vhdx.image.vhd_footer import find_footer
-from vhdx.image.vhd_layout import check_vhd, write_vhd
-from vhdx.image.vhd_opening import open_vhd
+from vhdx.image.reserving import reserve
+from vhdx.image.vhd.footer import find_footer
+from vhdx.image.vhd.layout import check_vhd, write_vhd
+from vhdx.image.vhd.opening import open_vhd
+from vhdx.image.vhdx import layout
+from vhdx.image.vhdx.engine import Engine
+from vhdx.image.vhdx.structure import read_structure
 from vhdx.interrupts import uninterruptible
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from vhdx.image.layout import StrPath
-    from vhdx.image.view import View
+    from vhdx.image.vhdx.view import View
     from vhdx.interrupts import Progress
+
+    StrPath = str | os.PathLike[str]
 
 __all__ = ["convert", "destination_format"]
 
@@ -127,7 +129,7 @@ def convert(
         if target == "raw":
             leaf.resize(disk.size)
             if not sparse:
-                layout.allocate(leaf, 0, disk.size, sparse=True, progress=None, cancel=cancel)
+                reserve(leaf, 0, disk.size, sparse=True, progress=None, cancel=cancel)
             _Copy(disk, leaf, progress, cancel).run()
             return 0
         if target == "vhd":

@@ -7,16 +7,17 @@ import os
 from typing import TYPE_CHECKING
 
 from vhdx.errors import InvalidArgumentError
-from vhdx.image.differencing import create_child
-from vhdx.image.layout import create_vhdx
-from vhdx.image.vhd_layout import create_vhd
+from vhdx.image.vhd.layout import create_vhd
+from vhdx.image.vhdx.differencing import create_child
+from vhdx.image.vhdx.layout import create_vhdx
 from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from vhdx.image.layout import StrPath
     from vhdx.interrupts import Cancel, Progress
+
+    StrPath = str | os.PathLike[str]
 
 __all__ = ["create_disk", "format_of_name"]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import io
 import threading
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vhdx import plane
 from vhdx.errors import ClosedError, InUseError, NoSpaceError, RangeError, ReadOnlyError
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
-    from vhdx.image.compacting import Compacted
+    from vhdx.image.contract import Compacted, Format
     from vhdx.interrupts import Progress
 
-__all__ = ["Disk", "Extent", "ExtentState", "Format"]
+__all__ = ["Disk", "Extent", "ExtentState"]
 
 
 class ExtentState(StrEnum):
@@ -72,59 +72,6 @@ class Extent:
     def as_tuple(self) -> tuple[int, int, ExtentState, int | None]:
         """Offset, length, state and depth."""
         return self.offset, self.length, self.state, self.depth
-
-
-class Format(Protocol):
-    """What an image format gives a disk."""
-
-    name: str
-    block_size: int
-    logical_sector_size: int
-    physical_sector_size: int
-    read_only: bool
-    path: str
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """(device, inode) of the file."""
-
-    @property
-    def minimum_size(self) -> int | None:
-        """Bytes, or None where nothing says what is in use."""
-
-    @property
-    def device(self) -> plane.Device:
-        """What requests go to."""
-
-    def describe(self) -> dict[str, Any]:
-        """What ``vhdx info`` shows beyond the common part; sizes in bytes."""
-
-    def resize(self, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> str | None:
-        """Changes the size of the disk; what is left to be done in the guest, or None."""
-
-    def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
-        """Keeps the disk as it is now under another name, and goes on in a child."""
-
-    def compact(
-        self,
-        progress: Progress | None,
-        cancel: Callable[[], bool] | None,
-        pace: Callable[[int], None] | None,
-    ) -> Compacted:
-        """Gives space back to the host."""
-
-    def chain(self) -> list[dict[str, Any]]:
-        """The layers, this one first."""
-
-    @property
-    def has_released(self) -> bool:
-        """Whether space that was trimmed waits for a flush to be given back."""
-
-    def extents(self, offset: int, length: int) -> Iterator[plane.RawExtent]:
-        """Runs of one state that cover the range, in order; neighbours may have equal states."""
-
-    def close(self) -> None:
-        """Makes everything durable and lets go of the files."""
 
 
 class Disk:

@@ -12,17 +12,17 @@ from vhdx.image.disk import Disk
 from vhdx.image.formats import FORMATS, RAW_SUFFIXES
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.raw import RawImage
-from vhdx.image.vhd_footer import find_footer, has_footer
-from vhdx.image.vhdx_image import is_vhdx, open_vhdx
-from vhdx.image.view import AS_SPECIFIED, View
+from vhdx.image.vhd.footer import find_footer, has_footer
+from vhdx.image.vhdx.image import is_vhdx, open_vhdx
+from vhdx.image.vhdx.view import AS_SPECIFIED, View
 from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from vhdx.image import vhd_opening
+    from vhdx.image.vhd import opening as vhd_opening
 else:
-    vhd_opening = lazy.Module("vhdx.image.vhd_opening")
+    vhd_opening = lazy.Module("vhdx.image.vhd.opening")
 
 _Found = TypeVar("_Found")
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator
 
-    from vhdx.image.compacting import Compacted
+    from vhdx.image.contract import Compacted
     from vhdx.image.host import HostFile
     from vhdx.interrupts import Progress
 

@@ -30,12 +30,12 @@ from vhdx.errors import (
 )
 from vhdx.format import bat
 from vhdx.format.bat import BlockState
-from vhdx.image import journal
-from vhdx.image.allocation import bat_runs, check_entries, survey
-from vhdx.image.bitmaps import SectorBitmaps
-from vhdx.image.entries import OWN, PARENT, entries_of, hole_of, is_placed
 from vhdx.image.reclaim import flush_soon
-from vhdx.image.space import Space
+from vhdx.image.vhdx import journal
+from vhdx.image.vhdx.allocation import bat_runs, check_entries, survey
+from vhdx.image.vhdx.bitmaps import SectorBitmaps
+from vhdx.image.vhdx.entries import OWN, PARENT, entries_of, hole_of, is_placed
+from vhdx.image.vhdx.space import Space
 from vhdx.units import GIB, MIB, TIB
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from vhdx.format import region
     from vhdx.format.header import Header
     from vhdx.image.host import HostFile
-    from vhdx.image.structure import Structure
+    from vhdx.image.vhdx.structure import Structure
 
 __all__ = ["Engine"]
 

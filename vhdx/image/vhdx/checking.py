@@ -17,13 +17,13 @@ from vhdx.errors import DamagedError, Reason, UnsupportedError, VhdxError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.format.bat import BitmapState, BlockState, Geometry
-from vhdx.image.allocation import Taken, bat_runs, check_entries, is_payload, survey
 from vhdx.image.host import HostFile, open_host
-from vhdx.image.overlay import Overlay
-from vhdx.image.shifted import find_shifted_pages
-from vhdx.image.structure import Structure, active_sequence, find_refusals, read_structure
-from vhdx.image.vhdx_image import open_vhdx
-from vhdx.image.view import View
+from vhdx.image.vhdx.allocation import Taken, bat_runs, check_entries, is_payload, survey
+from vhdx.image.vhdx.image import open_vhdx
+from vhdx.image.vhdx.overlay import Overlay
+from vhdx.image.vhdx.shifted import find_shifted_pages
+from vhdx.image.vhdx.structure import Structure, active_sequence, find_refusals, read_structure
+from vhdx.image.vhdx.view import View
 from vhdx.interrupts import uninterruptible
 from vhdx.units import MIB
 

@@ -11,8 +11,8 @@ from vhdx.errors import DamagedError, Reason, UnsupportedError, VhdxError
 from vhdx.format import header as headers
 from vhdx.format import locator, log, metadata, region
 from vhdx.format.bat import Geometry
-from vhdx.image.overlay import Overlay
-from vhdx.image.view import AS_SPECIFIED, View
+from vhdx.image.vhdx.overlay import Overlay
+from vhdx.image.vhdx.view import AS_SPECIFIED, View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

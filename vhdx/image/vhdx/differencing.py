@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING
 from vhdx.errors import InvalidArgumentError
 from vhdx.format import locator, metadata
 from vhdx.format.header import NIL
-from vhdx.image import layout
 from vhdx.image.children import note_child
 from vhdx.image.host import open_host
-from vhdx.image.parents import candidates, existing
+from vhdx.image.parents import existing
 from vhdx.image.replacing import new_file
-from vhdx.image.structure import Structure, read_structure
+from vhdx.image.vhdx import layout
+from vhdx.image.vhdx.parents import candidates
+from vhdx.image.vhdx.structure import Structure, read_structure
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from vhdx.image.layout import StrPath
+    from vhdx.image.vhdx.layout import StrPath
 
 __all__ = ["DEFAULT_CHILD_BLOCK_SIZE", "create_child", "inherited_items", "locator_for"]
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from vhdx import plane
-    from vhdx.image.structure import Structure
+    from vhdx.image.vhdx.structure import Structure
 
     Read = Callable[[npt.NDArray[np.uint64]], npt.NDArray[np.uint8]]
     Pages = tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8]]

@@ -19,7 +19,7 @@ from vhdx.units import MIB, round_up
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from vhdx.image.allocation import Taken
+    from vhdx.image.vhdx.allocation import Taken
 
 __all__ = ["Space"]
 

@@ -24,14 +24,14 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.format import metadata
-from vhdx.image import layout
 from vhdx.image.attributes import check_owner, copy_attributes
-from vhdx.image.differencing import DEFAULT_CHILD_BLOCK_SIZE, inherited_items, locator_for
-from vhdx.image.engine import Engine
 from vhdx.image.host import HostFile
 from vhdx.image.partial import create_partial
 from vhdx.image.replacing import sync_directory
-from vhdx.image.structure import read_structure
+from vhdx.image.vhdx import layout
+from vhdx.image.vhdx.differencing import DEFAULT_CHILD_BLOCK_SIZE, inherited_items, locator_for
+from vhdx.image.vhdx.engine import Engine
+from vhdx.image.vhdx.structure import read_structure
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,8 +11,8 @@ from vhdx.errors import InvalidArgumentError, UnsupportedError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.image.host import HostFile, open_host
-from vhdx.image.structure import Structure, read_structure
-from vhdx.image.view import AS_SPECIFIED, View
+from vhdx.image.vhdx.structure import Structure, read_structure
+from vhdx.image.vhdx.view import AS_SPECIFIED, View
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -13,11 +13,12 @@ from uuid import UUID, uuid4
 
 from vhdx import plane
 from vhdx.arrays import np
-from vhdx.errors import InvalidArgumentError, Reason, UnsupportedError, VhdxError
+from vhdx.errors import InvalidArgumentError, UnsupportedError
 from vhdx.format import bat, header, metadata, region
 from vhdx.format.bat import BlockState, Geometry
 from vhdx.format.locator import pack_locator
 from vhdx.image.replacing import new_file
+from vhdx.image.reserving import reserve
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT_BLOCK_SIZE",
-    "allocate",
     "check_parameters",
     "create_vhdx",
     "write_image",
@@ -41,7 +41,6 @@ _CREATOR = "vhdx 0.1.0"
 _LOG_OFFSET, _LOG_LENGTH = 1 * MIB, 1 * MIB
 _METADATA_OFFSET, _METADATA_LENGTH = 2 * MIB, 1 * MIB
 _BAT_OFFSET = 3 * MIB
-_ALLOCATE_AT_ONCE = 1 << 30
 _BAT_ENTRIES_AT_ONCE = 1 << 20
 _PREALLOCATED_BAT = 16 * MIB
 
@@ -181,7 +180,7 @@ def write_image(
     # A log or table that finds no space later would stop an image that still has room for data.
     leaf.zero(0, _BAT_OFFSET + min(geometry.table_length, _PREALLOCATED_BAT), no_hole=True)
     if fixed:
-        allocate(leaf, payload, end, sparse=sparse, progress=progress, cancel=cancel)
+        reserve(leaf, payload, end, sparse=sparse, progress=progress, cancel=cancel)
         _fill_bat(leaf, geometry, payload)
     leaf.write(packed, _METADATA_OFFSET)
     table = region.pack_table(
@@ -199,38 +198,6 @@ def write_image(
     for each in (first, first.successor()):
         leaf.write(each.pack(), header.HEADER_OFFSETS[each.slot])
     leaf.flush()
-
-
-def allocate(
-    leaf: plane.Device,
-    start: int,
-    end: int,
-    *,
-    sparse: bool,
-    progress: Progress | None,
-    cancel: Cancel | None,
-) -> None:
-    """Sets the space from ``start`` to ``end`` (bytes) aside: unwritten, or written with zeros.
-
-    Raises:
-        VhdxError: reason CANCELLED when ``cancel`` answered True.
-    """
-    zeros = bytes(4 * MIB)
-    step = _ALLOCATE_AT_ONCE if sparse else len(zeros)
-    for at in range(start, end, step):
-        length = min(step, end - at)
-        if cancel is not None and cancel():
-            raise VhdxError(
-                "the creation was stopped; nothing was left behind",
-                reason=Reason.CANCELLED,
-                path=leaf.path,
-            )
-        if sparse:
-            leaf.zero(at, length, no_hole=True)
-        else:
-            leaf.write(memoryview(zeros)[:length], at)
-        if progress is not None:
-            progress(at + length - start, end - start)
 
 
 def _fill_bat(leaf: plane.Device, geometry: Geometry, payload: int) -> None:

@@ -21,13 +21,13 @@ from vhdx.errors import DamagedError, Reason
 from vhdx.format import bat, log
 from vhdx.format import header as headers
 from vhdx.format.bat import BlockState
-from vhdx.image.allocation import Taken, bat_runs, is_payload
+from vhdx.image.vhdx.allocation import Taken, bat_runs, is_payload
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from vhdx import plane
-    from vhdx.image.structure import Structure
+    from vhdx.image.vhdx.structure import Structure
 
 __all__ = ["ShiftedPage", "find_shifted_pages", "refuse_shifted_pages"]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from vhdx.image.structure import Structure
+    from vhdx.image.vhdx.structure import Structure
 
 __all__ = ["Taken", "bat_runs", "block_counts", "check_entries", "is_payload", "survey"]
 

@@ -21,13 +21,13 @@ from vhdx.arrays import np
 from vhdx.errors import InvalidArgumentError, ReadOnlyError, UnsupportedError
 from vhdx.format import bat, metadata, region
 from vhdx.format.bat import BlockState
-from vhdx.image.allocation import bat_runs, is_payload
 from vhdx.image.partitions import read_partitions
+from vhdx.image.vhdx.allocation import bat_runs, is_payload
 from vhdx.units import MIB, format_size, round_up
 
 if TYPE_CHECKING:
     from vhdx.format.bat import Geometry
-    from vhdx.image.engine import Engine
+    from vhdx.image.vhdx.engine import Engine
 
     Table = np.ndarray[tuple[int], np.dtype[np.uint64]]
 

@@ -35,13 +35,13 @@ from vhdx.errors import (
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.format.bat import BlockState
-from vhdx.image import journal
-from vhdx.image.checking import Report, examine
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.partial import create_partial
 from vhdx.image.replacing import rename_new, sync_directory
-from vhdx.image.shifted import find_shifted_pages
-from vhdx.image.structure import active_sequence, read_structure
+from vhdx.image.vhdx import journal
+from vhdx.image.vhdx.checking import Report, examine
+from vhdx.image.vhdx.shifted import find_shifted_pages
+from vhdx.image.vhdx.structure import active_sequence, read_structure
 from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:

@@ -11,21 +11,21 @@ Sector bitmap blocks, the BAT, metadata and log stay where they are.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vhdx import plane
 from vhdx.arrays import np
 from vhdx.errors import ReadOnlyError, Reason, VhdxError
 from vhdx.format.bat import BlockState
-from vhdx.image.entries import is_placed
+from vhdx.image.contract import Compacted
+from vhdx.image.vhdx.entries import is_placed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     import numpy.typing as npt
 
-    from vhdx.image.engine import Engine
+    from vhdx.image.vhdx.engine import Engine
     from vhdx.interrupts import Progress
 
     Cancel = Callable[[], bool]
@@ -37,34 +37,6 @@ _PIECE = 4 << 20
 _MOVES_PER_COMMIT = 64
 _SCAN = 512
 _PROBE = 4096
-
-
-@dataclass
-class Compacted:
-    """What a compaction did; bytes.
-
-    Attributes:
-        file_size_before, file_size_after: of the file.
-        allocated_before, allocated_after: what the host has set aside for it.
-        zeroed: blocks that held nothing but zeros.
-        moved: blocks that were moved down.
-    """
-
-    file_size_before: int
-    file_size_after: int = 0
-    allocated_before: int = 0
-    allocated_after: int = 0
-    zeroed: int = 0
-    moved: int = 0
-
-    @property
-    def won(self) -> int:
-        """Bytes that the host got back."""
-        return max(0, self.allocated_before - self.allocated_after)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return asdict(self) | {"won": self.won}
 
 
 def compact(

@@ -22,31 +22,34 @@ from vhdx.errors import (
 )
 from vhdx.format import header as headers
 from vhdx.format import region
-from vhdx.image import journal
-from vhdx.image.allocation import block_counts, survey
-from vhdx.image.children import guard_parent, note_child
-from vhdx.image.engine import Engine
+from vhdx.image.children import note_child
 from vhdx.image.host import HostFile, open_host
-from vhdx.image.overlay import ReplayedFile
-from vhdx.image.parents import Missing, candidates, existing, mismatch
-from vhdx.image.parents import parent_info as describe_parent
+from vhdx.image.parents import Missing, existing
 from vhdx.image.partitions import read_partitions
-from vhdx.image.shifted import refuse_shifted_pages
-from vhdx.image.structure import Structure, read_structure
-from vhdx.image.view import AS_SPECIFIED, View
+from vhdx.image.vhdx import journal
+from vhdx.image.vhdx.allocation import block_counts, survey
+from vhdx.image.vhdx.children import guard_parent
+from vhdx.image.vhdx.engine import Engine
+from vhdx.image.vhdx.overlay import ReplayedFile
+from vhdx.image.vhdx.parents import candidates, mismatch
+from vhdx.image.vhdx.parents import parent_info as describe_parent
+from vhdx.image.vhdx.shifted import refuse_shifted_pages
+from vhdx.image.vhdx.structure import Structure, read_structure
+from vhdx.image.vhdx.view import AS_SPECIFIED, View
 from vhdx.interrupts import caller
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from uuid import UUID
 
-    from vhdx.image import compacting, gpt, resizing, snapshots
+    from vhdx.image import gpt
+    from vhdx.image.vhdx import compacting, resizing, snapshots
     from vhdx.interrupts import Progress
 else:  # an operation loads what only it takes
-    compacting = lazy.Module("vhdx.image.compacting")
+    compacting = lazy.Module("vhdx.image.vhdx.compacting")
     gpt = lazy.Module("vhdx.image.gpt")
-    resizing = lazy.Module("vhdx.image.resizing")
-    snapshots = lazy.Module("vhdx.image.snapshots")
+    resizing = lazy.Module("vhdx.image.vhdx.resizing")
+    snapshots = lazy.Module("vhdx.image.vhdx.snapshots")
 
 __all__ = ["VhdxImage", "is_vhdx", "open_layer", "open_vhdx", "prepare_for_writing"]
 

@@ -28,26 +28,27 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.format import locator, metadata
-from vhdx.image import resizing
 from vhdx.image.attributes import check_owner, copy_attributes
-from vhdx.image.children import children_of, note_child
-from vhdx.image.differencing import locator_for
-from vhdx.image.engine import Engine
+from vhdx.image.children import note_child
 from vhdx.image.host import open_host
 from vhdx.image.replacing import sync_directory
-from vhdx.image.structure import read_structure
-from vhdx.image.vhdx_image import open_layer, open_vhdx, prepare_for_writing
+from vhdx.image.vhdx import resizing
+from vhdx.image.vhdx.children import children_of
+from vhdx.image.vhdx.differencing import locator_for
+from vhdx.image.vhdx.engine import Engine
+from vhdx.image.vhdx.image import open_layer, open_vhdx, prepare_for_writing
+from vhdx.image.vhdx.structure import read_structure
 from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from uuid import UUID
 
-    from vhdx.image.compacting import Compacted
+    from vhdx.image.contract import Compacted
     from vhdx.image.host import HostFile
-    from vhdx.image.layout import StrPath
-    from vhdx.image.structure import Structure
-    from vhdx.image.vhdx_image import VhdxImage
+    from vhdx.image.vhdx.image import VhdxImage
+    from vhdx.image.vhdx.layout import StrPath
+    from vhdx.image.vhdx.structure import Structure
     from vhdx.interrupts import Cancel, Progress
 
 __all__ = ["compact", "merge", "rebase"]

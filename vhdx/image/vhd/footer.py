@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from vhdx.errors import VhdxError
 from vhdx.format import vhd
 
 if TYPE_CHECKING:
     from vhdx import plane
 
-__all__ = ["find_footer", "has_footer"]
+__all__ = ["find_footer", "has_footer", "known_footer"]
 
 
 def find_footer(leaf: plane.Device) -> vhd.Footer | None:
@@ -33,3 +34,11 @@ def has_footer(leaf: plane.Device) -> bool:
     """Whether the file ends as a VHD does."""
     at = leaf.size - vhd.FOOTER_SIZE
     return at >= 0 and vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, at)) is not None
+
+
+def known_footer(leaf: plane.Device) -> vhd.Footer | None:
+    """The footer where there is one of a known kind, else None."""
+    try:
+        return find_footer(leaf)
+    except VhdxError:
+        return None

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from vhdx import plane
 from vhdx.errors import (
     DamagedError,
-    InUseError,
     MissingParentError,
     NotFoundError,
     Reason,
@@ -21,13 +20,14 @@ from vhdx.format import vhd
 from vhdx.image.host import HostFile, open_host
 from vhdx.image.parents import existing
 from vhdx.image.plain import PlainImage
-from vhdx.image.vhd_footer import find_footer
-from vhdx.image.vhd_image import FixedVhd, VhdImage
+from vhdx.image.vhd.children import guard_parent
+from vhdx.image.vhd.footer import known_footer
+from vhdx.image.vhd.image import FixedVhd, VhdImage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["guard_vhd_parent", "open_vhd"]
+__all__ = ["open_vhd"]
 
 _LONGEST_CHAIN = 256
 _MOST_BLOCKS = 1 << 24
@@ -55,7 +55,7 @@ def open_vhd(
     """
     if write and not force and host.key != (0, 0):
         try:
-            guard_vhd_parent(host, footer)
+            guard_parent(host, footer)
         except BaseException:
             host.close()
             raise
@@ -158,47 +158,6 @@ def _candidates(host: HostFile, header: vhd.DynamicHeader, search: tuple[str, ..
             yield directory / name
 
 
-def _footer_of(host: HostFile) -> vhd.Footer | None:
-    try:
-        return find_footer(host.leaf)
-    except VhdxError:
-        return None  # not one that is known
-
-
-def guard_vhd_parent(host: HostFile, footer: vhd.Footer) -> None:
-    """Refuses to change an image that a differencing one beside it is based on.
-
-    Raises:
-        InUseError: naming it.
-    """
-    here = Path(os.path.realpath(host.path)).parent
-    for path in sorted(here.iterdir()):
-        if path.suffix.lower() not in {".vhd", ".avhd"} or not path.is_file():
-            continue
-        try:
-            other = open_host(path, write=False, locked=False)
-        except VhdxError:
-            continue
-        try:
-            found = _footer_of(other)
-            if found is None or found.disk_type != vhd.DiskType.DIFFERENCING:
-                continue
-            at = found.data_offset
-            if at > other.leaf.size - vhd.HEADER_SIZE:
-                continue
-            header = vhd.parse_header(other.leaf.read(vhd.HEADER_SIZE, at), at, found)
-            if header.parent_id == footer.unique_id:
-                raise InUseError(
-                    f"{path} is based on it, and would be lost if it changed",
-                    path=host.path,
-                    hint="use --force (force=True) if that is what you want",
-                )
-        except DamagedError:
-            continue
-        finally:
-            other.close()
-
-
 def _open_parent(
     host: HostFile,
     header: vhd.DynamicHeader,
@@ -225,7 +184,7 @@ def _open_parent(
                 f"the chain of parents comes back to {path}", reason=Reason.PARENT_CYCLE
             )
             continue
-        footer = _footer_of(below)
+        footer = known_footer(below.leaf)
         if footer is None or footer.unique_id != header.parent_id:
             below.close()
             refusal = MissingParentError(

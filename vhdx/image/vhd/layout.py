@@ -8,14 +8,17 @@ from uuid import UUID, uuid4
 
 from vhdx.errors import InvalidArgumentError
 from vhdx.format import vhd
-from vhdx.image import layout
 from vhdx.image.replacing import new_file
+from vhdx.image.reserving import reserve
 from vhdx.units import GIB, KIB, MIB, round_up
 
 if TYPE_CHECKING:
+    import os
+
     from vhdx import plane
-    from vhdx.image.layout import StrPath
     from vhdx.interrupts import Cancel, Progress
+
+    StrPath = str | os.PathLike[str]
 
 __all__ = ["check_vhd", "create_vhd", "write_vhd"]
 
@@ -109,7 +112,7 @@ def write_vhd(
     if type == "fixed":
         leaf.resize(size + vhd.FOOTER_SIZE)
         if allocate or not sparse:
-            layout.allocate(leaf, 0, size, sparse=sparse, progress=progress, cancel=cancel)
+            reserve(leaf, 0, size, sparse=sparse, progress=progress, cancel=cancel)
         leaf.write(footer, size)
         leaf.flush()
         return

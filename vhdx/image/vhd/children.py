@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: MIT
+"""Which VHD images beside one are based on it; they name their parent by its unique ID."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vhdx.errors import DamagedError, InUseError, UnsupportedError, VhdxError
+from vhdx.format import vhd
+from vhdx.image.host import HostFile, open_host
+from vhdx.image.vhd.footer import find_footer, known_footer
+
+if TYPE_CHECKING:
+    StrPath = str | os.PathLike[str]
+
+__all__ = ["guard_parent", "guard_replaced"]
+
+
+def guard_parent(host: HostFile, footer: vhd.Footer) -> None:
+    """Refuses to change an image that a differencing one beside it is based on.
+
+    Raises:
+        InUseError: naming it.
+    """
+    here = Path(os.path.realpath(host.path)).parent
+    for path in sorted(here.iterdir()):
+        if path.suffix.lower() not in {".vhd", ".avhd"} or not path.is_file():
+            continue
+        try:
+            other = open_host(path, write=False, locked=False)
+        except VhdxError:
+            continue
+        try:
+            found = known_footer(other.leaf)
+            if found is None or found.disk_type != vhd.DiskType.DIFFERENCING:
+                continue
+            at = found.data_offset
+            if at > other.leaf.size - vhd.HEADER_SIZE:
+                continue
+            header = vhd.parse_header(other.leaf.read(vhd.HEADER_SIZE, at), at, found)
+            if header.parent_id == footer.unique_id:
+                raise InUseError(
+                    f"{path} is based on it, and would be lost if it changed",
+                    path=host.path,
+                    hint="use --force (force=True) if that is what you want",
+                )
+        except DamagedError:
+            continue
+        finally:
+            other.close()
+
+
+def guard_replaced(path: StrPath) -> None:
+    """Refuses to replace a VHD that another one depends on; other files are none of its business.
+
+    Raises:
+        InUseError: naming the child.
+    """
+    try:
+        host = open_host(path, write=False, locked=False)
+    except VhdxError:
+        return
+    try:
+        with contextlib.suppress(UnsupportedError):  # a VHD of another kind has no children
+            footer = find_footer(host.leaf)
+            if footer is not None:
+                guard_parent(host, footer)
+    finally:
+        host.close()

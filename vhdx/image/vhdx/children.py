@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: MIT
+"""Which VHDX images are based on one.
+
+A candidate counts when its parent locator accepts the image's DataWriteGuid, and its chain, resolved
+as an open would, leads to this file. It also counts when no parent is found, because the image may
+have been moved.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vhdx.errors import InUseError, VhdxError
+from vhdx.format.header import SIGNATURE
+from vhdx.image.children import hinted, shown
+from vhdx.image.host import open_host
+from vhdx.image.parents import existing
+from vhdx.image.partial import is_partial
+from vhdx.image.vhdx.parents import candidates
+from vhdx.image.vhdx.structure import Structure, read_structure
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    StrPath = str | os.PathLike[str]
+
+__all__ = ["children_of", "guard_parent", "guard_replaced"]
+
+_MOST_NEIGHBOURS = 4096
+
+
+def children_of(path: StrPath, structure: Structure) -> Iterator[Path]:
+    """Images that are based on the image ``path``, whose structure is ``structure``."""
+    here = Path(os.path.realpath(path))
+    try:
+        beside = sorted(os.listdir(here.parent))[:_MOST_NEIGHBOURS]
+    except OSError:
+        beside = []
+    places = [here.with_name(name) for name in beside if not is_partial(name)]
+    seen = {os.fspath(here)}
+    for place in [*places, *map(Path, hinted(here))]:
+        real = os.path.realpath(place)
+        if real in seen or not _looks_like_vhdx(place):
+            continue
+        seen.add(real)
+        if _is_based_on(place, here, structure):
+            yield place
+
+
+def _is_based_on(place: Path, here: Path, structure: Structure) -> bool:
+    found = _structure_of(place)
+    guid = structure.header.data_write_guid
+    if found is None or found.parent is None or guid not in found.parent.linkages:
+        return False
+    for candidate in candidates(str(place), found.parent, ()):
+        parent = existing(candidate)
+        if parent is None or os.path.samefile(parent, place):
+            continue
+        if os.path.samefile(parent, here):
+            return True
+        other = _structure_of(parent)
+        if other is not None and other.header.data_write_guid in found.parent.linkages:
+            return False  # a copy of this image, elsewhere
+    return True  # its parent is missing, and this image's GUID fits
+
+
+def _structure_of(path: Path) -> Structure | None:
+    try:
+        host = open_host(path, write=False, locked=False)
+    except VhdxError:
+        return None
+    try:
+        return read_structure(host)
+    except VhdxError:
+        return None
+    finally:
+        host.close()
+
+
+def _looks_like_vhdx(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(SIGNATURE)) == SIGNATURE
+    except (OSError, ValueError):
+        return False
+
+
+def guard_parent(path: StrPath, structure: Structure) -> None:
+    """Refuses to change an image that another one depends on.
+
+    Raises:
+        InUseError: naming the child.
+    """
+    child = next(children_of(path, structure), None)
+    if child is not None:
+        raise InUseError(
+            f"{shown(child, path)} depends on it as it is: a change would make that image unusable",
+            path=path,
+            hint="change the child instead, or merge it; force=True (--force of resize and snapshot) "
+            "changes it all the same",
+        )
+
+
+def guard_replaced(path: StrPath) -> None:
+    """Refuses to replace a VHDX that another one depends on; other files are none of its business.
+
+    Raises:
+        InUseError: naming the child.
+    """
+    structure = _structure_of(Path(path)) if _looks_like_vhdx(Path(path)) else None
+    child = None if structure is None else next(children_of(path, structure), None)
+    if child is not None:
+        raise InUseError(
+            f"{shown(child, path)} depends on it as it is: without it that image is unusable",
+            path=path,
+            hint="merge or remove the child first, or choose another name",
+        )
