@@ -41,7 +41,7 @@ PLANTED: dict[str, list[tuple[str, str, str]]] = {
         ("vhdx/nbd/handshake.py", "bytes(self._input)\n        )\n        self._input.clear()", "b\"\"\n        )\n        self._input.clear()"),
     ],
     "nbd": [
-        ("front/nbd_reply.c", "    if (command->error == NBD_OK)\n        command->error = error;\n    bool last", "    bool last"),
+        ("front/nbd_reply.c", "bool last = nbd_is_complete(command), sent", "bool last = true, sent"),
         ("front/nbd_request.c", "    piece.offset += command->begun;\n    piece.length = divisible", "    piece.length = divisible"),
         ("front/nbd_wire.c", "if (request->flags & ~allowed_flags(request, terms))", "if (false)"),
         ("front/nbd_wire.c", "if (terms->read_only)\n            return NBD_EPERM;\n        if (request->length", "if (request->length"),

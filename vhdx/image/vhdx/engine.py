@@ -437,10 +437,8 @@ class Engine:
         """Begins a new log, so that earlier entries are never replayed; inside changing() only.
 
         Call it before logged pages of metadata are changed in place: a reader that replays more than
-        the newest entry would undo that change.
+        the newest entry would undo that change. The size of the file is durable: the caller has flushed.
         """
-        self._leaf.flush()
-        self._journal.barrier_passed()
         with self._poisoning():
             self._journal.restart(self._referenced_end)
 
