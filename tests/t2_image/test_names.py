@@ -444,3 +444,24 @@ def test_an_owner_that_cannot_be_kept_is_refused(owned, tmp_path):
     assert "cannot be given to its owner (user 12345" in done.stdout, done.stderr
     assert owned.read_bytes() == before
     assert os.listdir(tmp_path) == ["disk.vhdx"]
+
+
+def test_a_file_without_a_name_is_not_replaced(tmp_path):
+    fd = os.open(tmp_path / "gone", os.O_RDWR | os.O_CREAT)
+    os.unlink(tmp_path / "gone")
+    with pytest.raises(vhdx.InvalidArgumentError, match="was deleted"):
+        vhdx.create(f"/proc/self/fd/{fd}", 4 << 20, force=True)
+    os.close(fd)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["base.vhdx", "./base.vhdx", "link.vhdx", "hard.vhdx"])
+def test_a_conversion_onto_the_own_parent_says_whose_parent_it_is(tmp_path, name):
+    vhdx.create(tmp_path / "base.vhdx", 4 << 20)
+    vhdx.create(tmp_path / "child.vhdx", parent=tmp_path / "base.vhdx")
+    (tmp_path / "link.vhdx").symlink_to("base.vhdx")
+    os.link(tmp_path / "base.vhdx", tmp_path / "hard.vhdx")
+    before = (tmp_path / "base.vhdx").read_bytes()
+    with pytest.raises(vhdx.InUseError, match=r"child.vhdx depends on it"):
+        vhdx.convert(tmp_path / "child.vhdx", tmp_path / name, force=True)
+    assert (tmp_path / "base.vhdx").read_bytes() == before

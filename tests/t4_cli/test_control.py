@@ -19,6 +19,7 @@ import pytest
 
 import vhdx
 from vhdx import control
+from vhdx.nbd import address
 from vhdx.units import GIB, MIB
 
 VHDX = [sys.executable, "-m", "vhdx.cli"]
@@ -412,3 +413,18 @@ def test_a_server_that_is_stuck_is_named(image, monkeypatch):
             assert (found.pid, found.answers) == (process.pid, False)
         finally:
             process.kill()
+
+
+def test_a_server_of_another_environment_is_found_by_its_image(tmp_path, monkeypatch):
+    """As one that a service manager started: without XDG_RUNTIME_DIR, where a login has it."""
+    image = tmp_path / "disk.vhdx"
+    vhdx.create(image, 4 * MIB)
+    monkeypatch.setattr(address, "_OTHER_DIRECTORIES", [str(tmp_path / "other" / "vhdx")])
+    (tmp_path / "other").mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "other"))
+    with vhdx.serve({"disk": image}):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+        assert control.servers() == []
+        assert [owner.export for owner in control.owners(image)] == ["disk"]
+        vhdx.resize(image, 8 * MIB)
+    assert vhdx.info(image)["virtual_size"] == 8 * MIB

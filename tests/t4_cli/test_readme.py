@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The README's QoS section, run line by line as a script while fio asks."""
+"""The README's commands, run line by line as a reader would type them."""
 
 from __future__ import annotations
 
@@ -94,6 +94,28 @@ def script(tmp_path, fast_path):
 def written():
     limits, minimums, control = blocks("Storage QoS")
     return limits, minimums, control
+
+
+def test_the_tour(tmp_path, peer):
+    """Top to bottom in one directory, but for servers that wait and images that a reader has."""
+    peer("qemu-img", "nbdinfo", "nbdcopy", "mkfs.ext4")
+    tour = README.read_text().split("## Five-minute tour\n")[1].split("### Storage QoS")[0]
+    commands = re.findall(r"```\n(.*?)```", tour, re.DOTALL)
+    elsewhere = ("--listen", "windows.vhdx", "vhdx ps")
+    lines = [
+        line.split("  #")[0].strip()
+        for block in commands
+        if not any(each in block for each in elsewhere)
+        for line in block.splitlines()
+    ]
+    assert len(lines) > 15
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for line in lines:
+        command = ["bash", "-o", "pipefail", "-c", line]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PATH": path}, text=True, capture_output=True
+        )
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
 
 
 def test_limits_and_alerts(script, written, peer):

@@ -20,6 +20,7 @@ from vhdx.cli.output import (
 from vhdx.errors import InvalidArgumentError
 from vhdx.image.formats import FORMATS, RAW_SUFFIXES
 from vhdx.image.vhdx import dump as dumping
+from vhdx.image.vhdx.repairing import undo_path
 from vhdx.units import format_size
 
 if TYPE_CHECKING:
@@ -199,7 +200,11 @@ def _shown(name: str, value: Any) -> str:
 
 @click.command()
 @click.argument("path", type=click.Path())
-@click.option("--repair", is_flag=True, help="Mend what needs no guess; keeps PATH.undo.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Mend what needs no guess; what it overwrites is kept in FILE.undo.",
+)
 @click.option("--undo", is_flag=True, help="Take the last repair back.")
 @json_option
 @click.pass_context
@@ -229,7 +234,7 @@ def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: 
             where = "" if finding.offset is None else f" at {finding.offset:#x}"
             click.echo(f"{finding.severity}{where}: {finding.message} [{finding.code}]")
         if report.repaired:
-            click.echo(f"what was overwritten is kept in {path}.undo")
+            click.echo(f"what was overwritten is kept in {undo_path(path)}")
         if not report.findings:
             click.echo("no errors")
         elif any(finding.repair for finding in report.findings) and not repair:

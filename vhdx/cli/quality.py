@@ -197,14 +197,13 @@ def _scheduling(facts: dict[str, Any]) -> list[str]:
     capacity, kind = facts["capacity_iops"], facts["model"]
     does = "is not known yet" if capacity is None else f"does {capacity:.0f}"
     seen = ", as seen lately" if facts["capacity_measured"] else ""
-    lines = [
-        f"minimums are kept: {facts['reserved_iops']} normalised IOPS are reserved, the "
-        f"{'device' if kind is None else f'modelled {kind}'} {does}{seen} "
-        f"({facts['depth']} requests at a time)"
+    worst = " at worst" if kind is not None and capacity is not None else ""
+    device = "device" if kind is None else f"modelled {kind}"
+    state = "are kept" if facts["admitted"] else "cannot all be kept, so lower one"
+    return [
+        f"minimums {state}: {facts['reserved_iops']} normalised IOPS are reserved, the {device} "
+        f"{does}{worst}{seen} ({facts['depth']} requests at a time)"
     ]
-    if not facts["admitted"]:
-        lines.append("more is reserved than it can carry: lower a minimum")
-    return lines
 
 
 def _or_none(value: int | None) -> str:

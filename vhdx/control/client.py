@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vhdx import lazy
 from vhdx.control import wire
 from vhdx.errors import InUseError, ProtocolError, Reason, VhdxError
-from vhdx.nbd.address import is_alive, runtime_directory
+from vhdx.nbd.address import is_alive, runtime_directories, runtime_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -127,10 +127,15 @@ class Owner:
         raise ProtocolError("the server ended before its answer", path=self.server.socket)
 
 
-def servers() -> list[ServerInfo]:
-    """The servers of this user, oldest first; sockets of dead ones are removed."""
+def servers(*, everywhere: bool = False) -> list[ServerInfo]:
+    """The servers of this user, oldest first; sockets of dead ones are removed.
+
+    Args:
+        everywhere: those too that were started with another ``XDG_RUNTIME_DIR``, or without.
+    """
     found = []
-    for path in sorted(runtime_directory().glob(f"*{wire.SUFFIX}")):
+    directories = runtime_directories() if everywhere else [runtime_directory()]
+    for path in sorted(x for each in directories for x in each.glob(f"*{wire.SUFFIX}")):
         if not is_alive(path):
             continue
         pid = int(path.name.partition("-")[0])
@@ -159,7 +164,7 @@ def owners(path: str | os.PathLike[str], *, by_name: bool = False) -> list[Owner
     name = os.path.abspath(os.fsdecode(path))
     return [
         Owner(server, export["name"])
-        for server in servers()
+        for server in servers(everywhere=True)
         for export in server.exports
         if export["key"] == key or (by_name and export["path"] == name)
     ]

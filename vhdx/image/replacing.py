@@ -12,6 +12,7 @@ from vhdx import plane
 from vhdx.errors import (
     ExistsError,
     HostIOError,
+    InUseError,
     InvalidArgumentError,
     NoSpaceError,
     NotFoundError,
@@ -45,6 +46,7 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
     """
     guard: int | None = None
     try:
+        _refuse_deleted(path)
         target = Path(os.path.realpath(path)) if force else Path(path)
         guard = _guard_target(target, force=force)
         temporary, fd = create_partial(target)
@@ -91,6 +93,18 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
             os.close(guard)
 
 
+def _refuse_deleted(path: StrPath) -> None:
+    """A descriptor's name (/proc/self/fd/N) may lead to a file that has no name any more."""
+    try:
+        links = os.stat(path).st_nlink
+    except (OSError, ValueError):
+        return  # there is no file yet, or there can be none
+    if links == 0:
+        raise InvalidArgumentError(
+            "the file was deleted, so there is no name that a new one could take", path=path
+        )
+
+
 def _guard_target(target: Path, *, force: bool) -> int | None:
     """A locked descriptor of what is to be replaced, so that nobody loses an image that is open."""
     if not os.path.lexists(target):
@@ -105,7 +119,11 @@ def _guard_target(target: Path, *, force: bool) -> int | None:
     except PermissionError:
         fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)  # the directory decides who replaces it
     try:
-        lock.acquire(fd, os.fspath(target), write=True)
+        try:
+            lock.acquire(fd, os.fspath(target), write=True)
+        except InUseError:
+            guard_replaced(target)  # the parent of what we read ourselves: that says more
+            raise
         guard_replaced(target)
     except BaseException:
         os.close(fd)

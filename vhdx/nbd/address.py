@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
@@ -23,6 +24,7 @@ __all__ = [
     "listen_unix",
     "parse_address",
     "private_address",
+    "runtime_directories",
     "runtime_directory",
     "uri_of",
 ]
@@ -31,6 +33,9 @@ _PORT = 10809
 _LONGEST_SOCKET_PATH = 107
 _BACKLOG = 128
 _FIRST_INHERITED = 3  # SD_LISTEN_FDS_START
+
+# Of a login, of somebody without one, and of root's services; their owner is checked.
+_OTHER_DIRECTORIES = ["/run/user/{}/vhdx", "/tmp/vhdx-{}", "/run/vhdx"]  # noqa: S108
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,21 @@ def runtime_directory() -> Path:
     if status.st_mode & 0o077:
         path.chmod(0o700)
     return path
+
+
+def runtime_directories() -> list[Path]:
+    """Where this user's servers may have their sockets: :func:`runtime_directory` comes first.
+
+    A service manager starts servers without ``XDG_RUNTIME_DIR``, and a login sets it.
+    """
+    user = os.geteuid()
+    found = [runtime_directory()]
+    for path in (Path(each.format(user)) for each in _OTHER_DIRECTORIES):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if path not in found and stat.S_ISDIR(status.st_mode) and status.st_uid == user:
+                found.append(path)
+    return found
 
 
 def private_address(name: str) -> Address:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     _Seconds = np.ndarray[Any, np.dtype[np.float64]]
 
 
-__all__ = ["USABLE", "Load", "Verdict", "best_depth", "judge", "most_alone", "most_below"]
+__all__ = ["USABLE", "Load", "Verdict", "best_depth", "judge", "most_below", "most_together"]
 
 USABLE = 0.9
 """Of the device: a tenth is for what nobody has reserved."""
@@ -144,13 +144,21 @@ def most_below(reservations: Sequence[Reservation], most: int, load: Load) -> fl
     return low
 
 
-def most_alone(depth: int, most: int, load: Load) -> int:
-    """The highest minimum of a client with so many under way, if nobody else has one."""
-    low, high = 0, 1_000_000
-    while low < high:
-        middle = (low + high + 1) // 2
-        if best_depth([Reservation(middle, depth)], most, load).kept:
+def most_together(reservations: Sequence[Reservation], most: int, load: Load) -> int:
+    """The highest sum of minimums in these proportions that is kept, at most the one they have.
+
+    0: no minimum of such clients is kept.
+    """
+    whole = sum(each.iops for each in reservations)
+
+    def scaled(total: int) -> list[Reservation]:
+        return [Reservation(max(1, r.iops * total // whole), r.depth) for r in reservations]
+
+    low, high = 0, whole + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if best_depth(scaled(middle), most, load).kept:
             low = middle
         else:
-            high = middle - 1
-    return low
+            high = middle
+    return sum(each.iops for each in scaled(low)) if low else 0

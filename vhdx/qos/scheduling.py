@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vhdx import plane
 from vhdx.errors import InvalidArgumentError
-from vhdx.qos.admission import USABLE, Load, Verdict, best_depth, most_alone, most_below
+from vhdx.qos.admission import USABLE, Load, Verdict, best_depth, most_below, most_together
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -234,11 +234,12 @@ class Turns:
             return None
         if found.verdict is not None and self._bounds is not None:
             fewest = min(each.depth for each in reservations)
-            alone = most_alone(fewest, self._most_depth, self._bounds)
+            together = most_together(reservations, self._most_depth, self._bounds)
+            most = f"at most {together} of them can be" if together else "not even the least can be"
             return (
-                f"minimums of {reserved} normalised IOPS in all cannot be kept: with {fewest} under "
-                f"way the device does {found.capacity_iops:.0f} in the worst case, of which "
-                f"{USABLE:.0%} can be reserved, and {alone} for one disk alone"
+                f"minimums of {reserved} normalised IOPS in all cannot be kept: {most}, in these "
+                f"proportions; with {fewest} under way the device does {found.capacity_iops:.0f} in "
+                "the worst case, a tenth of that is for everybody, and turns must come in time"
             )
         does = "has done" if found.measured else "does"
         return (

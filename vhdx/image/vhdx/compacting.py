@@ -170,7 +170,9 @@ class _Compaction:
         )
         moved = 0
         for number, (offset, page) in enumerate(where):
-            self._step(len(where) + number, 2 * len(where), self._block)
+            # The other half of what the user sees: as many bytes as looking for zeros was.
+            total = self._engine.structure.geometry.virtual_size
+            self._step(total + total * number // len(where), 2 * total, self._block)
             with self._engine.structure_lock:
                 target = self._engine.take_place_before(offset)
                 if target is None:

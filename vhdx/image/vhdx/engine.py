@@ -437,7 +437,7 @@ class Engine:
         """Begins a new log, so that earlier entries are never replayed; inside changing() only.
 
         Call it before logged pages of metadata are changed in place: a reader that replays more than
-        the newest entry would undo that change. The size of the file is durable: the caller has flushed.
+        the newest entry would undo that change. The caller has flushed: the file's size is durable.
         """
         with self._poisoning():
             self._journal.restart(self._referenced_end)

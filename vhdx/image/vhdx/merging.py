@@ -111,7 +111,10 @@ def merge(
             os.replace(parent_path, name)
         except OSError as error:
             raise HostIOError(
-                f"it is merged, but {parent_path} cannot take its name: {error.strerror}", path=name
+                f"it is merged, but {parent_path} cannot take its name: {error.strerror}",
+                path=name,
+                hint=f"both read as before, and {parent_path} has all of it; merge again by a name "
+                "that can be replaced (a file that is mounted by itself cannot)",
             ) from error
         sync_directory(Path(name).parent)
 

@@ -241,9 +241,11 @@ def check_shrink(
         assert last is not None
         name = f"partition {last.number}" + (f" ({last.name})" if last.name else "")
         raise InvalidArgumentError(
-            f"{name} ends at {last.end} bytes ({format_size(last.end)}); {least} is the least size",
+            f"{name} ends at {last.end} bytes ({format_size(last.end)})"
+            + (f", and the backup GPT takes {table.reserved} behind it" if table.reserved else "")
+            + f": {least} bytes is the least size",
             path=path,
-            hint="shrink the partition in the guest first",
+            hint="choose at least that, or shrink the partition in the guest first",
         )
     if table.kind == "gpt" and not (move_gpt or unsafe):
         raise InvalidArgumentError(
