@@ -18,12 +18,12 @@ from tests.t4_cli.test_control import runtime  # noqa: F401 - a fixture that cou
 from vhdx.units import GIB
 
 README = Path(__file__).parents[2] / "README.md"
+QOS = README.parent / "docs" / "qos.md"
 REFUSED = 2
 
 
-def blocks(title):
-    """The commands of each block of a section, without what is said about them."""
-    text = README.read_text().split(f"### {title}\n")[1].split("From Python,")[0]
+def blocks(text):
+    """The commands of each block, without what is said about them."""
     for block in re.findall(r"```\n((?:vhdx|curl).*?)```", text, re.DOTALL):
         yield [line.split("  #")[0].strip() for line in block.splitlines()]
 
@@ -92,7 +92,7 @@ def script(tmp_path, fast_path):
 
 @pytest.fixture
 def written():
-    limits, minimums, control = blocks("Storage QoS")
+    limits, control, minimums = blocks(QOS.read_text())
     return limits, minimums, control
 
 

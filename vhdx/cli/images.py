@@ -298,7 +298,11 @@ def resize(path: str, size: int, shrink: bool, unsafe: bool, move_gpt: bool, for
 @click.command()
 @click.argument("path", type=click.Path())
 @click.option("--checkpoint", type=click.Path(), help="The name for what there is now.")
-@click.option("--force", is_flag=True, help="Although a child beside it is based on it; it is lost.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Proceed even if a child image depends on this one. The child becomes unusable.",
+)
 def snapshot(path: str, checkpoint: str | None, force: bool) -> None:
     """Keep the disk as it is now under another name, and go on in a child. Prints that name.
 
@@ -312,7 +316,11 @@ def snapshot(path: str, checkpoint: str | None, force: bool) -> None:
 @click.command()
 @click.argument("path", type=click.Path())
 @_parents
-@click.option("--force", is_flag=True, help="Although other images are based on the parent.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Proceed even if other images depend on the parent. They become unusable.",
+)
 def merge(path: str, parent_dir: tuple[str, ...], force: bool) -> None:
     """Merge a differencing image into its parent, whose file takes the image's name.
 

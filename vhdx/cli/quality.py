@@ -50,24 +50,38 @@ _OPTIONS = {
     "--min-iops": (
         "minimum_iops",
         _IOPS,
-        "Minimum normalised IOPS: guaranteed with --keep-minimums, else it raises alerts.",
+        "Minimum of normalised IOPS. An alert is raised when the disk gets less; with "
+        "--keep-minimums the disk gets it first.",
     ),
     "--min-depth": (
         "minimum_depth",
         _IOPS,
-        "The guarantee is for a client with so many reads or writes always under way. [1]",
+        "With --keep-minimums: the minimum holds for a client that keeps at least N reads or writes "
+        "under way. [1]",
     ),
-    "--weight": ("weight", _IOPS, "With --keep-minimums, its part of what the device does. [100]"),
-    "--max-iops": ("maximum_iops", _IOPS, "Normalised I/Os a second, at most."),
-    "--max-read-iops": ("maximum_read_iops", _IOPS, "Reads of those, at most."),
-    "--max-write-iops": ("maximum_write_iops", _IOPS, "Writes of those, at most."),
-    "--max-bandwidth": ("maximum_bandwidth", _BYTES, "Bytes a second, at most (100M)."),
-    "--max-read-bandwidth": ("maximum_read_bandwidth", _BYTES, "Of reads."),
-    "--max-write-bandwidth": ("maximum_write_bandwidth", _BYTES, "Of writes."),
-    "--burst-iops": ("burst_iops", _IOPS, "So many may pass at once above --max-iops."),
-    "--burst-bytes": ("burst_bytes", _BYTES, "The same above --max-bandwidth (4M)."),
-    "--credit-iops": ("credit_iops", _IOPS, "So many are saved while idle."),
-    "--credit-rate-iops": ("credit_rate_iops", _IOPS, "How fast saved ones may be used."),
+    "--weight": (
+        "weight",
+        _IOPS,
+        "With --keep-minimums: share of the device, relative to others. [100]",
+    ),
+    "--max-iops": ("maximum_iops", _IOPS, "Most normalised I/Os a second."),
+    "--max-read-iops": ("maximum_read_iops", _IOPS, "Most normalised reads a second."),
+    "--max-write-iops": ("maximum_write_iops", _IOPS, "Most normalised writes a second."),
+    "--max-bandwidth": ("maximum_bandwidth", _BYTES, "Most bytes a second (100M)."),
+    "--max-read-bandwidth": ("maximum_read_bandwidth", _BYTES, "Most bytes read a second."),
+    "--max-write-bandwidth": ("maximum_write_bandwidth", _BYTES, "Most bytes written a second."),
+    "--burst-iops": ("burst_iops", _IOPS, "I/Os that may pass at once, on top of --max-iops. [0]"),
+    "--burst-bytes": (
+        "burst_bytes",
+        _BYTES,
+        "Bytes that may pass at once, on top of --max-bandwidth. [0]",
+    ),
+    "--credit-iops": ("credit_iops", _IOPS, "I/Os that an idle disk may save beyond its burst. [0]"),
+    "--credit-rate-iops": (
+        "credit_rate_iops",
+        _IOPS,
+        "Most saved I/Os that are used a second. [no bound]",
+    ),
 }
 
 

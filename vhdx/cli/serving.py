@@ -76,27 +76,38 @@ def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
 @click.option("--handshake-seconds", type=SECONDS, default=10.0, show_default=True)
 @settings_options
 @click.option(
-    "--qos", "qos_file", type=click.Path(dir_okay=False), help="Keep limits and policies there."
+    "--qos",
+    "qos_file",
+    type=click.Path(dir_okay=False),
+    help="File that keeps settings and policies for the next start.",
 )
 @click.option(
-    "--qos-unit", type=SIZE, default=NORMALISED_UNIT, show_default=True, help="Bytes of an I/O."
+    "--qos-unit",
+    type=SIZE,
+    default=NORMALISED_UNIT,
+    show_default=True,
+    help="Size of one normalised I/O.",
 )
-@click.option("--qos-hook", metavar="CMD", help="Run for each alert, with $VHDX_DISK and others.")
-@click.option("--keep-minimums", is_flag=True, help="Schedule the disks so that each gets its own.")
+@click.option(
+    "--qos-hook", metavar="CMD", help="Command to run for each alert; $VHDX_DISK names the disk."
+)
+@click.option(
+    "--keep-minimums", is_flag=True, help="Schedule the disks so that each gets its minimum."
+)
 @click.option(
     "--depth",
     type=click.IntRange(1, DEEPEST),
-    help="Requests under way at a time, with --keep-minimums; each waits for as many. [8]",
+    help="With --keep-minimums: requests that the device works on at a time. [8]",
 )
 @click.option(
     "--capacity-iops",
     type=click.IntRange(1, LARGEST_IOPS),
-    help="What the host device does. [seen, or the model's]",
+    help="Normalised I/Os a second that the device does. [what is seen, or the model's]",
 )
 @click.option(
     "--model",
     type=click.Choice([kind.name.lower() for kind in ModelKind]),
-    help="Be as slow as such a disk that holds all of them.",
+    help="Behave as if all disks were on one such device.",
 )
 def serve(
     paths: tuple[str, ...],

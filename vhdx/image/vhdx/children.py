@@ -100,8 +100,7 @@ def guard_parent(path: StrPath, structure: Structure) -> None:
         raise InUseError(
             f"{shown(child, path)} depends on it as it is: a change would make that image unusable",
             path=path,
-            hint="change the child instead, or merge it; force=True (--force of resize and snapshot) "
-            "changes it all the same",
+            hint="change the child instead, or merge it; resize and snapshot have --force",
         )
 
 

@@ -283,7 +283,7 @@ class VhdxImage:
         if move_gpt or table is None or table.kind != "gpt":
             return None
         return (
-            "its GPT has its second copy where the disk ended before; the guest has to move it "
+            "its backup GPT still stands where the disk ended before; the guest has to move it "
             "(sgdisk -e, or the disk tool of Windows); or stop the guest and run this resize again "
             "with --move-gpt"
         )
