@@ -37,6 +37,8 @@ if TYPE_CHECKING:
         UnsupportedError,
         VhdxError,
     )
+    from vhdx.front.nbd import Server
+    from vhdx.host import Limits
     from vhdx.image import (
         Disk,
         Extent,
@@ -53,7 +55,6 @@ if TYPE_CHECKING:
         undo,
     )
     from vhdx.image.converting import convert
-    from vhdx.nbd import Limits, Server
 
 __all__ = [
     "ClosedError",
@@ -102,11 +103,12 @@ _HOMES = {
         "Disk Extent ExtentState Finding Report View "
         "check convert create merge open rebase repair undo"
     ),
-    "vhdx.nbd": "Limits Server",
+    "vhdx.front.nbd": "Server",
+    "vhdx.host": "Limits",
     "vhdx.errors": " ".join(name for name in __all__ if name.endswith("Error")) + " Reason",
 }
 _find = lazy.exports(__name__, _HOMES)
-_PARTS = {"cli", "control", "errors", "format", "image", "nbd", "plane", "qos", "units"}
+_PARTS = {"cli", "control", "errors", "format", "front", "host", "image", "plane", "qos", "units"}
 
 
 def __getattr__(name: str) -> Any:

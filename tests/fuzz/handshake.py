@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from vhdx.nbd import Negotiated
+    from vhdx.front.nbd import Negotiated
 
 
 def option_stream(rng: random.Random) -> bytes:
@@ -193,7 +193,7 @@ def parse_replies(answer: bytes) -> list[tuple[int, int, int]]:
 def one_stream(stream: bytes, size: int) -> bool:
     """Whether it came to the end. Raises on a bug."""
     from vhdx.errors import ProtocolError
-    from vhdx.nbd import ExportTerms, Handshake
+    from vhdx.front.nbd import ExportTerms, Handshake
 
     terms = {name: ExportTerms(name, *rest) for name, rest in EXPORTS.items()}
     machine, expected = Handshake(terms.get, lambda: terms), Session(stream)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import socket
 import struct
 
-from vhdx.nbd import handshake as h
+from vhdx.front.nbd import handshake as h
 
 
 class Client:

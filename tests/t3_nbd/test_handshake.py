@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vhdx.errors import ProtocolError
-from vhdx.nbd import ExportTerms, Handshake
-from vhdx.nbd import handshake as h
+from vhdx.front.nbd import ExportTerms, Handshake
+from vhdx.front.nbd import handshake as h
 
 EXPORTS = {
     "disk": ExportTerms("disk", "a disk", 1 << 30, False),

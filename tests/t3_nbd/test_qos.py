@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import vhdx
 from tests.t3_nbd.client import Client
-from vhdx import nbd, plane
+from vhdx import plane
 from vhdx.control.quality import change_qos
 from vhdx.errors import Reason
 from vhdx.plane import Clock, Limit, LimitKind, Limits, MeterFacts, Pacing, Throttle
@@ -509,7 +509,7 @@ def image(fast_path):
 
 def test_limited_clients_lose_nothing(image):
     settings = {"disk": Settings(maximum_iops=2000, maximum_bandwidth=50 * MIB)}
-    with nbd.serve({"disk": image}, qos=settings) as server:
+    with vhdx.serve({"disk": image}, qos=settings) as server:
         clients = [Client(server.socket_path) for _ in range(3)]
 
         def work(me, client):
@@ -537,7 +537,7 @@ def test_limited_clients_lose_nothing(image):
 
 def test_a_server_ends_although_requests_wait(image):
     """What was accepted is done, and nobody waits a minute for it."""
-    server = nbd.serve({"disk": image}, qos={"disk": Settings(maximum_iops=1)})
+    server = vhdx.serve({"disk": image}, qos={"disk": Settings(maximum_iops=1)})
     client = Client(server.socket_path)
     for number in range(50):
         data = bytes([number + 1]) * 4096
@@ -552,7 +552,7 @@ def test_a_server_ends_although_requests_wait(image):
 
 def test_what_a_dead_client_left_waiting_is_dropped(image):
     """Nobody was told that it was done, and nobody has to pay for it."""
-    with nbd.serve({"disk": image}, qos={"disk": Settings(maximum_iops=20)}) as server:
+    with vhdx.serve({"disk": image}, qos={"disk": Settings(maximum_iops=20)}) as server:
         client = Client(server.socket_path)
         for number in range(60):
             client.send(1, number, number * MIB, 4096, payload=b"x" * 4096)
@@ -575,8 +575,8 @@ def test_held_up_requests_leave_room_for_others(fast_path):
     for name in ("slow", "free"):
         paths[name] = fast_path / f"{name}.vhdx"
         vhdx.create(paths[name], 64 * MIB, block_size=MIB)
-    limits = nbd.Limits(server_bytes=64 * MIB)
-    with nbd.serve(paths, limits=limits, qos={"slow": Settings(maximum_iops=1)}) as server:
+    limits = vhdx.Limits(server_bytes=64 * MIB)
+    with vhdx.serve(paths, limits=limits, qos={"slow": Settings(maximum_iops=1)}) as server:
         slow = [Client(server.socket_path, "slow") for _ in range(4)]
         for client in slow:
             client.send(0, 1, 0, 20 * MIB)

@@ -16,8 +16,8 @@ import pytest
 import vhdx
 from tests.t3_nbd.client import Client
 from vhdx import plane
-from vhdx.nbd import Limits
-from vhdx.nbd import handshake as h
+from vhdx.front.nbd import handshake as h
+from vhdx.host import Limits
 from vhdx.units import MIB
 
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZEROES, STATUS = range(8)
@@ -249,7 +249,7 @@ def test_client_that_never_reads_is_not_fed_without_end(server, client):
         for _ in range(200_000):
             greedy.send(READ, length=MIB)
             sent += 1
-    assert server._pool.bytes_waiting <= 65 * MIB
+    assert server.session.pool.bytes_waiting <= 65 * MIB
     assert client.read(0, 4) == b"dddd"
     greedy.close()
 

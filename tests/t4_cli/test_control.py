@@ -19,7 +19,7 @@ import pytest
 
 import vhdx
 from vhdx import control
-from vhdx.nbd import address
+from vhdx.host import runtime as places
 from vhdx.units import GIB, MIB
 
 VHDX = [sys.executable, "-m", "vhdx.cli"]
@@ -419,7 +419,7 @@ def test_a_server_of_another_environment_is_found_by_its_image(tmp_path, monkeyp
     """As one that a service manager started: without XDG_RUNTIME_DIR, where a login has it."""
     image = tmp_path / "disk.vhdx"
     vhdx.create(image, 4 * MIB)
-    monkeypatch.setattr(address, "_OTHER_DIRECTORIES", [str(tmp_path / "other" / "vhdx")])
+    monkeypatch.setattr(places, "_OTHER_DIRECTORIES", [str(tmp_path / "other" / "vhdx")])
     (tmp_path / "other").mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "other"))
     with vhdx.serve({"disk": image}):

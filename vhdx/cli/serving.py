@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vhdx import control, nbd
+from vhdx import control
 from vhdx.cli import INTERRUPTED, SIGNALS
 from vhdx.cli.output import (
     DONE,
@@ -28,6 +28,8 @@ from vhdx.cli.output import (
 )
 from vhdx.cli.quality import changes_of, refuse_stuck, settings_options
 from vhdx.errors import InvalidArgumentError, NotFoundError
+from vhdx.front import nbd
+from vhdx.host import Limits
 from vhdx.image.formats import FORMATS
 from vhdx.plane import DEEPEST, ModelKind
 from vhdx.qos import LARGEST_IOPS, NORMALISED_UNIT, Scheduling
@@ -153,7 +155,7 @@ def serve(
         )
     exports = _exports(paths)
     events = _Events()
-    limits = nbd.Limits(connections=max_connections, handshake_seconds=handshake_seconds)
+    limits = Limits(connections=max_connections, handshake_seconds=handshake_seconds)
     server = control.serve(
         exports,
         listen=listen if inherited is None else inherited,

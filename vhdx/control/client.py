@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vhdx import lazy
 from vhdx.control import wire
 from vhdx.errors import InUseError, ProtocolError, Reason, VhdxError
-from vhdx.nbd.address import is_alive, runtime_directories, runtime_directory
+from vhdx.host.runtime import is_alive, runtime_directories, runtime_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
-    from vhdx import nbd
+    from vhdx.front import nbd
 
 __all__ = ["METRICS_TYPE", "exposition"]
 

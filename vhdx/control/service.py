@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from vhdx import nbd
 from vhdx.control import wire
 from vhdx.control.metrics import METRICS_TYPE, exposition
 from vhdx.control.quality import change_qos
 from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, Reason, VhdxError
-from vhdx.nbd.address import listen_unix, runtime_directory
+from vhdx.front import nbd
+from vhdx.host import Limits, ServerOptions
+from vhdx.host.runtime import listen_unix, runtime_directory
 from vhdx.qos import NORMALISED_UNIT, Scheduling, Settings
 
 if TYPE_CHECKING:
@@ -470,7 +471,7 @@ def serve(
     *,
     listen: str | socket.socket | None = None,
     read_only: bool = False,
-    limits: nbd.Limits | None = None,
+    limits: Limits | None = None,
     format: str | None = None,
     qos: Mapping[str, Settings | Mapping[str, Any]] | None = None,
     qos_file: str | os.PathLike[str] | None = None,
@@ -485,26 +486,26 @@ def serve(
     and the like find it. Where there can be none, a warning is logged and it serves all the same.
 
     Args:
-        exports, listen, read_only, limits, format: as for :class:`vhdx.Server`.
-        qos, qos_file, qos_unit, qos_hook, scheduling: as there.
+        exports, listen: as for :class:`vhdx.Server`.
+        read_only, limits, format, qos, qos_file, qos_unit, qos_hook, scheduling: as for
+            :class:`vhdx.host.ServerOptions`.
         on_stop: called when ``vhdx stop`` asks; closes the server when None.
 
     Raises:
         InvalidArgumentError, InUseError, HostIOError: it cannot listen.
         VhdxError: an image cannot be opened.
     """
-    server = nbd.serve(
-        exports,
-        listen=listen,
+    options = ServerOptions(
         read_only=read_only,
-        limits=limits,
+        limits=Limits() if limits is None else limits,
         format=format,
-        qos=qos,
+        qos={} if qos is None else qos,
         qos_file=qos_file,
         qos_unit=qos_unit,
         qos_hook=qos_hook,
         scheduling=scheduling,
     )
+    server = nbd.Server(exports, listen, options)
     try:
         Control(server, server.stop if on_stop is None else on_stop)
     except (OSError, VhdxError) as error:

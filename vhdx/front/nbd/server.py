@@ -14,73 +14,29 @@ import socket
 import struct
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from vhdx import plane
-from vhdx.errors import InvalidArgumentError, ProtocolError, VhdxError
-from vhdx.image.disk import Disk
-from vhdx.image.opening import open_disk
-from vhdx.nbd.address import address_of, bind, parse_address, private_address, uri_of
-from vhdx.nbd.handshake import ExportTerms, Handshake, Negotiated
-from vhdx.qos import NORMALISED_UNIT, Domain, Flow, Scheduling, Settings, Store
+from vhdx.errors import ProtocolError, VhdxError
+from vhdx.front.nbd.address import address_of, bind, parse_address, private_address, uri_of
+from vhdx.front.nbd.handshake import ExportTerms, Handshake, Negotiated
+from vhdx.host import Export, ServerOptions, Session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
     from types import TracebackType
 
-__all__ = ["Limits", "Server", "serve"]
+    from vhdx.image.disk import Disk
+    from vhdx.qos import Domain, Flow
+
+__all__ = ["Server"]
 
 _log = logging.getLogger(__name__)
 _SEND_BUFFER = 2 << 20
 _KEEPALIVE_SECONDS = 60
-_LONGEST_NAME = 4096
 _NOTHING = [0] * len(plane.ConnectionCounters._fields)
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What clients may use.
-
-    Attributes:
-        connections: at once, over all exports.
-        handshake_seconds: until an export is chosen.
-        options: of a handshake.
-        option_bytes: data of one option.
-        requests: under way in one connection.
-        connection_bytes: payload under way in one connection.
-        server_bytes: payload under way in all connections. Each connection has 4 MiB of its own. The
-            rest is shared, but never less than a quarter of this value.
-        payload: bytes of one READ or WRITE.
-    """
-
-    connections: int = 100
-    handshake_seconds: float = 10.0
-    options: int = 32
-    option_bytes: int = 64 << 10
-    requests: int = 64
-    connection_bytes: int = 64 << 20
-    server_bytes: int = 512 << 20
-    payload: int = 32 << 20
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes that connections may borrow, beyond what each has of its own."""
-        own = self.connections * plane.CONNECTION_BYTES
-        return max(self.server_bytes - own, self.server_bytes // 4)
-
-
-@dataclass
-class _Export:
-    disk: Disk
-    device: plane.Device
-    owned: bool
-    description: str
-
-    def terms(self, name: str) -> ExportTerms:
-        return ExportTerms(name, self.description, self.device.size, self.disk.read_only)
 
 
 class _Client:
@@ -102,69 +58,38 @@ class Server:
             while it is served. With a single export, "" is another name for it.
         listen: ``nbd+unix:///?socket=PATH`` or ``nbd://HOST[:PORT]``, or a socket that listens
             already and is closed, but not removed, at the end; a private unix socket when None.
-        read_only: refuse changes.
-        limits: what clients may use.
-        format: of the paths, as in :func:`vhdx.open`.
-        qos: what is wanted of each disk, by the name of its export: changes of what the file says,
-            in which None takes a setting away, or settings, which change what they have.
-        qos_file: where that is kept, and taken from; see :class:`vhdx.qos.Store`.
-        qos_unit: bytes that count as one normalised I/O.
-        qos_hook: a command that is run for each alert.
-        scheduling: whether minimums are kept, and how; watched only when None.
+        options: how they are served.
+
+    Attributes:
+        session: the disks, and what they share.
+
+    Raises:
+        InvalidArgumentError, InUseError, HostIOError: it cannot listen.
+        VhdxError: an image cannot be opened.
     """
 
     def __init__(
         self,
         exports: Mapping[str, Disk | str | os.PathLike[str]],
-        *,
         listen: str | socket.socket | None = None,
-        read_only: bool = False,
-        limits: Limits | None = None,
-        format: str | None = None,
-        qos: Mapping[str, Settings | Mapping[str, Any]] | None = None,
-        qos_file: str | os.PathLike[str] | None = None,
-        qos_unit: int = NORMALISED_UNIT,
-        qos_hook: str | None = None,
-        scheduling: Scheduling | None = None,
+        options: ServerOptions | None = None,
     ) -> None:
-        if not exports:
-            raise InvalidArgumentError("there is nothing to serve")
-        self._limits = Limits() if limits is None else limits
+        options = ServerOptions() if options is None else options
+        self._limits = options.limits
         self._lock = threading.Lock()
         self._clients: set[_Client] = set()
-        self._exports: dict[str, _Export] = {}
         self._closing, self._closed = False, threading.Event()
         self._failures: list[BaseException] = []
         self._slots = 0
         self._ended: dict[str, list[int]] = {}  # under the lock: what clients did that have left
-        self._cleanup = contextlib.ExitStack()
         self._first, self._last = contextlib.ExitStack(), contextlib.ExitStack()
-        try:
-            self._pool = plane.Pool(byte_limit=self._limits.shared_bytes)
-            self._cleanup.callback(self._pool.close)
-            store = None if qos_file is None else Store(qos_file)
-            if store is not None:
-                self._cleanup.callback(store.close)
-            for name, source in exports.items():
-                self._add(name, source, read_only=read_only, format=format)
-            self.qos = Domain(
-                self._pool,
-                unit=qos_unit,
-                store=store,
-                hook=qos_hook,
-                scheduling=scheduling,
-                sizes=[export.disk.size for export in self._exports.values()],
-            )
-            self._cleanup.callback(self.qos.close)
-            for name, export in self._exports.items():
-                self.qos.add_disk(name, export.disk.path, export.device, (qos or {}).get(name))
+        with contextlib.ExitStack() as stack:
+            self.session = Session(exports, options)
+            stack.callback(self.session.close)
             self._listen(listen, next(iter(exports)) or "disk")
-            self._cleanup.callback(self._stop_listening)
-            self.qos.begin()
-        except BaseException:
-            self._cleanup.close()
-            raise
-        self._cleanup.enter_context(plane.serving())
+            stack.callback(self._stop_listening)
+            self.session.begin()
+            self._cleanup = stack.pop_all()
         self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
         self._acceptor.start()
 
@@ -176,40 +101,6 @@ class Server:
             address = private_address(name) if listen is None else parse_address(listen)
             self._listener, self._address = bind(address)
 
-    def _add(
-        self,
-        name: str,
-        source: Disk | str | os.PathLike[str],
-        *,
-        read_only: bool,
-        format: str | None,
-    ) -> None:
-        encoded = name.encode(errors="surrogatepass")
-        if (
-            "\0" in name
-            or len(encoded) > _LONGEST_NAME
-            or "\ufffd" in encoded.decode(errors="replace")
-        ):
-            raise InvalidArgumentError(
-                f"{name[:80]!r} cannot be the name of an export",
-                hint="it must be UTF-8; name it: NAME=PATH",
-            )
-        owned = not isinstance(source, Disk)
-        disk = (
-            source
-            if isinstance(source, Disk)
-            else open_disk(source, "r" if read_only else "r+", format=format)
-        )
-        if owned:
-            self._cleanup.callback(disk.close)
-        elif read_only and not disk.read_only:
-            raise InvalidArgumentError(
-                f"the disk of export {name!r} is open for writing", hint='open it with "r"'
-            )
-        device = disk.share()
-        self._cleanup.callback(disk.unshare)
-        self._exports[name] = _Export(disk, device, owned, f"{disk.format} {Path(disk.path).name}")
-
     # ---- facts ----
 
     @property
@@ -220,7 +111,7 @@ class Server:
     @property
     def uris(self) -> dict[str, str]:
         """Of each export, by name."""
-        return {name: uri_of(self._address, name) for name in self._exports}
+        return {name: uri_of(self._address, name) for name in self.session.exports}
 
     @property
     def socket_path(self) -> str | None:
@@ -229,7 +120,12 @@ class Server:
 
     def exports(self) -> dict[str, Disk]:
         """The disks, by name."""
-        return {name: export.disk for name, export in self._exports.items()}
+        return self.session.disks()
+
+    @property
+    def qos(self) -> Domain:
+        """What is wanted of the disks, and what they get."""
+        return self.session.qos
 
     def at_end(self, *, before: Callable[[], None], after: Callable[[], None]) -> None:
         """Has :meth:`close` call ``before`` first of all, and ``after`` when all else is done."""
@@ -254,7 +150,7 @@ class Server:
     def totals(self) -> dict[str, plane.ConnectionCounters]:
         """What the clients of each export did so far, those that have left included."""
         with self._lock:
-            found = {name: list(self._ended.get(name, _NOTHING)) for name in self._exports}
+            found = {name: list(self._ended.get(name, _NOTHING)) for name in self.session.exports}
             for client in self._clients:
                 if client.connection is not None:
                     mine = found[client.export]
@@ -266,10 +162,10 @@ class Server:
     # ---- connections ----
 
     def _lookup(self, name: str) -> ExportTerms | None:
-        if name == "" and len(self._exports) == 1:
-            name = next(iter(self._exports))
-        export = self._exports.get(name)
-        return None if export is None else export.terms(name)
+        if name == "" and len(self.session.exports) == 1:
+            name = next(iter(self.session.exports))
+        export = self.session.exports.get(name)
+        return None if export is None else _terms(name, export)
 
     def _accept(self) -> None:
         while True:
@@ -338,7 +234,7 @@ class Server:
         deadline = time.monotonic() + self._limits.handshake_seconds
         handshake = Handshake(
             self._lookup,
-            lambda: {name: export.terms(name) for name, export in self._exports.items()},
+            lambda: {name: _terms(name, export) for name, export in self.session.exports.items()},
             largest_payload=self._limits.payload,
             most_options=self._limits.options,
             option_bytes=self._limits.option_bytes,
@@ -358,7 +254,7 @@ class Server:
             answers = handshake.receive(data)
 
     def _transmit(self, client: _Client, negotiated: Negotiated) -> None:
-        export = self._exports[negotiated.export]
+        export = self.session.exports[negotiated.export]
         initiator = _name_of(client.socket)
         flow = self.qos.connect(negotiated.export, initiator)
         try:
@@ -369,7 +265,7 @@ class Server:
         with contextlib.suppress(VhdxError):
             export.disk.reclaim()
 
-    def _run(self, client: _Client, negotiated: Negotiated, export: _Export, flow: Flow) -> None:
+    def _run(self, client: _Client, negotiated: Negotiated, export: Export, flow: Flow) -> None:
         with self._lock:
             if self._closing or client.socket is None:
                 return
@@ -381,7 +277,7 @@ class Server:
             client.connection = connection = plane.Connection(
                 fd,
                 flow.throttle,
-                self._pool,
+                self.session.pool,
                 early=negotiated.early,
                 slot=self._slots,
                 read_only=export.disk.read_only,
@@ -466,9 +362,7 @@ class Server:
             stack.callback(self._cleanup.close)
             stack.callback(self._acceptor.join)
             stack.callback(self._stop_accepting)
-            for export in self._exports.values():
-                if not export.disk.read_only:
-                    stack.callback(export.device.flush)
+            stack.callback(self.session.flush)
 
     def _stop_accepting(self) -> None:
         with contextlib.suppress(OSError):
@@ -484,6 +378,13 @@ class Server:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _terms(name: str, export: Export) -> ExportTerms:
+    """What the handshake says of an export."""
+    disk = export.disk
+    description = f"{disk.format} {Path(disk.path).name}"
+    return ExportTerms(name, description, export.device.size, disk.read_only)
 
 
 def _until(deadline: float) -> float:
@@ -513,38 +414,3 @@ def _name_of(peer: socket.socket | None) -> str:
     except OSError:
         return "?"
     return f"{name}[{pid}]"
-
-
-def serve(
-    exports: Mapping[str, Disk | str | os.PathLike[str]],
-    *,
-    listen: str | socket.socket | None = None,
-    read_only: bool = False,
-    limits: Limits | None = None,
-    format: str | None = None,
-    qos: Mapping[str, Settings | Mapping[str, Any]] | None = None,
-    qos_file: str | os.PathLike[str] | None = None,
-    qos_unit: int = NORMALISED_UNIT,
-    qos_hook: str | None = None,
-    scheduling: Scheduling | None = None,
-) -> Server:
-    """Starts to serve disks over NBD; a context manager that stops at its end.
-
-    See :class:`Server` for the arguments.
-
-    Raises:
-        InvalidArgumentError, InUseError, HostIOError: it cannot listen.
-        VhdxError: an image cannot be opened.
-    """
-    return Server(
-        exports,
-        listen=listen,
-        read_only=read_only,
-        limits=limits,
-        format=format,
-        qos=qos,
-        qos_file=qos_file,
-        qos_unit=qos_unit,
-        qos_hook=qos_hook,
-        scheduling=scheduling,
-    )

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: MIT
+"""The runtime directory of a user, where servers have their sockets, and unix sockets there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import stat
+from pathlib import Path
+
+from vhdx.errors import HostIOError, InUseError, Reason
+
+__all__ = [
+    "BACKLOG",
+    "LONGEST_SOCKET_PATH",
+    "is_alive",
+    "listen_unix",
+    "runtime_directories",
+    "runtime_directory",
+]
+
+LONGEST_SOCKET_PATH = 107
+"""Bytes of the name of a unix socket (unix(7))."""
+
+BACKLOG = 128
+"""Connections that wait to be accepted."""
+
+# Of a login, of somebody without one, and of root's services; their owner is checked.
+_OTHER_DIRECTORIES = ["/run/user/{}/vhdx", "/tmp/vhdx-{}", "/run/vhdx"]  # noqa: S108
+
+
+def runtime_directory() -> Path:
+    """The directory of this user's sockets, made with mode 0700.
+
+    Raises:
+        HostIOError: it belongs to somebody else, or cannot be made.
+    """
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    if base:
+        path = Path(base) / "vhdx"
+    elif os.geteuid() == 0:
+        path = Path("/run/vhdx")
+    else:
+        path = Path(f"/tmp/vhdx-{os.geteuid()}")  # noqa: S108 - its owner is checked below
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = path.lstat()
+    except OSError as error:
+        raise HostIOError(f"it cannot be made: {error.strerror}", path=path) from error
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise HostIOError("it belongs to somebody else", reason=Reason.PERMISSION, path=path)
+    if status.st_mode & 0o077:
+        path.chmod(0o700)
+    return path
+
+
+def runtime_directories() -> list[Path]:
+    """Where this user's servers may have their sockets: :func:`runtime_directory` comes first.
+
+    A service manager starts servers without ``XDG_RUNTIME_DIR``, and a login sets it.
+    """
+    user = os.geteuid()
+    found = [runtime_directory()]
+    for path in (Path(each.format(user)) for each in _OTHER_DIRECTORIES):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if path not in found and stat.S_ISDIR(status.st_mode) and status.st_uid == user:
+                found.append(path)
+    return found
+
+
+def is_alive(path: Path) -> bool:
+    """Whether a server listens there; the socket of a dead one is removed."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return False
+        except BlockingIOError:
+            return True  # its queue is full
+        except OSError:
+            return False
+    return True
+
+
+def listen_unix(path: str) -> socket.socket:
+    """A socket that listens at ``path``.
+
+    Raises:
+        InUseError: another one does.
+    """
+    if Path(path).is_socket() and is_alive(Path(path)):
+        raise InUseError("another server listens there", path=path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    # Under its own name it listens from the start: one that does not would be taken for dead.
+    first = f"{path}~{secrets.token_hex(2)}"
+    renamed = len(os.fsencode(first)) <= LONGEST_SOCKET_PATH and not os.path.lexists(path)
+    try:
+        listener.bind(first if renamed else path)
+        listener.listen(BACKLOG)
+        if renamed:
+            os.rename(first, path)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
