@@ -96,26 +96,45 @@ def written():
     return limits, minimums, control
 
 
+def type_all(lines, place):
+    """Types the lines into one shell; the first that fails ends it."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    script = "set -eo pipefail; trap 'kill $(jobs -p) 2>/dev/null || :' EXIT\n" + "\n".join(lines)
+    done = subprocess.run(
+        ["bash", "-xc", script], cwd=place, env=os.environ | {"PATH": path}, text=True,
+        capture_output=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    return done.stdout
+
+
+def commands(text):
+    """The commands of each block that can be run here."""
+    for block in re.findall(r"```\n(.*?)```", text, re.DOTALL):
+        yield [line.split("  #")[0].strip() for line in block.splitlines()]
+
+
 def test_the_tour(tmp_path, peer):
     """Top to bottom in one directory, but for servers that wait and images that a reader has."""
     peer("qemu-img", "nbdinfo", "nbdcopy", "mkfs.ext4")
     tour = README.read_text().split("## Five-minute tour\n")[1].split("### Storage QoS")[0]
-    commands = re.findall(r"```\n(.*?)```", tour, re.DOTALL)
     elsewhere = ("--listen", "windows.vhdx", "vhdx ps")
     lines = [
-        line.split("  #")[0].strip()
-        for block in commands
-        if not any(each in block for each in elsewhere)
-        for line in block.splitlines()
+        line
+        for block in commands(tour)
+        if not any(each in line for each in elsewhere for line in block)
+        for line in block
     ]
     assert len(lines) > 15
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    for line in lines:
-        command = ["bash", "-o", "pipefail", "-c", line]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=os.environ | {"PATH": path}, text=True, capture_output=True
-        )
-        assert done.returncode == 0, (line, done.stdout, done.stderr)
+    type_all(lines, tmp_path)
+
+
+def test_recipes(tmp_path, peer):
+    peer("qemu-img")
+    (lines,) = commands((README.parent / "docs" / "coming-from.md").read_text())
+    said = type_all(lines, tmp_path)
+    assert said.count("read 8388608/8388608 bytes") == 2
+    assert "Pattern verification failed" not in said
 
 
 def test_limits_and_alerts(script, written, peer):
