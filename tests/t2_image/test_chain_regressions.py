@@ -13,7 +13,7 @@ import vhdx
 from tests.images import edit
 from vhdx import plane
 from vhdx.image import lock
-from vhdx.image.vhdx import compacting, engine, snapshots
+from vhdx.image.vhdx import compacting, loader, snapshots
 from vhdx.units import GIB, MIB, TIB
 
 
@@ -295,7 +295,7 @@ def test_check_looks_for_the_parents(path, fast_path):
 
 def test_a_chunk_that_is_dropped_during_a_compaction(fast_path, monkeypatch):
     """Its blocks are loaded again, and the place of a live one is not given away."""
-    monkeypatch.setattr(engine, "_RESIDENT_CHUNKS", 8)
+    monkeypatch.setattr(loader, "_RESIDENT_CHUNKS", 8)
     path = fast_path / "disk.vhdx"
     vhdx.create(path, 8 * GIB, block_size=MIB)
     at = 8 * GIB - 100 * MIB
@@ -328,7 +328,7 @@ def test_a_host_that_is_full_while_a_log_entry_is_applied(fast_path):
     disk = vhdx.open(path, "r+")
     disk.pwrite(b"1" * 4096, 0)
     disk.flush()
-    leaf = disk._image.engine._journal._leaf
+    leaf = disk._image.engine.committer.journal._leaf
 
     class Full:
         def __getattr__(self, name):
@@ -341,7 +341,7 @@ def test_a_host_that_is_full_while_a_log_entry_is_applied(fast_path):
             leaf.batch(steps[:-1])
             raise vhdx.NoSpaceError("injected", path=path)
 
-    disk._image.engine._journal._leaf = Full()
+    disk._image.engine.committer.journal._leaf = Full()
     with pytest.raises(vhdx.NoSpaceError):
         disk.resize(4 * TIB)
     with pytest.raises(vhdx.PoisonedError):

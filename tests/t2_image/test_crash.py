@@ -27,7 +27,7 @@ from tests.recording import (
 from tests.reference import Refused, read_reference
 from vhdx.errors import VhdxError
 from vhdx.format import header as headers
-from vhdx.image.vhdx import engine
+from vhdx.image.vhdx import allocator
 from vhdx.units import MIB
 
 SIZE = 6 * MIB
@@ -69,8 +69,8 @@ def bases(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_grants(monkeypatch):
     """Files grow by little, so that a state is not mostly zeros."""
-    monkeypatch.setattr(engine, "_FIRST_GRANT", 2 * BLOCK)
-    monkeypatch.setattr(engine, "_LARGEST_GRANT", 2 * BLOCK)
+    monkeypatch.setattr(allocator, "_FIRST_GRANT", 2 * BLOCK)
+    monkeypatch.setattr(allocator, "_LARGEST_GRANT", 2 * BLOCK)
 
 
 @dataclass

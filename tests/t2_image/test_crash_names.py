@@ -15,7 +15,7 @@ from tests.images import edit, edit_headers, read
 from tests.namespace import Directory, written
 from vhdx.format import header
 from vhdx.image.vhd import image as vhd_image
-from vhdx.image.vhdx import engine
+from vhdx.image.vhdx import allocator
 from vhdx.units import MIB
 
 SIZE = 4 * MIB
@@ -23,8 +23,8 @@ SIZE = 4 * MIB
 
 @pytest.fixture(autouse=True)
 def small_grants(monkeypatch):
-    monkeypatch.setattr(engine, "_FIRST_GRANT", 2 * MIB)
-    monkeypatch.setattr(engine, "_LARGEST_GRANT", 2 * MIB)
+    monkeypatch.setattr(allocator, "_FIRST_GRANT", 2 * MIB)
+    monkeypatch.setattr(allocator, "_LARGEST_GRANT", 2 * MIB)
     monkeypatch.setattr(vhd_image, "_GRANT_BYTES", 2 * MIB)
 
 

@@ -25,6 +25,7 @@ from vhdx.image.disk import Disk
 from vhdx.image.host import HostFile
 from vhdx.image.vhd import image as vhd_image
 from vhdx.image.vhd import opening as vhd_opening
+from vhdx.image.vhd.footer import find_footer
 from vhdx.units import KIB, MIB
 
 BLOCK = 512 * KIB
@@ -311,7 +312,7 @@ def open_recorded(recorder, *, write=True):
     leaf = plane.Callback(handle, len(recorder.data), read_only=not write)
     host = HostFile("recorded.vhd", leaf, read_only=not write, sparse=True, key=(0, 0), keep=True)
     host.allocated = lambda: len(recorder.data)
-    footer = vhd_opening.find_footer(leaf)
+    footer = find_footer(leaf)
     assert footer is not None
     pool = plane.default_pool()
     return Disk(

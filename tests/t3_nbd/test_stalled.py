@@ -291,13 +291,13 @@ def test_a_large_write_that_fails_half_way_is_one_error(tmp_path, fua, monkeypat
     with vhdx.serve({"a": image}) as server:
         client = Client(server.socket_path, "a", status=False)
         disk = server.exports()["a"]
-        space = disk._image.engine._space
+        space = disk._image.engine.allocator._space
 
         def full(*_):
             raise vhdx.NoSpaceError("injected", path=image)
 
         assert client.ask(1, offset=0, payload=b"1" * MIB)[0] == 0
-        disk._image.engine.take_back_grants()
+        disk._image.engine.allocator.take_back_grants()
         monkeypatch.setattr(space, "take", full)
         error, _ = client.ask(1, offset=32 * MIB, payload=b"2" * (16 * MIB), flags=1 if fua else 0)
         assert error == 28

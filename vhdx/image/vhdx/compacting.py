@@ -111,7 +111,7 @@ class _Compaction:
             count = min(_SCAN, self._engine.structure.geometry.blocks - first)
             if count <= 0:
                 return  # it became smaller
-            self._engine.entry_of(first)  # loads all around it
+            self._engine.loader.entry_of(first)  # loads all around it
             entries = self._map.read_entries(first, count)
             kinds, _, _ = plane.fields(entries)
             placed = is_placed(kinds)
@@ -157,7 +157,7 @@ class _Compaction:
 
     def move_down(self) -> int:
         """Moves blocks from the end of the file into free places before them; returns how many."""
-        self._engine.take_back_grants()
+        self._engine.allocator.take_back_grants()
         where = sorted(
             (
                 (offset, page)
@@ -174,10 +174,10 @@ class _Compaction:
             total = self._engine.structure.geometry.virtual_size
             self._step(total + total * number // len(where), 2 * total, self._block)
             with self._engine.structure_lock:
-                target = self._engine.take_place_before(offset)
+                target = self._engine.allocator.take_place_before(offset)
                 if target is None:
                     return moved
-                entry = self._engine.entry_of(page)
+                entry = self._engine.loader.entry_of(page)
                 moved += self._move(page, entry, offset, target)
             if number % _MOVES_PER_COMMIT == _MOVES_PER_COMMIT - 1:
                 self._map.flush()
@@ -186,7 +186,7 @@ class _Compaction:
     def _move(self, page: int, entry: np.uint64, offset: int, target: int) -> bool:
         kind, now, tag = (int(v[0]) for v in plane.fields(np.array([entry], np.uint64)))
         if now != offset or kind not in {plane.Kind.DATA, plane.Kind.MIXED}:
-            self._engine.return_place(target)
+            self._engine.allocator.return_place(target)
             return False
         new = plane.entries(kind, 0, target, tag)
         if kind == plane.Kind.MIXED:
@@ -195,14 +195,14 @@ class _Compaction:
                 self._copy(offset, target)
                 done = self._engine.republish(page, entry, new, offset)
             if not done:
-                self._engine.return_place(target)
+                self._engine.allocator.return_place(target)
             return done
         with _Shared(self._engine, page, entry) as shared:
             if shared.held:
                 self._copy(offset, target)
                 if shared.become(new):
                     return True
-        self._engine.return_place(target)
+        self._engine.allocator.return_place(target)
         return False
 
     def _copy(self, source: int, target: int) -> None:
@@ -251,14 +251,14 @@ class _Shared:
         if self._settled:
             return
         if not self._replace(self._shared, self._entry, publish=False):
-            now = plane.fields(np.array([self._engine.entry_of(self._page)], np.uint64))[1]
+            now = plane.fields(np.array([self._engine.loader.entry_of(self._page)], np.uint64))[1]
             if int(now[0]) != self._offset:
                 # A write took a place of its own; reads of the old one may be under way.
                 self._engine.map.quiesce()
                 self._release()
 
     def _release(self) -> None:
-        self._engine.release_later(np.array([self._offset], np.uint64))
+        self._engine.allocator.release_later(np.array([self._offset], np.uint64))
 
     def _replace(self, old: object, new: object, *, publish: bool) -> bool:
         one = np.array([self._page], np.uint64)

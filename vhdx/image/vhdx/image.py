@@ -227,7 +227,7 @@ class VhdxImage:
         if offset < 0 or length < 0 or end > self.device.size or self._is_alone:
             yield from self.device.extents(offset, length)
             return
-        for start, stop in self.engine.stored_ranges():
+        for start, stop in self.engine.loader.stored_ranges():
             if stop <= offset:
                 continue
             if offset < start:

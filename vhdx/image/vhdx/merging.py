@@ -229,7 +229,9 @@ def _set_locator(engine: Engine, new: locator.ParentLocator) -> None:
     entry = base.offset + 32 + 32 * index + 16  # offset and length follow the GUID
     with engine.changing() as leaf:
         leaf.flush()
-        engine.log([(base.offset + at, packed), (entry, struct.pack("<II", at, len(packed)))])
+        engine.committer.log(
+            [(base.offset + at, packed), (entry, struct.pack("<II", at, len(packed)))]
+        )
 
 
 def _check_names(name: str, parent_path: str) -> None:
@@ -278,7 +280,7 @@ def _check_siblings(name: str, parent_path: str) -> None:
 
 def _pieces(top: Engine, state: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
     """State, offset and length of what the upper layer stores or zeroes; the rest is the parent's."""
-    for start, end in top.stored_ranges():
+    for start, end in top.loader.stored_ranges():
         for extent in top.map.extents(start, end - start):
             if extent.state not in state or extent.depth > 0:
                 continue

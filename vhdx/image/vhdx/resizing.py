@@ -63,7 +63,7 @@ def grow(engine: Engine, size: int) -> None:
     _check(engine, size)
     engine.map.flush()
     with engine.changing() as leaf:
-        engine.forget_log()  # entries are cleared in place below
+        engine.committer.forget_log()  # entries are cleared in place below
         old = engine.structure.geometry
         new = replace(old, virtual_size=size)
         patches = [_size_patch(engine, size)]
@@ -78,7 +78,7 @@ def grow(engine: Engine, size: int) -> None:
         patches += _write_table(leaf, where, first, table, live)
         _zero_tail(engine, leaf, old)
         leaf.flush()
-        engine.log(patches)
+        engine.committer.log(patches)
         engine.adopt(new, where)
 
 
@@ -260,21 +260,21 @@ def shrink(engine: Engine, size: int) -> None:
     """Makes the disk smaller; the caller lets nobody reach behind ``size`` any more."""
     engine.map.flush()
     with engine.changing() as leaf:
-        engine.forget_log()  # entries are cleared in place below
+        engine.committer.forget_log()  # entries are cleared in place below
         old = engine.structure.geometry
         new = replace(old, virtual_size=size)
         indices, values = _entries_behind(engine, leaf, new)
-        engine.log([_size_patch(engine, size)])
+        engine.committer.log([_size_patch(engine, size)])
         try:
             first, blank = _blank(engine, leaf, old, new, old.entries)
             patches = _write_table(leaf, engine.structure.bat, first, blank, new.entries)
             if patches:
-                engine.log(patches)
+                engine.committer.log(patches)
             engine.adopt(new, engine.structure.bat)
             stored = is_payload(replace(engine.structure, geometry=old), indices)
             stored &= bat.state_of(values) >= BlockState.FULLY_PRESENT
-            engine.forget(new.blocks, old.blocks)
-            engine.release(bat.offset_of(values[stored]))
+            engine.loader.forget(new.blocks, old.blocks)
+            engine.allocator.release(bat.offset_of(values[stored]))
         except BaseException:
             engine.map.poison()  # the size is the new one in the file, and the old one here
             raise
