@@ -17,9 +17,12 @@ import contextvars
 import functools
 import inspect
 import queue
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, TypeVar
+
+from vhdx.errors import HostIOError
 
 __all__ = [
     "DONE_NOTE",
@@ -74,10 +77,10 @@ class Completion:
 
 @contextlib.contextmanager
 def completing() -> Iterator[Completion]:
-    """Around one operation on the main thread: an interruption that is too late counts for nothing.
+    """Around one operation on the main thread. An interruption that cannot stop it is forgotten.
 
-    Where the operation succeeds although a handler raised, it returns what it always returns. Whoever
-    set the handler looks at the completion, and raises nothing once it is done.
+    The operation then returns its result although a handler raised. Whoever set the handler looks at
+    the completion, and raises nothing once it is done.
     """
     before, _local.completion = getattr(_local, "completion", None), Completion()
     try:
@@ -177,8 +180,10 @@ class _Job:
         try:
             try:
                 _thread.start_new_thread(self._work, (context, work))
-            except RuntimeError:  # at the end of the interpreter no thread can begin
-                return work(self._progress, _never if self._cancel is None else self._cancel)
+            except RuntimeError as refusal:
+                if not sys.is_finalizing() and "shutdown" not in str(refusal):
+                    raise HostIOError(f"the operation needs a thread: {refusal}") from refusal
+                return self._work_here(work)
             while not self._done:
                 self._answer_one()
         except BaseException as interruption:
@@ -201,18 +206,25 @@ class _Job:
             del error  # or its traceback, which holds this frame, would hold itself
         return result  # type: ignore[return-value]
 
+    def _work_here(self, work: Work[_Result]) -> _Result:
+        """At the end of the interpreter, where no thread can begin and no handler runs."""
+        result = work(self._progress, _never if self._cancel is None else self._cancel)
+        if self._completion is not None:
+            self._completion.begun = self._completion.done = True
+        return result
+
     def _answer_one(self) -> None:
         try:
             call = self._calls.get(timeout=_POLL_SECONDS)
         except queue.Empty:
             return
         if call is not None:
-            before = getattr(_local, "root", None)
-            _local.root = self._root
+            before = getattr(_local, "root", None), getattr(_local, "completion", None)
+            _local.root, _local.completion = self._root, None  # it may call operations of its own
             try:
                 call.answer()
             finally:
-                _local.root = before
+                _local.root, _local.completion = before
 
     def _waited_to_the_end(self) -> bool:
         """Waits until the work has ended, whatever is raised meanwhile.

@@ -3,14 +3,16 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import pkgutil
 import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-__all__ = ["Module", "exports"]
+__all__ = ["Module", "exports", "load_everything"]
 
 
 class Module:
@@ -47,3 +49,15 @@ def exports(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
         return value
 
     return find
+
+
+@functools.cache
+def load_everything(package: str, *, but: tuple[str, ...] = ()) -> None:
+    """Imports a package whole, but for these parts of it, and what its modules use.
+
+    A program that runs for long does so at its start. What it loaded later could be of another
+    version, when the package was upgraded meanwhile.
+    """
+    for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
+        if not found.name.startswith(but):
+            importlib.import_module(found.name)

@@ -20,9 +20,10 @@ from click.testing import CliRunner
 
 import vhdx
 from tests.images import edit
+from tests.t3_nbd.client import Client
 from vhdx.cli import commands
 from vhdx.format import header
-from vhdx.interrupts import DONE_NOTE, uninterrupted
+from vhdx.interrupts import DONE_NOTE, completing, uninterrupted
 from vhdx.units import MIB
 
 VHDX = Path(sys.executable).with_name("vhdx")
@@ -451,3 +452,54 @@ def test_disks_that_are_open_at_the_end_are_closed(tmp_path):
         with vhdx.open(each) as disk:
             assert disk.pread(4, 0) == b"kept"
             assert not disk.describe()["log_dirty"]
+
+
+def test_an_operation_inside_a_callback_does_not_complete_the_outer_one():
+    seen = []
+
+    def outer(progress, cancel):
+        progress(1, 2)
+        return "done"
+
+    with completing() as completion:
+
+        def progress(done, total):
+            uninterrupted(lambda progress, cancel: None)
+            seen.append(completion.done)
+
+        assert uninterrupted(outer, progress) == "done"
+    assert seen == [False]
+    assert completion.done
+
+
+def test_without_a_thread_nothing_begins(monkeypatch):
+    """Not on the main thread, where a signal would end it in the middle."""
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("_thread.start_new_thread", refuse)
+    with pytest.raises(vhdx.HostIOError, match="needs a thread"):
+        uninterrupted(lambda progress, cancel: pytest.fail("it began"))
+
+
+def test_asking_a_server_twice_to_stop_does_not_hurry_it(tmp_path):
+    """Its client reads nothing, so it drains; what was written is kept all the same."""
+    vhdx.create(tmp_path / "a.vhdx", SIZE)
+    process = start(tmp_path, ["serve", "a.vhdx", "--drain-seconds", "3"])
+    uri = process.stdout.readline().strip()
+    client = Client(uri.partition("socket=")[2], "a")
+    assert client.ask(1, offset=0, payload=b"w" * 4096)[0] == 0
+    for cookie in range(8):
+        client.send(0, cookie=cookie, length=32 * MIB)
+    asking = [subprocess.Popen([VHDX, "stop", "a.vhdx"], cwd=tmp_path)]
+    time.sleep(1)
+    asking.append(subprocess.Popen([VHDX, "stop", "a.vhdx"], cwd=tmp_path, stderr=subprocess.DEVNULL))
+    assert process.wait(60) == 0
+    process.communicate()
+    assert asking[0].wait(60) == 0
+    asking[1].wait(60)
+    client.close()
+    with vhdx.open(tmp_path / "a.vhdx") as disk:
+        assert disk.pread(4096, 0) == b"w" * 4096
+        assert not disk.describe()["log_dirty"]

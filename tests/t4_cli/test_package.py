@@ -76,3 +76,38 @@ def test_planted_bugs_still_fit_the_code(kind):
 @pytest.mark.parametrize("kind", sorted(planted.PLANTED))
 def test_fuzzers_find_ten_planted_bugs_each(kind):
     assert planted.find_planted(kind, 120) == []
+
+
+LATE = """
+import sys, vhdx
+vhdx.create("a.vhdx", 64 << 20)
+with vhdx.serve({"a": "a.vhdx"}):
+    before = set(sys.modules)
+    vhdx.resize("a.vhdx", 128 << 20)
+    vhdx.compact("a.vhdx")
+    vhdx.snapshot("a.vhdx", "b.vhdx")
+    vhdx.info("a.vhdx")
+    print(sorted(name for name in set(sys.modules) - before if name.startswith("vhdx")))
+"""
+
+
+def test_a_server_loads_nothing_late(tmp_path):
+    """What it loaded later could be of another version: packages are upgraded under servers."""
+    run = subprocess.run(
+        [sys.executable, "-c", LATE], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", ["a.raw", "a.vhdx", "a.vhd"])
+def test_an_open_disk_has_loaded_numpy(tmp_path, name):
+    """Where it cannot be loaded the open fails, and not a fault, which would poison the disk."""
+    script = f"import sys, vhdx; disk = vhdx.open({name!r}, 'r+'); print('numpy' in sys.modules)"
+    if name == "a.raw":
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    else:
+        vhdx.create(tmp_path / name, 64 << 20)
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.strip() == "True"

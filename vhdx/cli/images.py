@@ -304,7 +304,7 @@ def resize(path: str, size: int, shrink: bool, unsafe: bool, move_gpt: bool, for
     help="Proceed even if a child image depends on this one. The child becomes unusable.",
 )
 def snapshot(path: str, checkpoint: str | None, force: bool) -> None:
-    """Keep the disk as it is now under another name, and go on in a child. Prints that name.
+    """Keep the disk as it is now under another name, and go on in a child. Prints the other name.
 
     Example: vhdx snapshot disk.vhdx --checkpoint before-upgrade.vhdx
     """

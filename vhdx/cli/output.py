@@ -21,6 +21,7 @@ from vhdx.errors import (
     DamagedError,
     InUseError,
     InvalidArgumentError,
+    Reason,
     VhdxError,
 )
 from vhdx.interrupts import DONE_NOTE, Completion, completing
@@ -126,6 +127,9 @@ class VhdxGroup(click.Group):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
+            cause = error.__cause__
+            if isinstance(cause, VhdxError) and cause.reason != Reason.CANCELLED:
+                raise cause from None  # it failed, and would have without the signal
             left = _what_is_left(error)
             if left is None and ctx.invoked_subcommand not in self.asking and not _has_begun():
                 left = "nothing was changed"
@@ -230,7 +234,9 @@ class _Signals:
         now = time.monotonic()
         if self._seen is not None:
             if now - self._seen > SAME_SECONDS:
-                os.write(2, b"vhdx: ended at once; a temporary file may be left\n")
+                done = _completion is not None and _completion.done
+                left = b"the work was done" if done else b"a temporary file may be left"
+                os.write(2, b"vhdx: ended at once; " + left + b"\n")
                 os._exit(INTERRUPTED)
             return
         self._seen = now

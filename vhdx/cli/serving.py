@@ -129,8 +129,9 @@ def serve(
     model: str | None,
     **given: Any,
 ) -> int:
-    """Serve images over NBD until SIGTERM, SIGHUP or Ctrl-C; a second one ends it at once.
+    """Serve images over NBD until SIGTERM, SIGHUP, Ctrl-C or vhdx stop.
 
+    A second signal, more than half a second later, ends the server at once.
     The first line on standard output is the URI of the first export, once it accepts connections;
     nothing is printed where systemd or libnbd handed a socket over.
     Limits count for each of the disks; vhdx qos changes them while it runs.
@@ -167,7 +168,7 @@ def serve(
         qos_unit=qos_unit,
         qos_hook=qos_hook,
         scheduling=scheduling,
-        on_stop=lambda: os.kill(os.getpid(), signal.SIGTERM),  # as if somebody had
+        on_stop=events.stop,
     )
     code = DONE
     try:
@@ -283,6 +284,12 @@ class _Events:
         self._signal, self._seen = number, now
         if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
             os.write(2, b"\nvhdx: finishing requests, then stopping; Ctrl-C again ends it at once\n")
+
+    def stop(self) -> None:
+        """Ends the wait as SIGTERM does. Asking twice is not insisting, as a second signal is."""
+        if self._signal is None:
+            self._signal = signal.SIGTERM
+        self.note()
 
     def note(self) -> None:
         """Ends the wait without a signal."""

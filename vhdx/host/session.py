@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, NamedTuple
 
-from vhdx import plane
+from vhdx import lazy, plane
 from vhdx.errors import InvalidArgumentError
 from vhdx.image.disk import Disk
 from vhdx.image.opening import open_disk
@@ -62,6 +62,7 @@ class Session:
     ) -> None:
         if not exports:
             raise InvalidArgumentError("there is nothing to serve")
+        lazy.load_everything("vhdx", but=("vhdx.cli",))
         self.exports: dict[str, Export] = {}
         self._options = options
         with contextlib.ExitStack() as stack:

@@ -75,6 +75,8 @@ def open_disk(
     write = _MODES[mode]
     if view is not None and write:
         raise InvalidArgumentError("through a view it is only read", path=path, hint='use "r"')
+    if write:
+        lazy.load_everything("vhdx.image")  # it may be open for long, and changed by all of it
     host = open_host(path, write=write, sparse=sparse)
     raw = format == "raw" or (format is None and host.path.lower().endswith(RAW_SUFFIXES))
     pool = plane.default_pool()

@@ -122,7 +122,7 @@ def _guard_target(target: Path, *, force: bool) -> int | None:
         try:
             lock.acquire(fd, os.fspath(target), write=True)
         except InUseError:
-            guard_replaced(target)  # the parent of what we read ourselves: that says more
+            guard_replaced(target)  # where it is open because a child of it is read, say that
             raise
         guard_replaced(target)
     except BaseException:

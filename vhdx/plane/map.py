@@ -165,6 +165,7 @@ class Map(Device):
         pool: Pool,
         path: str | None = None,
     ) -> None:
+        np.uint64  # noqa: B018 - every fault needs it: where it cannot be loaded, no map is made
         identity = check.new_identity()
         flags = (1 if in_place else 0) | (2 if read_only else 0)
         flags |= (4 if gated else 0) | (8 if transparent else 0)

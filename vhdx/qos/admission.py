@@ -150,6 +150,8 @@ def most_together(reservations: Sequence[Reservation], most: int, load: Load) ->
     0: no minimum of such clients is kept.
     """
     whole = sum(each.iops for each in reservations)
+    if whole == 0:
+        return 0
 
     def scaled(total: int) -> list[Reservation]:
         return [Reservation(max(1, r.iops * total // whole), r.depth) for r in reservations]

@@ -235,11 +235,10 @@ class Turns:
         if found.verdict is not None and self._bounds is not None:
             fewest = min(each.depth for each in reservations)
             together = most_together(reservations, self._most_depth, self._bounds)
-            most = f"at most {together} of them can be" if together else "not even the least can be"
             return (
-                f"minimums of {reserved} normalised IOPS in all cannot be kept: {most}, in these "
-                f"proportions; with {fewest} under way the device does {found.capacity_iops:.0f} in "
-                "the worst case, a tenth of that is for everybody, and turns must come in time"
+                f"minimums of {reserved} normalised IOPS in all cannot be kept; in these proportions "
+                f"{together} can (with {fewest} under way the device does {found.capacity_iops:.0f} "
+                "in the worst case, where each disk waits for the largest requests of the others)"
             )
         does = "has done" if found.measured else "does"
         return (

@@ -100,7 +100,8 @@ def guard_parent(path: StrPath, structure: Structure) -> None:
         raise InUseError(
             f"{shown(child, path)} depends on it as it is: a change would make that image unusable",
             path=path,
-            hint="change the child instead, or merge it; resize and snapshot have --force",
+            hint="change the child instead, or merge it; resize and snapshot have --force "
+            "(force=True)",
         )
 
 

@@ -76,7 +76,7 @@ class Committer:
         self.journal.forget()
 
     def reach(self, end: int) -> None:
-        """Something that counts ends at ``end``, bytes, and the file is at least as long."""
+        """The log may say from now on that the file has at least ``end`` bytes; it has them."""
         self.referenced_end = max(self.referenced_end, end)
 
     # ---- blocks ----

@@ -120,7 +120,11 @@ class Engine:
         )
         self.loader = Loader(host, structure, self.map, self._bitmaps, self._lock)
         if write and taken is not None:
-            self._prepare_changes(taken)
+            try:
+                self._prepare_changes(taken)
+            except BaseException:
+                self.map.close()
+                raise
 
     def _prepare_changes(self, taken: Taken) -> None:
         sparse = self.host.sparse
