@@ -101,8 +101,8 @@ def type_all(lines, place):
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     script = "set -eo pipefail; trap 'kill $(jobs -p) 2>/dev/null || :' EXIT\n" + "\n".join(lines)
     done = subprocess.run(
-        ["bash", "-xc", script], cwd=place, env=os.environ | {"PATH": path}, text=True,
-        capture_output=True, timeout=120,
+        ["bash", "-xc", script], cwd=place, env=os.environ | {"PATH": path},
+        capture_output=True, encoding="utf-8", errors="replace", timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout, done.stderr)
     return done.stdout
