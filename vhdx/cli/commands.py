@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import click
 
-from vhdx import __version__
-from vhdx.cli.output import VhdxGroup
+from vhdx import __version__, lazy
+from vhdx.cli.output import VhdxGroup, raise_from_now
 
 __all__ = ["main"]
 
@@ -31,7 +32,19 @@ _HOMES = {
     "qos": _QUALITY,
     "top": _QUALITY,
 }
+_READING = {"info", "map", "dump", "ps"}
+"""They change nothing, so a signal ends them at once."""
 _OTHER_NAMES = {"map": "map_extents"}
+
+
+def _load(name: str) -> None:
+    """What the command would load on the main thread, where a signal must not meet an import."""
+    for module in ("vhdx.control.disks", "vhdx.control.transport"):
+        importlib.import_module(module)
+    if _HOMES.get(name) == _IMAGES:
+        lazy.load_everything("vhdx.image")
+        if sys.stderr is not None and sys.stderr.isatty():
+            importlib.import_module("vhdx.cli.progress")
 
 
 class _Commands(VhdxGroup):
@@ -40,6 +53,15 @@ class _Commands(VhdxGroup):
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx
         return list(_HOMES)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name, command, rest = super().resolve_command(ctx, args)
+        if name not in _READING and name != "serve":  # which has handlers of its own
+            _load(name or "")
+            raise_from_now()
+        return name, command, rest
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         del ctx

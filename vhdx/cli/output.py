@@ -43,6 +43,7 @@ __all__ = [
     "print_json",
     "print_table",
     "progress_bar",
+    "raise_from_now",
 ]
 
 _LONGEST_SECONDS = 86400
@@ -207,15 +208,28 @@ def change() -> Iterator[None]:
         yield
 
 
+_signals: _Signals | None = None
+"""Of the command that runs."""
+
+
+def raise_from_now() -> None:
+    """The command begins, with what this thread needs loaded: from here on a signal raises."""
+    if _signals is not None:
+        _signals.raising = True
+
+
 class _Signals:
     """The first signal raises KeyboardInterrupt; a second, later one ends the command at once.
 
-    A signal that comes when the command has done its work, or has ended, changes nothing any more.
+    Until :func:`raise_from_now` the first one ends our own process at once: nothing has begun, and an
+    exception in the middle of an import can get lost. A signal that comes when the command has done
+    its work, or has ended, changes nothing any more.
     """
 
     def __init__(self) -> None:
-        global _completion
-        _completion = None
+        global _completion, _signals
+        _completion, _signals = None, self
+        self.raising = False
         self._seen: float | None = None
         self._ended = False
         self._before: dict[signal.Signals, Any] = {}
@@ -226,11 +240,13 @@ class _Signals:
             if before not in (signal.SIG_IGN, None):  # None: a handler that is not Python's
                 signal.signal(number, self._on_signal)
                 self._before[number] = before
+                self.raising |= before is not end_at_once  # a program called the command
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del number, frame
         if self._ended:
             return
+        if not self.raising:
+            end_at_once(number, frame)
         now = time.monotonic()
         if self._seen is not None:
             if now - self._seen > SAME_SECONDS:
