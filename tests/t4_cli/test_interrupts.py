@@ -201,7 +201,7 @@ def duration(name, place, originals) -> float:
 def interrupt_many(name, place, originals, count: int, seed: int) -> dict[int, int]:
     where, contents = originals
     rng, ends = random.Random(seed), {0: 0, 130: 0}
-    longest = duration(name, place, where)
+    longest = min(duration(name, place, where) for _ in range(3))
     for _ in range(count):
         moment, number = rng.uniform(0, longest * 1.05), rng.choice(SIGNALS)
         twice = rng.random() < 0.3
