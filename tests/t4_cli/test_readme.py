@@ -99,7 +99,7 @@ def written():
 def type_all(lines, place):
     """Types the lines into one shell; the first that fails ends it."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = "set -eo pipefail; trap 'kill $(jobs -p) 2>/dev/null || :' EXIT\n" + "\n".join(lines)
+    script = "set -e; trap 'kill $(jobs -p) 2>/dev/null || :' EXIT\n" + "\n".join(lines)
     done = subprocess.run(
         ["bash", "-xc", script], cwd=place, env=os.environ | {"PATH": path},
         capture_output=True, encoding="utf-8", errors="replace", timeout=120,
