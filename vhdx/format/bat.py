@@ -100,10 +100,6 @@ class Geometry:
         """Entry of the sector bitmap block of a chunk."""
         return (chunk + 1) * self.chunk_ratio + chunk
 
-    def length_of(self, block: int) -> int:
-        """Bytes of the disk that stand in a payload block; less than a block only in the last."""
-        return min(self.block_size, self.virtual_size - block * self.block_size)
-
 
 def state_of(entries: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     """States, bits 0 to 2."""
