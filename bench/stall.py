@@ -49,7 +49,7 @@ def serve(path: str, uri: str) -> None:
         load(first, count)
 
     engine.load = slow_load
-    hold = plane.Hold(disk._device, plane.Pool())
+    hold = plane.Injector(disk._device, plane.Pool())
     hold.set(park=[plane.Operation.FLUSH], park_ns=50_000_000)
     disk._device = hold
     stop = threading.Event()

@@ -10,8 +10,36 @@ typedef ... vx_meter;
 typedef ... vx_model;
 typedef ... vx_scheduler;
 typedef ... vx_share;
-typedef ... vx_turn;
+typedef ... vx_slot;
 typedef ... vx_load;
+
+/* Constants: cffi takes their values from the headers, so that nobody else writes them down. */
+enum vx_error { VX_E_RANGE, VX_E_IO, VX_E_NOSPACE, VX_E_READONLY, VX_E_POISONED, VX_E_CLOSED,
+                VX_E_NOMEM, VX_E_INVALID, VX_E_MISSING_PARENT, VX_E_CANCELLED, VX_E_NO_PROGRESS,
+                VX_E_FORKED, VX_E_UNSUPPORTED, VX_E_UPCALL, VX_E_DAMAGED, VX_E_PROTOCOL, ... };
+enum vx_operation { VX_READ, VX_WRITE, VX_ZERO, VX_TRIM, VX_FLUSH, VX_EXTENTS, ... };
+enum vx_flag { VX_FUA, VX_NOWAIT, VX_NO_HOLE, VX_FAST, ... };
+enum vx_extent_state { VX_EXTENT_DATA, VX_EXTENT_ZERO, VX_EXTENT_HOLE, ... };
+enum vx_fault_kind { VX_FAULT_LOAD, VX_FAULT_GRANT, VX_FAULT_GATE, VX_FAULT_RANGE,
+                     VX_FAULT_COMMIT, ... };
+enum vx_kind { VX_ASK, VX_HOLE, VX_DATA, VX_SHARED, VX_MIXED, ... };
+enum vx_map_flag { VX_MAP_IN_PLACE, VX_MAP_READ_ONLY, VX_MAP_GATED, VX_MAP_TRANSPARENT, ... };
+enum vx_grant_flag { VX_GRANT_FRESH, VX_GRANT_STALE, ... };
+enum vx_file_flag { VX_FILE_READ_ONLY, VX_FILE_SPARSE, VX_FILE_MEMORY, VX_FILE_ALLOCATE, ... };
+enum vx_model_kind { VX_MODEL_HDD, VX_MODEL_SSD, VX_MODEL_NVME, ... };
+enum vx_limit_kind { VX_LIMIT_UNITS, VX_LIMIT_UNITS_READ, VX_LIMIT_UNITS_WRITTEN, VX_LIMIT_BYTES,
+                     VX_LIMIT_BYTES_READ, VX_LIMIT_BYTES_WRITTEN, ... };
+#define VX_ENTRY_LOWER_SHIFT ...
+#define VX_ENTRY_KIND_SHIFT ...
+#define VX_ENTRY_TAG_SHIFT ...
+#define VX_CHUNK_PAGES ...
+#define VX_TAG_ZERO ...
+#define VX_LIMIT_KINDS ...
+#define VX_METER_BINS ...
+#define VX_DEEPEST ...
+#define VX_LARGEST_WEIGHT ...
+#define VX_PIECE ...
+#define VX_NBD_CONNECTION_BYTES ...
 
 typedef struct { int32_t code; int32_t os_error; uint32_t operation; uint64_t device;
                  uint64_t offset; ...; } vx_failure;
@@ -64,9 +92,9 @@ vx_device *vx_memory_create(uint64_t size, uint64_t capacity, uint64_t identity)
 
 typedef struct { uint32_t park_mask; uint64_t park_ns; uint32_t delay_mask; uint64_t delay_ns;
                  uint32_t again_mask; uint32_t fail_mask; uint64_t fail_after;
-                 int32_t fail_code; } vx_hold_settings;
-vx_device *vx_hold_create(vx_device *lower, vx_pool *pool, uint64_t identity);
-void vx_hold_set(vx_device *device, const vx_hold_settings *settings);
+                 int32_t fail_code; } vx_injector_settings;
+vx_device *vx_injector_create(vx_device *lower, vx_pool *pool, uint64_t identity);
+void vx_injector_set(vx_device *device, const vx_injector_settings *settings);
 
 typedef struct { uint64_t dirty_generation; uint64_t committed_generation; uint64_t rounds;
                  uint64_t commits; uint64_t dirty_pages; uint64_t granted;
@@ -119,7 +147,9 @@ void vx_throttle_waiting(vx_device *device, uint64_t *requests, uint64_t *units)
 vx_meter *vx_meter_create(uint32_t unit);
 void vx_meter_destroy(vx_meter *meter);
 void vx_meter_switch(vx_meter *meter, bool on);
-void vx_meter_read(vx_meter *meter, uint64_t *facts, uint64_t *bins);
+typedef struct { uint64_t requests[2]; uint64_t units[2]; uint64_t bytes[2]; uint64_t latency_ns[2];
+                 uint64_t queued_ns[2]; uint64_t offered[2]; uint64_t bins[...]; } vx_meter_facts;
+void vx_meter_read(vx_meter *meter, vx_meter_facts *facts);
 uint64_t vx_meter_bin_start(uint32_t bin);
 
 vx_model *vx_model_create(uint32_t kind, uint64_t capacity, bool write_cache);
@@ -135,15 +165,20 @@ vx_scheduler *vx_scheduler_create(vx_clock *clock, vx_pool *pool, uint32_t unit,
 void vx_scheduler_set_most_below(vx_scheduler *scheduler, uint64_t ns);
 void vx_scheduler_stop(vx_scheduler *scheduler);
 void vx_scheduler_release(vx_scheduler *scheduler);
-void vx_scheduler_read(vx_scheduler *scheduler, uint64_t *facts);
+typedef struct { uint64_t contended_ns; uint64_t contended_units; uint64_t waiting;
+                 uint64_t below; } vx_scheduler_facts;
+void vx_scheduler_read(vx_scheduler *scheduler, vx_scheduler_facts *facts);
 vx_share *vx_share_create(vx_scheduler *scheduler);
 void vx_share_set(vx_share *share, uint64_t reservation, uint64_t limit, uint64_t weight);
-void vx_share_read(vx_share *share, uint64_t *facts);
+typedef struct { uint64_t requests; uint64_t units; uint64_t reserved_units; uint64_t waiting;
+                 uint64_t waiting_units; uint64_t waited_ns; uint64_t below;
+                 uint64_t late_ns; } vx_share_facts;
+void vx_share_read(vx_share *share, vx_share_facts *facts);
 vx_device *vx_schedule_create(vx_device *lower, vx_share *share, uint64_t identity);
 uint64_t vx_schedule_waiting(vx_device *device);
 void vx_schedule_set_share(vx_device *device, vx_share *share);
-vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes);
-void vx_turn_end(vx_turn *turn);
+vx_slot *vx_share_take_slot(vx_share *share, uint64_t bytes);
+void vx_slot_end(vx_slot *slot);
 
 typedef struct { uint64_t first; uint64_t span; uint64_t length; uint64_t least; uint64_t pause_ns;
                  uint32_t depth; uint32_t write_percent; bool flushes;
@@ -152,11 +187,12 @@ vx_load *vx_load_create(vx_device *device, vx_clock *clock, vx_pool *pool, vx_me
                         const vx_load_terms *terms);
 void vx_load_start(vx_load *load);
 void vx_load_stop(vx_load *load);
-void vx_load_read(vx_load *load, uint64_t *facts);
+typedef struct { uint64_t answered; uint64_t failed; uint64_t under_way; } vx_load_facts;
+void vx_load_read(vx_load *load, vx_load_facts *facts);
 void vx_load_destroy(vx_load *load);
 
 typedef struct { uint32_t largest_payload; uint32_t context_id; uint32_t requests_limit;
-                 uint32_t slot; uint64_t bytes_limit; bool read_only; bool structured;
+                 uint32_t epoch_slot; uint64_t bytes_limit; bool read_only; bool structured;
                  bool block_status; } vx_nbd_terms;
 vx_nbd_connection *vx_nbd_create(int fd, vx_device *device, vx_pool *pool,
                                  const vx_nbd_terms *terms, const uint8_t *early,
@@ -165,5 +201,7 @@ void vx_nbd_set_meter(vx_nbd_connection *connection, vx_meter *meter);
 int vx_nbd_serve(vx_nbd_connection *connection);
 void vx_nbd_stop(vx_nbd_connection *connection);
 void vx_nbd_abort(vx_nbd_connection *connection);
-void vx_nbd_counters_of(vx_nbd_connection *connection, uint64_t *counters);
+typedef struct { uint64_t requests[8]; uint64_t bytes_read; uint64_t bytes_written; uint64_t errors;
+                 uint64_t pooled; uint64_t under_way; } vx_nbd_counters;
+void vx_nbd_counters_of(vx_nbd_connection *connection, vx_nbd_counters *counters);
 void vx_nbd_destroy(vx_nbd_connection *connection);

@@ -36,7 +36,7 @@ bool vx_clock_set(vx_clock *clock, vx_timer *timer, uint64_t when_ns);
 bool vx_clock_cancel(vx_clock *clock, vx_timer *timer);
 /* Virtual clocks: runs what is due up to `until_ns` on this thread, each at its own time. */
 void vx_clock_advance(vx_clock *clock, uint64_t until_ns);
-/* Virtual clocks: time passes up to `until_ns` and nothing runs, as if the process stood still. */
+/* Virtual clocks: time passes up to `until_ns` and nothing runs, as if the process were stalled. */
 void vx_clock_skip(vx_clock *clock, uint64_t until_ns);
 /* Virtual clocks: when the next timer is due; UINT64_MAX: none is set. */
 uint64_t vx_clock_next(vx_clock *clock);

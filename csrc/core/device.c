@@ -65,14 +65,22 @@ void vx_device_freeze(vx_device *device)
     atomic_store(&device->read_only, true);
 }
 
+bool vx_is_inside(vx_device *device, vx_request *request)
+{
+    uint64_t size = vx_device_size(device);
+    if (request->offset <= size && request->length <= size - request->offset)
+        return true;
+    vx_fail(device, request, VX_E_RANGE, 0, request->offset);
+    return false;
+}
+
 int vx_submit(vx_device *device, vx_request *request)
 {
     int state = atomic_load_explicit(&device->state, memory_order_acquire);
     if (__builtin_expect(state != 0, 0))
         return vx_fail(device, request, state, 0, request->offset);
-    uint64_t size = vx_device_size(device);
-    if (request->offset > size || request->length > size - request->offset)
-        return vx_fail(device, request, VX_E_RANGE, 0, request->offset);
+    if (!device->operations->forwards && !vx_is_inside(device, request))
+        return VX_DONE;
     if (request->operation != VX_FLUSH) {
         if (device->read_only && request->operation >= VX_WRITE &&
             request->operation <= VX_TRIM)
@@ -92,20 +100,16 @@ void vx_request_child(vx_request *child, const vx_request *parent, uint32_t oper
     child->length = length;
     child->buffer = buffer;
     child->result = 0;
-    child->slot = parent->slot;
+    child->epoch_slot = parent->epoch_slot;
     child->done = 0;
     child->not_before_ns = 0;
-    child->admitted = false;
-    child->arrived_ns = 0;
     child->queued_ns = 0;
-    child->owner = parent->owner;
-    child->held_by = NULL;
-    child->held_since = 0;
+    child->initiator = parent->initiator;
+    memset(child->frames, 0, sizeof child->frames);
     child->extents = NULL;
     child->extent_capacity = 0;
     child->extent_count = 0;
     child->depth = parent->depth;
-    child->stage = 0;
     child->memo = parent->memo;
     child->complete = NULL;
     child->context = NULL;

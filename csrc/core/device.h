@@ -16,7 +16,9 @@
  *               driver (run.h) calls the handler once and submits the request again.
  *
  * Rules
- *   range      checked against the size at the time of the call, overflow-safe, in vx_submit
+ *   range      checked, overflow-safe, where a request comes in (a front end checks the whole command,
+ *              vx_transfer each call), and in vx_submit of the device that carries it out, because the
+ *              disk may have shrunk meanwhile; devices that only forward requests do not look at it
  *   buffers    belong to the caller until DONE or completion
  *   sleeping   never inside a device: one that models time sets not_before_ns, and the front end
  *              keeps the reply until then
@@ -36,6 +38,7 @@
 
 typedef struct vx_device vx_device;
 typedef struct vx_request vx_request;
+typedef struct vx_initiator vx_initiator; /* who asks: one client at one export (front/service.h) */
 
 enum vx_operation {
     VX_READ = 0,
@@ -109,6 +112,25 @@ typedef struct vx_memo {
     } ranges[VX_MEMO_RANGES];
 } vx_memo;
 
+/* What a layer keeps in a request while it handles it. Each layer reads and writes its own frame only;
+ * all are zero in a new request and in a child. A request meets at most one device of each layer. */
+enum vx_layer { VX_LAYER_THROTTLE = 0, VX_LAYER_SCHEDULE = 1, VX_LAYER_MAP = 2, VX_LAYERS = 3 };
+
+#define VX_FRAME_BYTES 16u
+
+typedef struct vx_frame {
+    _Alignas(8) unsigned char bytes[VX_FRAME_BYTES];
+} vx_frame;
+
+/* Defines `type *name(vx_request *)`, the frame of `layer`; mark `type` with VX_FRAME_TYPE. */
+#define VX_FRAME_TYPE __attribute__((may_alias))
+#define VX_DEFINE_FRAME(name, type, layer)                                                           \
+    _Static_assert(sizeof(type) <= VX_FRAME_BYTES, "the frame is too large");                        \
+    static inline type *name(vx_request *request)                                                    \
+    {                                                                                                \
+        return (type *)(void *)request->frames[layer].bytes;                                         \
+    }
+
 struct vx_request {
     uint32_t operation;
     uint32_t flags;
@@ -117,23 +139,19 @@ struct vx_request {
     uint8_t *buffer; /* READ: filled; WRITE: the data; else unused */
 
     int32_t result;
-    uint32_t slot;   /* a hint that spreads threads over epoch slots */
+    uint32_t epoch_slot;   /* a hint that spreads threads over epoch slots */
     uint64_t done;   /* bytes of the front that need not be repeated */
     uint64_t not_before_ns; /* CLOCK_MONOTONIC; 0: no delay */
+    uint64_t queued_ns;     /* how long limits and schedulers have held it so far */
 
     vx_extent *extents; /* EXTENTS: room for extent_capacity; READ: holes found, not filled in */
     uint32_t extent_capacity;
     uint32_t extent_count;
     int32_t depth; /* EXTENTS: depth that this device reports */
-    uint32_t stage; /* a device's own mark across a restart */
-    bool admitted;       /* a throttle has let it pass, also across a restart */
-    uint64_t arrived_ns; /* at a throttle that parked it */
-    uint64_t queued_ns;  /* how long it was parked there */
-    const void *owner;   /* who asked; for `drop` */
-    vx_device *held_by;  /* the device that keeps it in a queue shared with others */
-    uint64_t held_since; /* ns of that device's clock */
+    const vx_initiator *initiator; /* who asked; NULL: the program itself */
+    vx_frame frames[VX_LAYERS];
 
-    vx_memo *memo;
+    vx_memo *memo;   /* of the driver (run.h) */
     void (*complete)(vx_request *request);
     void *context;
     vx_request *next; /* for the list the request is parked in */
@@ -147,13 +165,16 @@ typedef struct vx_operations {
     int (*submit)(vx_device *device, vx_request *request);
     int (*resize)(vx_device *device, uint64_t size);
     void (*destroy)(vx_device *device);
-    /* Throttles: hold up nothing any more. What waits passes, or fails with CANCELLED. */
-    void (*hurry)(vx_device *device, bool drop);
-    bool (*is_holding)(vx_device *device); /* throttles: whether something waits */
+    bool forwards; /* it hands requests on as they are, so the device below checks their range */
+    bool paces;    /* it holds requests back; then it has `drain`, `is_holding` and `is_limited` */
+    /* Holds nothing back any more. What waits passes, or with `drop` fails with CANCELLED. */
+    void (*drain)(vx_device *device, bool drop);
+    bool (*is_holding)(vx_device *device); /* whether a request waits here or below */
     /* Whether it may hold requests for long: what is under way for it is then held to less memory. */
     bool (*is_limited)(vx_device *device);
-    /* What `owner` has waiting in queues fails with CANCELLED: nobody is there to take the answer. */
-    void (*drop)(vx_device *device, const void *owner);
+    /* Requests of `initiator` that wait in queues fail with CANCELLED: nobody takes the answer. May be
+     * NULL where nothing waits. */
+    void (*drop)(vx_device *device, const vx_initiator *initiator);
 } vx_operations;
 
 struct vx_device {
@@ -165,7 +186,7 @@ struct vx_device {
     _Atomic uint32_t references;
     _Atomic uint64_t progress; /* raised by every change that a fault handler makes */
     _Atomic bool read_only;
-    vx_device *sized_by; /* whose size and checks of range count instead; NULL: its own */
+    vx_device *sized_by; /* whose size counts instead; NULL: its own */
 };
 
 /* Gives `device` its common part; one reference belongs to the caller. */
@@ -182,11 +203,13 @@ void vx_device_set_state(vx_device *device, int state);
 /* Refuses changes from now on; those under way go on. */
 void vx_device_freeze(vx_device *device);
 
-/* Checks the range and the state, then asks the device. A zero-length request inside the device,
+/* Checks the state, and the range unless the device forwards requests; then asks the device. A zero-length request inside the device,
  * other than a flush, is done at once. */
 int vx_submit(vx_device *device, vx_request *request);
+/* Whether the range of `request` is inside the device now; if not, the request has failed. */
+bool vx_is_inside(vx_device *device, vx_request *request);
 
-/* `child` becomes a request of the same nature as `parent` for part of its range. */
+/* `child` becomes a request of the same initiator and flags as `parent`, with empty frames. */
 void vx_request_child(vx_request *child, const vx_request *parent, uint32_t operation,
                       uint64_t offset, uint64_t length, uint8_t *buffer);
 /* Makes ready for another attempt, which may block, a request whose attempt did not end; `done`: bytes

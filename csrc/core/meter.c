@@ -75,12 +75,21 @@ void vx_meter_note(vx_meter *meter, uint32_t operation, uint64_t length, uint64_
     add(&meter->bins[bin_of(latency_ns)], 1);
 }
 
-void vx_meter_read(vx_meter *meter, uint64_t *facts, uint64_t *bins)
+static uint64_t value(const _Atomic uint64_t *counter)
 {
-    _Atomic uint64_t *const pairs[] = {meter->requests,   meter->units,     meter->bytes,
-                                       meter->latency_ns, meter->queued_ns, meter->offered};
-    for (unsigned i = 0; i < VX_METER_FACTS; i++)
-        facts[i] = atomic_load_explicit(&pairs[i / 2][i % 2], memory_order_relaxed);
+    return atomic_load_explicit(counter, memory_order_relaxed);
+}
+
+void vx_meter_read(vx_meter *meter, vx_meter_facts *facts)
+{
+    for (unsigned way = 0; way < 2; way++) {
+        facts->requests[way] = value(&meter->requests[way]);
+        facts->units[way] = value(&meter->units[way]);
+        facts->bytes[way] = value(&meter->bytes[way]);
+        facts->latency_ns[way] = value(&meter->latency_ns[way]);
+        facts->queued_ns[way] = value(&meter->queued_ns[way]);
+        facts->offered[way] = value(&meter->offered[way]);
+    }
     for (unsigned i = 0; i < VX_METER_BINS; i++)
-        bins[i] = atomic_load_explicit(&meter->bins[i], memory_order_relaxed);
+        facts->bins[i] = value(&meter->bins[i]);
 }

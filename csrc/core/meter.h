@@ -16,7 +16,6 @@
 #include "core/device.h"
 
 #define VX_METER_BINS 128u
-#define VX_METER_FACTS 12u
 
 typedef struct vx_meter {
     _Atomic bool on;
@@ -27,11 +26,16 @@ typedef struct vx_meter {
     _Atomic uint64_t bins[VX_METER_BINS];
 } vx_meter;
 
+/* What a meter has counted. */
+typedef struct vx_meter_facts {
+    uint64_t requests[2], units[2], bytes[2], latency_ns[2], queued_ns[2], offered[2];
+    uint64_t bins[VX_METER_BINS];
+} vx_meter_facts;
+
 vx_meter *vx_meter_create(uint32_t unit); /* NULL: no memory */
 void vx_meter_destroy(vx_meter *meter);
 void vx_meter_switch(vx_meter *meter, bool on);
-/* VX_METER_FACTS numbers, pair by pair as above, then the bins. */
-void vx_meter_read(vx_meter *meter, uint64_t *facts, uint64_t *bins);
+void vx_meter_read(vx_meter *meter, vx_meter_facts *facts);
 /* The least latency of a bin, nanoseconds. */
 uint64_t vx_meter_bin_start(uint32_t bin);
 

@@ -112,10 +112,8 @@ static int drive(vx_device *device, vx_request *request, int (*submit)(vx_device
     return answer;
 }
 
-int vx_call(vx_device *device, vx_request *request)
+int vx_call_waiting(vx_device *device, vx_request *request)
 {
-    if (request->flags & VX_NOWAIT)
-        return vx_submit(device, request);
     return drive(device, request, vx_submit);
 }
 
@@ -148,7 +146,11 @@ int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *
     request.buffer = buffer;
     request.length = length;
     request.offset = offset;
-    request.slot = slot_of_thread();
+    request.epoch_slot = slot_of_thread();
+    if (!vx_is_inside(device, &request)) {
+        *failure = request.failure;
+        return request.result;
+    }
     if (operation == VX_READ && length <= 65536) {
         /* Most reads hit: spare them the waiter. */
         request.flags = flags | VX_NOWAIT;
@@ -186,7 +188,7 @@ int64_t vx_list_extents(vx_device *device, uint64_t offset, uint64_t length, vx_
     request.length = length;
     request.extents = extents;
     request.extent_capacity = capacity;
-    request.slot = slot_of_thread();
+    request.epoch_slot = slot_of_thread();
     if (vx_wait(device, &request) != 0) {
         *failure = request.failure;
         return request.result;

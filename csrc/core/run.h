@@ -17,7 +17,11 @@
 
 int vx_run(vx_device *device, vx_request *request);
 int vx_wait(vx_device *device, vx_request *request);
-int vx_call(vx_device *device, vx_request *request);
+int vx_call_waiting(vx_device *device, vx_request *request); /* without VX_NOWAIT */
+static inline int vx_call(vx_device *device, vx_request *request)
+{
+    return request->flags & VX_NOWAIT ? vx_submit(device, request) : vx_call_waiting(device, request);
+}
 
 /* One step of a batch; executed in order, the first failure ends it. */
 typedef struct vx_step {

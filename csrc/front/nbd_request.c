@@ -4,31 +4,75 @@
 #include <stdlib.h>
 #include <string.h>
 
+enum outcome nbd_begin_task(vx_nbd_connection *c, transfer *command, const nbd_request *wire,
+                                 enum vx_direction direction, size_t length, nbd_task **begun)
+{
+    vx_task *base;
+    enum vx_beginning found = vx_service_begin(&c->service, sizeof **begun, direction, length,
+                                               command == NULL, &base);
+    if (found != VX_BEGUN)
+        return found == VX_NO_ROOM ? HELD : LOST;
+    nbd_task *task = (nbd_task *)base;
+    task->wire = *wire;
+    task->command = command;
+    task->status = NULL;
+    *begun = task;
+    return TAKEN;
+}
+
+uint32_t nbd_operation_of(uint16_t command)
+{
+    switch (command) {
+    case NBD_WRITE:
+        return VX_WRITE;
+    case NBD_FLUSH:
+        return VX_FLUSH;
+    case NBD_TRIM:
+        return VX_TRIM;
+    case NBD_WRITE_ZEROES:
+        return VX_ZERO;
+    case NBD_BLOCK_STATUS:
+        return VX_EXTENTS;
+    default:
+        return VX_READ;
+    }
+}
+
+void nbd_prepare(const vx_nbd_connection *c, vx_request *request, const nbd_request *wire)
+{
+    uint32_t operation = nbd_operation_of(wire->command), flags = 0;
+    if (operation == VX_FLUSH) {
+        vx_service_prepare(&c->service, request, operation, 0, 0, 0);
+        return;
+    }
+    if (operation != VX_READ && operation != VX_EXTENTS)
+        flags = (wire->flags & NBD_FLAG_FUA ? VX_FUA : 0) |
+                (wire->flags & NBD_FLAG_NO_HOLE ? VX_NO_HOLE : 0) |
+                (wire->flags & NBD_FLAG_FAST_ZERO ? VX_FAST : 0);
+    vx_service_prepare(&c->service, request, operation, flags, wire->offset, wire->length);
+}
+
 /* Reads into the staging buffer behind the place of its header. False: not answered. */
 static bool read_inline(vx_nbd_connection *c, const nbd_request *wire)
 {
     vx_request request;
     bool structured = c->rules.structured;
     size_t header = structured ? NBD_CHUNK_BYTES + 8 : NBD_SIMPLE_REPLY_BYTES;
-    uint8_t *out = nbd_output_stage(&c->output);
+    uint8_t *out = vx_output_stage(&c->output);
     nbd_prepare(c, &request, wire);
-    request.flags |= VX_NOWAIT;
     request.buffer = out + header;
     if (structured && !(wire->flags & NBD_FLAG_DF)) {
         request.extents = c->holes;
         request.extent_capacity = 1;
     }
-    uint64_t began = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
-    if (vx_submit(c->device, &request) != VX_DONE || request.not_before_ns != 0)
+    if (!vx_service_try_request(&c->service, &request))
         return false;
-    if (began != 0)
-        vx_meter_note(c->meter, VX_READ, wire->length, vx_now_ns() - began, 0);
     if (request.result != 0) {
         nbd_reply_status(c, nbd_error_of(request.result, wire), wire);
         return true;
     }
     if (request.extent_count > 0 && request.extents[0].length == wire->length) {
-        nbd_output_staged(&c->output,
+        vx_output_staged(&c->output,
                           nbd_put_hole(out, true, wire->cookie, wire->offset, wire->length));
         return true;
     }
@@ -39,23 +83,23 @@ static bool read_inline(vx_nbd_connection *c, const nbd_request *wire)
         nbd_put_data(out, true, wire->cookie, wire->offset, wire->length);
     else
         nbd_put_simple(out, NBD_OK, wire->cookie);
-    nbd_output_staged(&c->output, header + wire->length);
+    vx_output_staged(&c->output, header + wire->length);
     return true;
 }
 
 /* A large read tries the page cache first, as the small ones do. */
-static void submit_read(vx_nbd_connection *c, operation *op)
+static void submit_read(vx_nbd_connection *c, nbd_task *task)
 {
-    nbd_prepare(c, &op->request, &op->wire);
-    op->request.buffer = op->buffer;
-    if (c->rules.structured && !(op->wire.flags & NBD_FLAG_DF)) {
-        op->request.extents = op->extents;
-        op->request.extent_capacity = READ_HOLES;
+    nbd_prepare(c, &task->base.request, &task->wire);
+    task->base.request.buffer = task->base.buffer;
+    if (c->rules.structured && !(task->wire.flags & NBD_FLAG_DF)) {
+        task->base.request.extents = task->extents;
+        task->base.request.extent_capacity = READ_HOLES;
     }
-    if (op->wire.length > INLINE_READ && nbd_try_operation(c, op))
-        nbd_reply_operation(c, op);
+    if (task->wire.length > INLINE_READ && vx_service_try(&task->base))
+        nbd_reply_task(c, task);
     else
-        nbd_send_to_pool(c, op);
+        vx_service_submit(&task->base);
 }
 
 /* The next piece of a READ, or all of it where it must be answered as a whole. */
@@ -65,7 +109,7 @@ static nbd_request next_piece(const vx_nbd_connection *c, const transfer *comman
     uint32_t rest = command->wire.length - command->begun;
     bool divisible = c->rules.structured && !(piece.flags & NBD_FLAG_DF);
     piece.offset += command->begun;
-    piece.length = divisible && rest > VX_NBD_PIECE ? (uint32_t)VX_NBD_PIECE : rest;
+    piece.length = divisible && rest > VX_SERVICE_PIECE ? (uint32_t)VX_SERVICE_PIECE : rest;
     return piece;
 }
 
@@ -75,21 +119,21 @@ void nbd_start_reads(vx_nbd_connection *c)
     while (c->reads != NULL && !c->gone && c->output.bytes < UNSENT_LIMIT &&
            nbd_room_for_reply(c, REPLY_ROOM)) {
         transfer *command = c->reads;
-        operation *op = NULL;
+        nbd_task *task = NULL;
         if (command->error != NBD_OK) /* of a piece: nothing more is read */
             command->begun = command->wire.length;
         if (command->begun < command->wire.length) {
             nbd_request piece = next_piece(c, command);
-            enum outcome outcome = nbd_start_operation(c, command, &piece, READING, piece.length, &op);
+            enum outcome outcome = nbd_begin_task(c, command, &piece, VX_TO_CLIENT, piece.length, &task);
             if (outcome == HELD) {
-                c->starved = c->bytes[READING] == 0;
+                c->starved = c->service.bytes[VX_TO_CLIENT] == 0;
                 if (c->starved)
-                    vx_pool_note_shortage(c->pool, vx_now_ns());
+                    vx_pool_note_shortage(c->service.pool, vx_now_ns());
                 return;
             }
             if (outcome == TAKEN) {
                 command->begun += piece.length;
-                command->operations++;
+                command->tasks++;
             } else { /* no memory: that request alone fails */
                 command->error = NBD_ENOMEM;
                 command->begun = command->wire.length;
@@ -100,12 +144,12 @@ void nbd_start_reads(vx_nbd_connection *c)
             if (c->reads == NULL)
                 c->reads_end = &c->reads;
         }
-        if (op != NULL) {
-            submit_read(c, op);
+        if (task != NULL) {
+            submit_read(c, task);
         } else if (nbd_is_complete(command)) {
-            if (command->said)
-                nbd_output_staged(&c->output,
-                                  nbd_put_chunk(nbd_output_stage(&c->output), true, NBD_CHUNK_NONE,
+            if (command->error_sent)
+                vx_output_staged(&c->output,
+                                  nbd_put_chunk(vx_output_stage(&c->output), true, NBD_CHUNK_NONE,
                                                 command->wire.cookie, 0));
             else
                 nbd_reply_status(c, command->error, &command->wire);
@@ -120,7 +164,7 @@ void nbd_forget_reads(vx_nbd_connection *c)
         transfer *command = c->reads;
         c->reads = command->next;
         command->begun = command->wire.length;
-        if (command->operations == 0)
+        if (command->tasks == 0)
             nbd_end_transfer(c, command);
     }
     c->reads_end = &c->reads;
@@ -132,9 +176,8 @@ static transfer *new_transfer(vx_nbd_connection *c, const nbd_request *wire)
     if (command == NULL)
         return NULL;
     command->wire = *wire;
-    command->began_ns = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
-    c->under_way++;
-    atomic_store_explicit(&c->counters.under_way, c->under_way, memory_order_relaxed);
+    command->began_ns = vx_now_ns();
+    vx_service_command_begins(&c->service);
     return command;
 }
 
@@ -146,7 +189,7 @@ static enum outcome take_read(vx_nbd_connection *c, const nbd_request *wire)
     }
     if (wire->length <= INLINE_READ && read_inline(c, wire))
         return TAKEN;
-    if (!nbd_may_take(c))
+    if (!vx_service_may_begin(&c->service))
         return HELD;
     transfer *command = new_transfer(c, wire);
     if (command == NULL)
@@ -164,31 +207,27 @@ static bool write_inline(vx_nbd_connection *c, const nbd_request *wire, uint8_t 
     if (wire->flags & NBD_FLAG_FUA)
         return false;
     nbd_prepare(c, &request, wire);
-    request.flags |= VX_NOWAIT;
     request.buffer = payload;
-    uint64_t began = vx_meter_is_on(c->meter) ? vx_now_ns() : 0;
-    if (vx_submit(c->device, &request) != VX_DONE || request.not_before_ns != 0)
+    if (!vx_service_try_request(&c->service, &request))
         return false;
-    if (began != 0)
-        vx_meter_note(c->meter, VX_WRITE, wire->length, vx_now_ns() - began, 0);
     nbd_reply_status(c, nbd_error_of(request.result, wire), wire);
     return true;
 }
 
 /* Moves what has arrived of a WRITE's payload, `ahead` bytes into the input, to its buffer; runs it if
  * that is all. */
-static void fill(vx_nbd_connection *c, operation *op, size_t ahead)
+static void fill(vx_nbd_connection *c, nbd_task *task, size_t ahead)
 {
     size_t present = c->end - c->begin - ahead;
-    size_t part = present < op->wire.length ? present : op->wire.length;
+    size_t part = present < task->wire.length ? present : task->wire.length;
     if (part > 0)
-        memcpy(op->buffer, c->input + c->begin + ahead, part);
+        memcpy(task->base.buffer, c->input + c->begin + ahead, part);
     c->begin += part; /* the caller skips what is ahead */
-    nbd_prepare(c, &op->request, &op->wire);
-    op->request.buffer = op->buffer;
-    c->filling = op;
+    nbd_prepare(c, &task->base.request, &task->wire);
+    task->base.request.buffer = task->base.buffer;
+    c->filling = task;
     c->filled = part;
-    if (part == op->wire.length)
+    if (part == task->wire.length)
         nbd_filled(c);
 }
 
@@ -202,32 +241,28 @@ static enum outcome take_write(vx_nbd_connection *c, const nbd_request *wire)
     }
     if (wire->length > present && wire->length <= INPUT_BYTES / 4)
         return SHORT; /* small: wait until it is here */
-    if (!nbd_may_take(c))
+    if (!vx_service_may_begin(&c->service))
         return HELD;
-    if (wire->length > VX_NBD_PIECE) {
+    if (wire->length > VX_SERVICE_PIECE) {
         c->writing = new_transfer(c, wire);
         return c->writing == NULL ? LOST : TAKEN; /* its pieces are taken as they arrive */
     }
-    operation *op;
-    enum outcome outcome = nbd_start_operation(c, NULL, wire, WRITING, wire->length, &op);
+    nbd_task *task;
+    enum outcome outcome = nbd_begin_task(c, NULL, wire, VX_FROM_CLIENT, wire->length, &task);
     if (outcome != TAKEN)
         return outcome;
-    fill(c, op, NBD_REQUEST_BYTES);
+    fill(c, task, NBD_REQUEST_BYTES);
     return TAKEN;
 }
 
 void nbd_filled(vx_nbd_connection *c)
 {
-    operation *op = c->filling;
+    nbd_task *task = c->filling;
     c->filling = NULL;
-    if (!(op->wire.flags & NBD_FLAG_FUA) && nbd_try_operation(c, op)) {
-        pthread_mutex_lock(&c->lock);
-        op->next = c->completed;
-        c->completed = op;
-        pthread_mutex_unlock(&c->lock);
-    } else {
-        nbd_send_to_pool(c, op);
-    }
+    if (!(task->wire.flags & NBD_FLAG_FUA) && vx_service_try(&task->base))
+        vx_service_put_back(&c->service, &task->base); /* answered with the others that are done */
+    else
+        vx_service_submit(&task->base);
 }
 
 /* Takes the next piece of c->writing from the input. */
@@ -241,12 +276,12 @@ static enum outcome take_piece(vx_nbd_connection *c)
         c->writing = NULL;
         return TAKEN;
     }
-    operation *op;
+    nbd_task *task;
     nbd_request piece = command->wire;
     piece.offset += command->begun;
-    piece.length = rest > VX_NBD_PIECE ? (uint32_t)VX_NBD_PIECE : rest;
+    piece.length = rest > VX_SERVICE_PIECE ? (uint32_t)VX_SERVICE_PIECE : rest;
     piece.flags &= (uint16_t)~NBD_FLAG_FUA; /* a flush follows the last one */
-    enum outcome outcome = nbd_start_operation(c, command, &piece, WRITING, piece.length, &op);
+    enum outcome outcome = nbd_begin_task(c, command, &piece, VX_FROM_CLIENT, piece.length, &task);
     if (outcome == LOST) {
         command->error = NBD_ENOMEM;
         return TAKEN;
@@ -254,10 +289,10 @@ static enum outcome take_piece(vx_nbd_connection *c)
     if (outcome != TAKEN)
         return outcome;
     command->begun += piece.length;
-    command->operations++;
+    command->tasks++;
     if (command->begun == command->wire.length)
         c->writing = NULL;
-    fill(c, op, 0);
+    fill(c, task, 0);
     return TAKEN;
 }
 
@@ -267,13 +302,13 @@ void nbd_abandon_input(vx_nbd_connection *c)
     c->writing = c->discarding = NULL;
     c->discard = 0;
     if (c->filling != NULL) {
-        operation *op = c->filling;
+        nbd_task *task = c->filling;
         c->filling = NULL;
-        if (op->command != NULL) {
-            command = op->command;
-            command->operations--;
+        if (task->command != NULL) {
+            command = task->command;
+            command->tasks--;
         }
-        nbd_free_operation(op, c);
+        nbd_free_task(task, c);
     }
     if (command == NULL)
         return;
@@ -288,29 +323,29 @@ static enum outcome take_other(vx_nbd_connection *c, const nbd_request *wire)
         nbd_reply_status(c, NBD_OK, wire);
         return TAKEN;
     }
-    operation *op;
-    if (!nbd_may_take(c) || (wire->command == NBD_BLOCK_STATUS && c->statuses == MOST_STATUSES))
+    nbd_task *task;
+    if (!vx_service_may_begin(&c->service) || (wire->command == NBD_BLOCK_STATUS && c->statuses == MOST_STATUSES))
         return HELD;
-    enum outcome outcome = nbd_start_operation(c, NULL, wire, OTHER, 0, &op);
+    enum outcome outcome = nbd_begin_task(c, NULL, wire, VX_NO_PAYLOAD, 0, &task);
     if (outcome != TAKEN)
         return outcome;
-    nbd_prepare(c, &op->request, wire);
+    nbd_prepare(c, &task->base.request, wire);
     if (wire->command == NBD_BLOCK_STATUS) {
-        op->status = malloc(STATUS_EXTENTS * sizeof *op->status);
-        if (op->status == NULL) {
-            op->request.result = VX_E_NOMEM;
-            nbd_reply_operation(c, op);
+        task->status = malloc(STATUS_EXTENTS * sizeof *task->status);
+        if (task->status == NULL) {
+            task->base.request.result = VX_E_NOMEM;
+            nbd_reply_task(c, task);
             return TAKEN;
         }
         c->statuses++;
-        op->request.extents = op->status;
-        op->request.extent_capacity = STATUS_EXTENTS;
-        if (nbd_try_operation(c, op)) {
-            nbd_reply_operation(c, op);
+        task->base.request.extents = task->status;
+        task->base.request.extent_capacity = STATUS_EXTENTS;
+        if (vx_service_try(&task->base)) {
+            nbd_reply_task(c, task);
             return TAKEN;
         }
     }
-    nbd_send_to_pool(c, op);
+    vx_service_submit(&task->base);
     return TAKEN;
 }
 
@@ -335,7 +370,7 @@ static enum outcome take_request(vx_nbd_connection *c)
         c->disconnecting = true;
         return TAKEN;
     }
-    c->rules.size = vx_device_size(c->device);
+    c->rules.size = vx_device_size(c->service.device);
     enum nbd_error error = nbd_validate(&wire, &c->rules);
     enum outcome outcome = TAKEN;
     if (error != NBD_OK)
@@ -355,8 +390,8 @@ static enum outcome take_request(vx_nbd_connection *c)
     c->begin += NBD_REQUEST_BYTES;
     if (wire.command < 8)
         nbd_count(&c->counters.requests[wire.command], 1);
-    if (error == NBD_OK && vx_meter_is_on(c->meter))
-        vx_meter_offer(c->meter, nbd_operation_of(wire.command), wire.length);
+    if (error == NBD_OK && vx_service_is_metered(&c->service))
+        vx_meter_offer(c->service.meter, nbd_operation_of(wire.command), wire.length);
     if (error == NBD_OK && wire.command == NBD_READ)
         nbd_count(&c->counters.bytes_read, wire.length);
     if (error == NBD_OK && wire.command == NBD_WRITE)

@@ -32,26 +32,6 @@ int vx_map_fault_load(vx_map *map, vx_request *request, uint64_t at, uint64_t en
     return vx_map_fault(map, request, VX_FAULT_LOAD, first, count > 65536 ? 65536 : count);
 }
 
-static int map_submit(vx_device *device, vx_request *request)
-{
-    vx_map *map = (vx_map *)device;
-    switch (request->operation) {
-    case VX_READ:
-        return vx_map_read(map, request);
-    case VX_WRITE:
-        return vx_map_write(map, request);
-    case VX_ZERO:
-    case VX_TRIM:
-        return vx_map_zero_or_trim(map, request);
-    case VX_FLUSH:
-        return vx_map_flush(map, request);
-    case VX_EXTENTS:
-        return vx_map_extents(map, request);
-    default:
-        return vx_fail(device, request, VX_E_INVALID, 0, request->offset);
-    }
-}
-
 static int map_resize(vx_device *device, uint64_t size)
 {
     vx_map *map = (vx_map *)device;
@@ -113,7 +93,7 @@ static void map_destroy(vx_device *device)
 }
 
 static const vx_operations map_operations = {
-    .kind = "map", .submit = map_submit, .resize = map_resize, .destroy = map_destroy};
+    .kind = "map", .submit = vx_map_submit, .resize = map_resize, .destroy = map_destroy};
 
 vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shift,
                          uint32_t lower_count, uint32_t flags, vx_pool *pool, uint64_t identity,

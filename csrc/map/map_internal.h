@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * What map.c, map_read.c, map_write.c, map_change.c and map_commit.c share.
+ * What the files of a map share: map.c has its life, map_read.c takes requests and reads, map_write.c and
+ * map_mixed.c change pages, map_change.c answers the owner, map_commit.c makes changes durable.
  */
 #ifndef VX_MAP_INTERNAL_H
 #define VX_MAP_INTERNAL_H
@@ -131,6 +132,7 @@ int vx_map_fault(vx_map *map, vx_request *request, enum vx_fault_kind kind, uint
                  uint64_t count);
 int vx_map_fault_load(vx_map *map, vx_request *request, uint64_t at, uint64_t end);
 
+int vx_map_submit(vx_device *device, vx_request *request);
 int vx_map_read(vx_map *map, vx_request *request);
 int vx_map_extents(vx_map *map, vx_request *request);
 int vx_map_write(vx_map *map, vx_request *request);

@@ -116,7 +116,7 @@ int vx_map_read(vx_map *map, vx_request *request)
         uint64_t stop = (page + 1) << map->page_shift;
         uint64_t length = (stop < end ? stop : end) - at;
         bool asks = false;
-        uint32_t slot = vx_epoch_enter(&map->epochs, request->slot);
+        uint32_t slot = vx_epoch_enter(&map->epochs, request->epoch_slot);
         int answer = read_segment(map, request, page, at, length, &asks);
         vx_epoch_leave(&map->epochs, slot);
         if (asks)
@@ -245,7 +245,7 @@ int vx_map_extents(vx_map *map, vx_request *request)
         uint64_t page = at >> map->page_shift, stop = (page + 1) << map->page_shift;
         uint64_t length = (stop < end ? stop : end) - at;
         bool asks = false;
-        uint32_t slot = vx_epoch_enter(&map->epochs, request->slot);
+        uint32_t slot = vx_epoch_enter(&map->epochs, request->epoch_slot);
         int answer = extents_of_page(map, request, page, at, length, &asks, &full);
         vx_epoch_leave(&map->epochs, slot);
         if (asks && request->extent_count > 0)
@@ -257,4 +257,24 @@ int vx_map_extents(vx_map *map, vx_request *request)
         at += length;
     }
     return VX_DONE;
+}
+
+int vx_map_submit(vx_device *device, vx_request *request)
+{
+    vx_map *map = (vx_map *)device;
+    switch (request->operation) {
+    case VX_READ:
+        return vx_map_read(map, request);
+    case VX_WRITE:
+        return vx_map_write(map, request);
+    case VX_ZERO:
+    case VX_TRIM:
+        return vx_map_zero_or_trim(map, request);
+    case VX_FLUSH:
+        return vx_map_flush(map, request);
+    case VX_EXTENTS:
+        return vx_map_extents(map, request);
+    default:
+        return vx_fail(device, request, VX_E_INVALID, 0, request->offset);
+    }
 }

@@ -8,7 +8,13 @@
 #define COPY_PIECE ((uint64_t)1 << 20)
 
 /* BUFFERED: some part of a FUA write went without FUA, so only a flush can end it. */
+/* How far a change with FUA is, kept across a restart. */
 enum { STAGE_MOVING = 0, STAGE_FLUSH = 1, STAGE_BUFFERED = 2 };
+
+typedef struct VX_FRAME_TYPE map_frame {
+    uint32_t stage;
+} map_frame;
+VX_DEFINE_FRAME(map_frame_of, map_frame, VX_LAYER_MAP)
 
 /* What a step tells its loop. */
 enum step { STEP_DONE, STEP_RETRY, STEP_ANSWER };
@@ -165,7 +171,7 @@ static enum step change_segment(vx_map *map, vx_request *request, uint64_t page,
     uint64_t within = at - (page << map->page_shift);
     bool writes = request->operation == VX_WRITE, trims = request->operation == VX_TRIM;
     bool stores = writes || (request->operation == VX_ZERO && (request->flags & VX_NO_HOLE));
-    uint32_t slot = vx_epoch_enter(&map->epochs, request->slot);
+    uint32_t slot = vx_epoch_enter(&map->epochs, request->epoch_slot);
     uint64_t entry = vx_map_entry(map, page);
     enum vx_kind kind = vx_entry_kind(entry);
     uint32_t flags = request->flags;
@@ -204,7 +210,7 @@ static int finish_change(vx_map *map, vx_request *request, bool direct)
         return VX_DONE;
     if (request->flags & VX_NOWAIT)
         return VX_AGAIN;
-    request->stage = STAGE_FLUSH;
+    map_frame_of(request)->stage = STAGE_FLUSH;
     return vx_map_flush(map, request);
 }
 
@@ -233,17 +239,17 @@ static bool gate_closed(vx_map *map)
 
 int vx_map_write(vx_map *map, vx_request *request)
 {
-    if (request->stage == STAGE_FLUSH)
+    if (map_frame_of(request)->stage == STAGE_FLUSH)
         return vx_map_flush(map, request);
     if (gate_closed(map))
         return vx_map_fault(map, request, VX_FAULT_GATE, 0, 0);
     uint32_t flags = request->flags;
     if ((flags & VX_FUA) && (flags & VX_NOWAIT))
         return VX_AGAIN;
-    bool direct = (flags & VX_FUA) && request->stage != STAGE_BUFFERED &&
+    bool direct = (flags & VX_FUA) && map_frame_of(request)->stage != STAGE_BUFFERED &&
                   atomic_load(&map->dirty_generation) == atomic_load(&map->committed_generation);
     if ((flags & VX_FUA) && !direct)
-        request->stage = STAGE_BUFFERED;
+        map_frame_of(request)->stage = STAGE_BUFFERED;
     request->result = VX_OK;
     if (!direct)
         request->flags &= ~(uint32_t)VX_FUA; /* the flush at the end covers the data */
@@ -273,7 +279,7 @@ int vx_map_zero_or_trim(vx_map *map, vx_request *request)
                  (request->flags & VX_NO_HOLE);
     if (request->flags & VX_NOWAIT)
         return VX_AGAIN;
-    if (request->stage == STAGE_FLUSH)
+    if (map_frame_of(request)->stage == STAGE_FLUSH)
         return vx_map_flush(map, request);
     request->result = VX_OK;
     if (request->operation == VX_TRIM && (map->flags & VX_MAP_IN_PLACE))

@@ -42,7 +42,7 @@ static int switch_submit(vx_device *device, vx_request *request)
 {
     vx_switch *s = (vx_switch *)device;
     for (;;) {
-        uint32_t slot = vx_epoch_enter(&s->epochs, request->slot);
+        uint32_t slot = vx_epoch_enter(&s->epochs, request->epoch_slot);
         if (!atomic_load(&s->paused)) {
             int answer = vx_submit(atomic_load(&s->lower), request);
             vx_epoch_leave(&s->epochs, slot);
@@ -128,7 +128,7 @@ static void switch_destroy(vx_device *device)
 }
 
 static const vx_operations switch_operations = {
-    .kind = "switch", .submit = switch_submit, .destroy = switch_destroy};
+    .kind = "switch", .forwards = true, .submit = switch_submit, .destroy = switch_destroy};
 
 vx_device *vx_switch_create(vx_device *lower, vx_pool *pool, uint64_t identity)
 {

@@ -19,6 +19,9 @@
 
 #define VX_CHUNK_PAGES 512u /* entries in 4096 bytes of table: the unit of dropping */
 #define VX_TAG_ZERO 256u
+#define VX_ENTRY_LOWER_SHIFT 39u
+#define VX_ENTRY_KIND_SHIFT 51u
+#define VX_ENTRY_TAG_SHIFT 55u
 
 enum vx_kind {
     VX_ASK = 0,    /* unknown: fault */
@@ -30,17 +33,18 @@ enum vx_kind {
 
 static inline uint64_t vx_entry(enum vx_kind kind, uint32_t lower, uint64_t offset, uint32_t tag)
 {
-    return (offset >> 9) | (uint64_t)lower << 39 | (uint64_t)kind << 51 | (uint64_t)tag << 55;
+    return (offset >> 9) | (uint64_t)lower << VX_ENTRY_LOWER_SHIFT |
+           (uint64_t)kind << VX_ENTRY_KIND_SHIFT | (uint64_t)tag << VX_ENTRY_TAG_SHIFT;
 }
 
 static inline enum vx_kind vx_entry_kind(uint64_t entry)
 {
-    return (enum vx_kind)(entry >> 51 & 15u);
+    return (enum vx_kind)(entry >> VX_ENTRY_KIND_SHIFT & 15u);
 }
 
 static inline uint32_t vx_entry_lower(uint64_t entry)
 {
-    return (uint32_t)(entry >> 39 & 0xfffu);
+    return (uint32_t)(entry >> VX_ENTRY_LOWER_SHIFT & 0xfffu);
 }
 
 static inline uint64_t vx_entry_offset(uint64_t entry)
@@ -50,7 +54,7 @@ static inline uint64_t vx_entry_offset(uint64_t entry)
 
 static inline uint32_t vx_entry_tag(uint64_t entry)
 {
-    return (uint32_t)(entry >> 55);
+    return (uint32_t)(entry >> VX_ENTRY_TAG_SHIFT);
 }
 
 typedef struct vx_table {

@@ -49,7 +49,7 @@ void vx_bucket_postpone(vx_bucket *bucket, uint64_t ticks)
     atomic_fetch_add(&bucket->paid, ticks);
 }
 
-void vx_bucket_stood_still(vx_bucket *bucket, uint64_t lost, uint64_t now)
+void vx_bucket_skip_stall(vx_bucket *bucket, uint64_t lost, uint64_t now)
 {
     uint64_t paid = atomic_load(&bucket->paid);
     while (!atomic_compare_exchange_weak(&bucket->paid, &paid, later(paid + lost, now)))

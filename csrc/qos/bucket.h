@@ -45,9 +45,9 @@ bool vx_bucket_admit(vx_bucket *bucket, uint64_t units, uint64_t now);
 void vx_bucket_refund(vx_bucket *bucket, uint64_t units);
 /* Everything that is paid for comes later by so many ticks. */
 void vx_bucket_postpone(vx_bucket *bucket, uint64_t ticks);
-/* Of `lost` ticks that end at `now` nothing was saved: the process stood still. Before anything else is
+/* Of `lost` ticks that end at `now` nothing is saved: the process was stalled. Before anything else is
  * admitted. */
-void vx_bucket_stood_still(vx_bucket *bucket, uint64_t lost, uint64_t now);
+void vx_bucket_skip_stall(vx_bucket *bucket, uint64_t lost, uint64_t now);
 /* When, at `from` or later, something could be admitted. Ticks; nothing is paid. */
 uint64_t vx_bucket_due(const vx_bucket *bucket, uint64_t from);
 /* When, at `from` or later, `units` may be admitted; pays for them as of `from`. Ticks. */

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * Whose turn it is, by mClock (Gulati, Merchant, Varman: "mClock: Handling Throughput Variability for
+ * Which client is served next, by mClock (Gulati, Merchant, Varman: "mClock: Handling Throughput Variability for
  * Hypervisor IO Scheduling", OSDI 2010): the arithmetic alone, without queues, clocks and locks.
  *
  * A client has a reservation and a limit, in units a second, and a weight. Where the sum of what all

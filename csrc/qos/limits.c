@@ -65,7 +65,7 @@ void vx_limits_set(vx_limits *limits, const vx_limit *wanted, bool fresh)
     for (unsigned d = 0; d < 2; d++)
         atomic_store(&limits->active[d], active[d]);
     pthread_mutex_unlock(&qos->lock);
-    throttle_pulse_begin(qos->pulse);
+    throttle_stall_detector_begin(qos->stalls);
 }
 
 void vx_limits_levels(vx_limits *limits, int64_t *levels)
@@ -86,8 +86,8 @@ vx_qos *vx_qos_create(vx_clock *clock, vx_pool *pool)
     /* In virtual time everything happens on the thread that advances it. */
     qos->largest_on_clock = vx_clock_is_virtual(clock) ? UINT64_MAX : VX_QUICK_BYTES;
     pthread_mutex_init(&qos->lock, NULL);
-    qos->pulse = throttle_pulse_create(qos);
-    if (qos->pulse == NULL) {
+    qos->stalls = throttle_stall_detector_create(qos);
+    if (qos->stalls == NULL) {
         vx_qos_destroy(qos);
         return NULL;
     }
@@ -96,8 +96,8 @@ vx_qos *vx_qos_create(vx_clock *clock, vx_pool *pool)
 
 void vx_qos_destroy(vx_qos *qos)
 {
-    if (qos->pulse != NULL)
-        throttle_pulse_end(qos->pulse);
+    if (qos->stalls != NULL)
+        throttle_stall_detector_end(qos->stalls);
     while (qos->limits != NULL) {
         vx_limits *limits = qos->limits;
         qos->limits = limits->next;

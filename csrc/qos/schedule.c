@@ -25,9 +25,9 @@ void vx_scheduler_release(vx_scheduler *s)
         s->shares = share->next;
         free(share);
     }
-    while (s->turns != NULL) {
-        vx_turn *p = s->turns;
-        s->turns = p->other;
+    while (s->slots != NULL) {
+        vx_slot *p = s->slots;
+        s->slots = p->other;
         free(p);
     }
     pthread_cond_destroy(&s->rested);
@@ -40,7 +40,7 @@ void vx_scheduler_release(vx_scheduler *s)
 enum rest { NOTHING, MORE, A_FLUSH };
 
 /* Takes what a piece brought into its request; what has yet to go. */
-static enum rest adopt(vx_turn *p)
+static enum rest adopt(vx_slot *p)
 {
     vx_request *request = p->request;
     if (request == NULL)
@@ -55,14 +55,14 @@ static enum rest adopt(vx_turn *p)
     return schedule_flushes_after(p->scheduler, request) ? A_FLUSH : NOTHING;
 }
 
-static void give_back(vx_scheduler *s, vx_turn *p)
+static void give_back(vx_scheduler *s, vx_slot *p)
 {
     p->next = s->free;
     s->free = p;
 }
 
 /* Makes durable what was written by pieces; on the pool. */
-static void flush_after(vx_turn *p)
+static void flush_after(vx_slot *p)
 {
     vx_request_child(&p->piece, p->request, VX_FLUSH, 0, 0, NULL);
     p->piece.memo = NULL;
@@ -75,7 +75,7 @@ static void flush_after(vx_turn *p)
 }
 
 /* Its place is free; the rest of its request waits again, or the request is done. */
-static void end(vx_turn *p)
+static void end(vx_slot *p)
 {
     vx_scheduler *s = p->scheduler;
     vx_request *request = p->request;
@@ -88,17 +88,18 @@ static void end(vx_turn *p)
         return;
     }
     uint64_t now = vx_clock_now(s->clock);
-    p->share->facts[BELOW]--;
+    p->share->facts.below--;
     schedule_leave(s, p, now);
     p->request = NULL;
     if (rest == MORE && p->dropped) {
-        vx_fail(request->held_by, request, VX_E_CANCELLED, 0, request->offset + request->done);
+        vx_fail(schedule_frame_of(request)->device, request, VX_E_CANCELLED, 0,
+                request->offset + request->done);
         rest = NOTHING;
     }
     if (rest == MORE)
         schedule_enqueue(s, p->share, request, true, now);
     else
-        p->share->facts[REQUESTS]++;
+        p->share->facts.requests++;
     if (rest != MORE)
         schedule_leaves(p->share, now);
     if (p->submitters > 0)
@@ -107,7 +108,7 @@ static void end(vx_turn *p)
         give_back(s, p);
     pthread_mutex_unlock(&s->lock);
     if (rest != MORE && request != NULL) {
-        vx_device *device = request->held_by;
+        vx_device *device = schedule_frame_of(request)->device;
         request->complete(request);
         vx_device_release(device);
     }
@@ -117,10 +118,10 @@ static void end(vx_turn *p)
 
 static void on_piece_time(vx_timer *timer)
 {
-    end((vx_turn *)((char *)timer - offsetof(vx_turn, timer)));
+    end((vx_slot *)((char *)timer - offsetof(vx_slot, timer)));
 }
 
-static void answered(vx_turn *p)
+static void answered(vx_slot *p)
 {
     vx_scheduler *s = p->scheduler;
     uint64_t until = p->piece.not_before_ns;
@@ -135,7 +136,7 @@ static void completed(vx_request *piece)
 
 /* The thread has handed the piece down. What is parked there waits for its own disk (a pause, a
  * commit), and holds up no other one meanwhile. */
-static void let_go(vx_turn *p, bool parked)
+static void let_go(vx_slot *p, bool parked)
 {
     vx_scheduler *s = p->scheduler;
     pthread_mutex_lock(&s->lock);
@@ -149,9 +150,9 @@ static void let_go(vx_turn *p, bool parked)
 
 static void run_piece(vx_job *job)
 {
-    vx_turn *p = (vx_turn *)((char *)job - offsetof(vx_turn, job));
-    vx_scheduler *s = schedule_keep(p->scheduler);
-    vx_device *device = vx_device_reference(p->request->held_by);
+    vx_slot *p = (vx_slot *)((char *)job - offsetof(vx_slot, job));
+    vx_scheduler *s = schedule_reference(p->scheduler);
+    vx_device *device = vx_device_reference(schedule_frame_of(p->request)->device);
     p->piece.flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
     bool parked = vx_run(((scheduled *)device)->lower, &p->piece) == VX_PARKED;
     let_go(p, parked);
@@ -163,8 +164,8 @@ static void run_piece(vx_job *job)
     vx_scheduler_release(s);
 }
 
-/* A turn has come: its owner does the I/O, and ends it. */
-static void start_turn(vx_turn *p)
+/* Work that waited for a slot has one: it does its own I/O, and then ends the slot. */
+static void grant_slot(vx_slot *p)
 {
     vx_request *waiting = p->request;
     pthread_mutex_lock(&p->scheduler->lock); /* who drops looks at it */
@@ -175,14 +176,14 @@ static void start_turn(vx_turn *p)
     let_go(p, false);
 }
 
-static void start(vx_turn *p)
+static void start(vx_slot *p)
 {
     vx_scheduler *s = p->scheduler;
-    if (p->request->held_by == NULL) {
-        start_turn(p);
+    if (schedule_frame_of(p->request)->device == NULL) {
+        grant_slot(p);
         return;
     }
-    vx_device *device = vx_device_reference(p->request->held_by);
+    vx_device *device = vx_device_reference(schedule_frame_of(p->request)->device);
     p->job.run = run_piece;
     p->timer.run = on_piece_time;
     p->piece.complete = completed;
@@ -229,10 +230,10 @@ static void dispatch(vx_scheduler *s)
     }
     s->dispatching = true;
     while (s->again && !hands_over) {
-        vx_turn *p;
+        vx_slot *p;
         s->again = false;
         while (!hands_over && (p = schedule_next(s)) != NULL) {
-            schedule_keep(s); /* until the piece ends */
+            schedule_reference(s); /* until the piece ends */
             pthread_mutex_unlock(&s->lock);
             start(p);
             pthread_mutex_lock(&s->lock);
@@ -244,7 +245,7 @@ static void dispatch(vx_scheduler *s)
     s->handed_over |= push;
     pthread_mutex_unlock(&s->lock);
     if (push) {
-        schedule_keep(s);
+        schedule_reference(s);
         vx_pool_push(s->pool, &s->job);
     }
 }
@@ -261,40 +262,40 @@ static void on_time(vx_timer *timer)
 
 /* ---- devices ---- */
 
-static bool is_of(const vx_request *request, const void *owner)
+static bool is_of(vx_request *request, const vx_initiator *initiator)
 {
-    return request->owner == owner && request->held_by != NULL;
+    return request->initiator == initiator && schedule_frame_of(request)->device != NULL;
 }
 
-static bool is_turn(const vx_request *request, const void *unused)
+static bool is_waiter(vx_request *request, const vx_initiator *unused)
 {
     (void)unused;
-    return request->held_by == NULL;
+    return schedule_frame_of(request)->device == NULL;
 }
 
-static void schedule_drop(vx_device *device, const void *owner)
+static void schedule_drop(vx_device *device, const vx_initiator *initiator)
 {
     vx_share *share = atomic_load(&((scheduled *)device)->share);
     vx_scheduler *s = share->scheduler;
     pthread_mutex_lock(&s->lock);
     vx_request *found = NULL;
     for (share = s->shares; share != NULL; share = share->next) /* it may have changed meanwhile */
-        found = schedule_take_out(s, share, is_of, owner, found);
-    for (vx_turn *p = s->turns; p != NULL; p = p->other)
-        if (p->request != NULL && is_of(p->request, owner))
+        found = schedule_take_out(s, share, is_of, initiator, found);
+    for (vx_slot *p = s->slots; p != NULL; p = p->other)
+        if (p->request != NULL && is_of(p->request, initiator))
             p->dropped = true;
     pthread_mutex_unlock(&s->lock);
     while (found != NULL) {
         vx_request *request = found;
-        vx_device *held_by = request->held_by;
+        vx_device *parked_by = schedule_frame_of(request)->device;
         found = request->next; /* it is gone when it has completed */
-        vx_fail(held_by, request, VX_E_CANCELLED, 0, request->offset);
+        vx_fail(parked_by, request, VX_E_CANCELLED, 0, request->offset);
         request->complete(request);
-        vx_device_release(held_by);
+        vx_device_release(parked_by);
     }
 }
 
-/* A flush on its way down: it waits for no turn, but its client is not idle meanwhile. */
+/* A flush on its way down. It takes no slot, but its client is not idle meanwhile. */
 typedef struct passing {
     vx_share *share;
     void (*complete)(vx_request *request);
@@ -335,7 +336,7 @@ static int pass(scheduled *d, vx_request *request)
     if (p == NULL)
         return vx_submit(d->lower, request);
     *p = (passing){atomic_load(&d->share), request->complete, request->context};
-    vx_scheduler *s = schedule_keep(p->share->scheduler);
+    vx_scheduler *s = schedule_reference(p->share->scheduler);
     enters(p->share);
     request->complete = passed;
     request->context = p;
@@ -360,11 +361,11 @@ static int schedule_submit(vx_device *device, vx_request *request)
     if (request->flags & VX_NOWAIT && !(request->flags & VX_MAY_PARK))
         return VX_AGAIN;
     request->flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
-    request->held_by = vx_device_reference(device);
+    schedule_frame_of(request)->device = vx_device_reference(device);
     request->done = 0;
     request->extent_count = 0;
     vx_share *share = atomic_load(&d->share);
-    vx_scheduler *s = schedule_keep(share->scheduler);
+    vx_scheduler *s = schedule_reference(share->scheduler);
     pthread_mutex_lock(&s->lock);
     schedule_enqueue(s, share, request, false, vx_clock_now(s->clock));
     pthread_mutex_unlock(&s->lock);
@@ -407,7 +408,7 @@ vx_device *vx_schedule_create(vx_device *lower, vx_share *share, uint64_t identi
     vx_device_initialise(&d->device, &schedule_operations, identity, NULL, 0);
     d->device.sized_by = lower;
     d->lower = vx_device_reference(lower);
-    schedule_keep(share->scheduler);
+    schedule_reference(share->scheduler);
     atomic_init(&d->share, share);
     return &d->device;
 }
@@ -422,25 +423,25 @@ void vx_schedule_set_share(vx_device *device, vx_share *share)
     atomic_store(&((scheduled *)device)->share, share);
 }
 
-/* ---- turns ---- */
+/* ---- slots for work that does its own I/O ---- */
 
-typedef struct turn {
+typedef struct waiter {
     vx_request request;
     pthread_mutex_t lock;
     pthread_cond_t changed;
     bool came;
-} turn;
+} waiter;
 
-static void turn_came(vx_request *request)
+static void slot_granted(vx_request *request)
 {
-    turn *t = (turn *)request;
+    waiter *t = (waiter *)request;
     pthread_mutex_lock(&t->lock);
     t->came = true;
     pthread_cond_signal(&t->changed);
     pthread_mutex_unlock(&t->lock);
 }
 
-/* A thread has no turn any more, and does not look at the clock and the pool. */
+/* A thread has given its slot back, and does not look at the clock and the pool any more. */
 static void rest_now(vx_scheduler *s)
 {
     pthread_mutex_lock(&s->lock);
@@ -449,14 +450,14 @@ static void rest_now(vx_scheduler *s)
     pthread_mutex_unlock(&s->lock);
 }
 
-vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes)
+vx_slot *vx_share_take_slot(vx_share *share, uint64_t bytes)
 {
     vx_scheduler *s = share->scheduler;
-    turn t = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
+    waiter t = {.lock = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER};
     uint64_t most = vx_piece_of(VX_READ, s->unit);
     t.request.operation = VX_READ;
     t.request.length = bytes == 0 ? 1 : bytes < most ? bytes : most;
-    t.request.complete = turn_came;
+    t.request.complete = slot_granted;
     pthread_mutex_lock(&s->lock);
     bool stopping = s->stopping;
     if (!stopping) {
@@ -478,9 +479,9 @@ vx_turn *vx_share_take_turn(vx_share *share, uint64_t bytes)
     return t.request.context;
 }
 
-void vx_turn_end(vx_turn *taken)
+void vx_slot_end(vx_slot *taken)
 {
-    vx_scheduler *s = schedule_keep(taken->scheduler);
+    vx_scheduler *s = schedule_reference(taken->scheduler);
     end(taken);
     rest_now(s);
     vx_scheduler_release(s);
@@ -492,7 +493,7 @@ void vx_scheduler_stop(vx_scheduler *s)
     pthread_mutex_lock(&s->lock);
     s->stopping = true;
     for (vx_share *share = s->shares; share != NULL; share = share->next)
-        found = schedule_take_out(s, share, is_turn, NULL, found);
+        found = schedule_take_out(s, share, is_waiter, NULL, found);
     pthread_mutex_unlock(&s->lock);
     while (found != NULL) {
         vx_request *request = found;
@@ -540,23 +541,23 @@ void vx_share_set(vx_share *share, uint64_t reservation, uint64_t limit, uint64_
     dispatch(s); /* a limit may be gone */
 }
 
-void vx_share_read(vx_share *share, uint64_t *facts)
+void vx_share_read(vx_share *share, vx_share_facts *facts)
 {
     pthread_mutex_lock(&share->scheduler->lock);
     uint64_t late = vx_dmclock_late(&share->client, vx_ticks(vx_clock_now(share->scheduler->clock)));
-    share->facts[LATE_NS] = vx_ns_of_ticks(late);
-    memcpy(facts, share->facts, sizeof share->facts);
+    *facts = share->facts;
+    facts->late_ns = vx_ns_of_ticks(late);
     pthread_mutex_unlock(&share->scheduler->lock);
 }
 
-void vx_scheduler_read(vx_scheduler *s, uint64_t *facts)
+void vx_scheduler_read(vx_scheduler *s, vx_scheduler_facts *facts)
 {
     pthread_mutex_lock(&s->lock);
     schedule_note_contention(s, vx_clock_now(s->clock));
-    facts[0] = s->contended_ns;
-    facts[1] = s->contended_units;
-    facts[2] = s->waiting;
-    facts[3] = s->below;
+    *facts = (vx_scheduler_facts){.contended_ns = s->contended_ns,
+                                  .contended_units = s->contended_units,
+                                  .waiting = s->waiting,
+                                  .below = s->below};
     pthread_mutex_unlock(&s->lock);
 }
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the files of the scheduler share: schedule_queue.c knows who waits and whose turn it is,
+ * What the files of the scheduler share: schedule_queue.c has the queues and chooses from them,
  * schedule.c carries pieces down and back. The functions want the lock of the scheduler, but for the
  * first two.
  */
@@ -20,7 +20,7 @@ struct vx_share {
     vx_request *head, *tail;
     const vx_device *last_device; /* of its latest piece, */
     uint64_t last_end;            /* and where that ended */
-    uint64_t facts[VX_SHARE_FACTS];
+    vx_share_facts facts; /* but for late_ns */
     uint64_t inside; /* requests of it that are not answered, flushes too; under the lock */
     _Atomic bool has_reservation;
 };
@@ -32,18 +32,23 @@ typedef struct scheduled {
     _Atomic uint32_t waiting; /* requests; changed under the lock */
 } scheduled;
 
-enum share_fact { REQUESTS, UNITS, RESERVED_UNITS, WAITING, WAITING_UNITS, WAITED_NS, BELOW, LATE_NS };
+/* Of a request that waits here, or whose pieces are below. */
+typedef struct VX_FRAME_TYPE schedule_frame {
+    vx_device *device; /* that parked it, with a reference; NULL: work that does its own I/O */
+    uint64_t since_ns; /* it waits; of the scheduler's clock */
+} schedule_frame;
+VX_DEFINE_FRAME(schedule_frame_of, schedule_frame, VX_LAYER_SCHEDULE)
 
 /* A place below: of a piece of a request, or of work that does its own I/O. */
-struct vx_turn {
+struct vx_slot {
     vx_request piece;
     vx_job job;
     vx_timer timer;
     vx_request *request; /* NULL: work that does its own I/O, or it has ended */
     vx_share *share;
     vx_scheduler *scheduler;
-    vx_turn *next; /* free */
-    vx_turn *other; /* all of the scheduler */
+    vx_slot *next; /* free */
+    vx_slot *other; /* all of the scheduler */
     /* under the lock */
     bool dropped;        /* the rest of the request fails: its client is gone */
     uint32_t submitters; /* threads that hand the piece down, and still look at this */
@@ -66,8 +71,8 @@ struct vx_scheduler {
     /* under the lock */
     vx_dmclock all;
     vx_share *shares;
-    vx_turn *free, *turns;
-    uint32_t working; /* threads that want a turn, or have one */
+    vx_slot *free, *slots;
+    uint32_t working; /* threads that wait for a slot, or have one */
     pthread_cond_t rested; /* none does */
     bool dispatching, again; /* some thread starts pieces; another one found a reason to look again */
     bool handed_over;        /* the job is the pool's */
@@ -80,7 +85,7 @@ struct vx_scheduler {
     uint64_t contended_units;
 };
 
-static inline vx_scheduler *schedule_keep(vx_scheduler *s)
+static inline vx_scheduler *schedule_reference(vx_scheduler *s)
 {
     atomic_fetch_add(&s->references, 1);
     return s;
@@ -97,12 +102,12 @@ void schedule_enqueue(vx_scheduler *s, vx_share *share, vx_request *request, boo
                       uint64_t now);
 /* Takes what is meant out of a queue, and puts it before `found`. */
 vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
-                              bool (*is_meant)(const vx_request *, const void *),
-                              const void *owner, vx_request *found);
+                              bool (*is_meant)(vx_request *, const vx_initiator *),
+                              const vx_initiator *initiator, vx_request *found);
 /* The next piece that may go, in its place; NULL: none now. The timer is set where one may later. */
-vx_turn *schedule_next(vx_scheduler *s);
+vx_slot *schedule_next(vx_scheduler *s);
 /* Frees a place for another piece, once. */
-void schedule_leave(vx_scheduler *s, vx_turn *p, uint64_t now);
+void schedule_leave(vx_scheduler *s, vx_slot *p, uint64_t now);
 void schedule_note_contention(vx_scheduler *s, uint64_t now);
 /* A request of it has come; one is answered. */
 void schedule_enters(vx_share *share);

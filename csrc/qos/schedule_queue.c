@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Who waits, and whose turn it is. Everything here is under the lock of the scheduler. */
+/* The queues of the scheduler, and which request is served next. Everything here runs under its lock. */
 #include <stdlib.h>
 
 #include "qos/bucket.h"
@@ -64,11 +64,12 @@ void schedule_enqueue(vx_scheduler *s, vx_share *share, vx_request *request, boo
             share->tail->next = request;
         share->tail = request;
     }
-    share->facts[WAITING]++;
-    if (request->held_by != NULL)
-        atomic_fetch_add(&((scheduled *)request->held_by)->waiting, 1);
-    share->facts[WAITING_UNITS] += units_left(s, request);
-    request->held_since = now;
+    share->facts.waiting++;
+    schedule_frame *frame = schedule_frame_of(request);
+    if (frame->device != NULL)
+        atomic_fetch_add(&((scheduled *)frame->device)->waiting, 1);
+    share->facts.waiting_units += units_left(s, request);
+    frame->since_ns = now;
     s->waiting++;
     schedule_note_contention(s, now);
     if (was_idle)
@@ -87,12 +88,13 @@ static void waits_no_more(vx_scheduler *s, vx_share *share, vx_request *request,
         share->client.units = head_units(s, share->head);
     }
     request->next = NULL;
-    share->facts[WAITING]--;
-    if (request->held_by != NULL)
-        atomic_fetch_sub(&((scheduled *)request->held_by)->waiting, 1);
-    share->facts[WAITING_UNITS] -= units_left(s, request);
-    uint64_t waited = now > request->held_since ? now - request->held_since : 0;
-    share->facts[WAITED_NS] += waited;
+    share->facts.waiting--;
+    const schedule_frame *frame = schedule_frame_of(request);
+    if (frame->device != NULL)
+        atomic_fetch_sub(&((scheduled *)frame->device)->waiting, 1);
+    share->facts.waiting_units -= units_left(s, request);
+    uint64_t waited = now > frame->since_ns ? now - frame->since_ns : 0;
+    share->facts.waited_ns += waited;
     request->queued_ns += waited;
     s->waiting--;
     schedule_note_contention(s, now);
@@ -122,9 +124,9 @@ static void charge(vx_scheduler *s, vx_share *share, bool reserved, const vx_dev
     uint64_t cost = cost_of(s, share, device, piece, units);
     share->last_device = device;
     share->last_end = piece->offset + piece->length;
-    share->facts[UNITS] += units;
-    share->facts[RESERVED_UNITS] += reserved ? units : 0;
-    share->facts[BELOW]++;
+    share->facts.units += units;
+    share->facts.reserved_units += reserved ? units : 0;
+    share->facts.below++;
     vx_dmclock_serve(&s->all, &share->client, reserved, units, cost, vx_ticks(now));
 }
 
@@ -137,15 +139,15 @@ static void look_again_at(vx_scheduler *s, uint64_t when)
     bool is_set = vx_clock_set(s->clock, &s->timer, when);
     s->armed_for = is_set ? when : 0;
     if (is_set && !was_set)
-        schedule_keep(s);
+        schedule_reference(s);
     else if (was_set && !is_set)
         atomic_fetch_sub(&s->references, 1); /* never the last one: the caller has one */
     /* Without memory for it the next completion or request looks. */
 }
 
-static vx_turn *take_place(vx_scheduler *s)
+static vx_slot *take_place(vx_scheduler *s)
 {
-    vx_turn *p = s->free;
+    vx_slot *p = s->free;
     if (p != NULL) {
         s->free = p->next;
         return p;
@@ -154,12 +156,12 @@ static vx_turn *take_place(vx_scheduler *s)
     if (p == NULL)
         return NULL;
     p->scheduler = s;
-    p->other = s->turns;
-    s->turns = p;
+    p->other = s->slots;
+    s->slots = p;
     return p;
 }
 
-vx_turn *schedule_next(vx_scheduler *s)
+vx_slot *schedule_next(vx_scheduler *s)
 {
     bool reserved;
     uint64_t now = vx_clock_now(s->clock), when;
@@ -176,7 +178,7 @@ vx_turn *schedule_next(vx_scheduler *s)
                                                            piece_length(s, share->head), s->below);
     if (s->below > 0 && s->below_ns + worst > s->most_below_ns)
         return NULL; /* the next completion looks again */
-    vx_turn *p = take_place(s);
+    vx_slot *p = take_place(s);
     if (p == NULL) {
         look_again_at(s, now + NO_MEMORY_NS);
         return NULL;
@@ -198,19 +200,20 @@ vx_turn *schedule_next(vx_scheduler *s)
     p->counts = true;
     p->ended = false;
     p->dropped = false;
-    charge(s, share, reserved, request->held_by, &p->piece, now);
+    charge(s, share, reserved, schedule_frame_of(request)->device, &p->piece, now);
     return p;
 }
 
 vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
-                            bool (*is_meant)(const vx_request *, const void *), const void *owner,
+                            bool (*is_meant)(vx_request *, const vx_initiator *),
+                              const vx_initiator *initiator,
                             vx_request *found)
 {
     uint64_t now = vx_clock_now(s->clock);
     vx_request **link = &share->head, *last = NULL;
     while (*link != NULL) {
         vx_request *request = *link;
-        if (!is_meant(request, owner)) {
+        if (!is_meant(request, initiator)) {
             last = request;
             link = &request->next;
             continue;
@@ -225,7 +228,7 @@ vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
     return found;
 }
 
-void schedule_leave(vx_scheduler *s, vx_turn *p, uint64_t now)
+void schedule_leave(vx_scheduler *s, vx_slot *p, uint64_t now)
 {
     if (!p->counts)
         return;

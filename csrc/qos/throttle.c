@@ -7,8 +7,8 @@
 
 /* What is paid for at a time takes no more of a limit's time than this, or than one unit does: where
  * others wait for the limit, and where nobody does yet. */
-#define SHARED_TURN ((uint64_t)50000u * VX_TICKS_PER_NS)
-#define LONE_TURN ((uint64_t)100000000u * VX_TICKS_PER_NS)
+#define SHARED_QUANTUM ((uint64_t)50000u * VX_TICKS_PER_NS)
+#define LONE_QUANTUM ((uint64_t)100000000u * VX_TICKS_PER_NS)
 
 typedef struct released {
     vx_job job;
@@ -59,7 +59,7 @@ static void refund(vx_limits *limits, uint32_t charged, uint32_t operation, uint
 }
 
 /* Charges all buckets of both sets, or none. */
-static bool admit(vx_limits *sets[SETS], const uint32_t active[SETS], const vx_request *request,
+static bool admit(vx_limits *sets[SETS], const uint32_t active[SETS], vx_request *request,
                   uint64_t now)
 {
     for (unsigned s = 0; s < SETS; s++) {
@@ -85,14 +85,14 @@ static void park(flow *f, vx_request *request);
 static int throttle_submit(vx_device *device, vx_request *request)
 {
     flow *f = (flow *)device;
-    if (is_free(request->operation) || request->admitted || request->length == 0)
+    if (is_free(request->operation) || throttle_frame_of(request)->admitted || request->length == 0)
         return vx_submit(f->lower, request);
     vx_limits *sets[SETS] = {atomic_load_explicit(&f->sets[0], memory_order_acquire),
                              atomic_load_explicit(&f->sets[1], memory_order_acquire)};
     const uint32_t active[SETS] = {active_of(sets[0], request->operation),
                                    active_of(sets[1], request->operation)};
     if (((active[0] | active[1]) == 0 && atomic_load(&f->waiting) == 0) ||
-        atomic_load_explicit(&f->hurry, memory_order_relaxed) == PASS)
+        atomic_load_explicit(&f->draining, memory_order_relaxed) == PASS)
         return vx_submit(f->lower, request);
     uint64_t now = vx_ticks(vx_clock_now(f->qos->clock));
     throttle_notice(f->qos, now);
@@ -105,7 +105,7 @@ static int throttle_submit(vx_device *device, vx_request *request)
             for (unsigned s = 0; s < SETS; s++)
                 refund(sets[s], active[s], request->operation, request->length);
         } else {
-            request->admitted = true;
+            throttle_frame_of(request)->admitted = true;
         }
         return answer;
     }
@@ -193,7 +193,8 @@ static vx_request *take_head(flow *f, uint64_t now)
     f->paid_bytes = 0;
     f->waiting_units -= vx_units_of(request->operation, request->length,
                                     atomic_load(&f->sets[0])->unit);
-    request->queued_ns = now_ns > request->arrived_ns ? now_ns - request->arrived_ns : 0;
+    uint64_t arrived_ns = throttle_frame_of(request)->arrived_ns;
+    request->queued_ns = now_ns > arrived_ns ? now_ns - arrived_ns : 0;
     request->next = NULL;
     atomic_fetch_sub(&f->waiting, 1);
     return request;
@@ -220,14 +221,14 @@ static bool takes_longer(const flow *f, uint32_t operation, uint64_t length, uin
 }
 
 /* Bytes that the head pays for at a time: up to a piece. */
-static uint64_t turn_of(const flow *f, uint32_t operation)
+static uint64_t quantum_of(const flow *f, uint32_t operation)
 {
     uint64_t piece = piece_of(f, operation);
-    uint64_t most = is_shared(f) ? SHARED_TURN : LONE_TURN;
-    uint64_t turn = operation <= VX_WRITE ? atomic_load(&f->sets[0])->unit : (uint64_t)1 << 20;
-    while (2 * turn <= piece && !takes_longer(f, operation, 2 * turn, most))
-        turn *= 2;
-    return turn;
+    uint64_t most = is_shared(f) ? SHARED_QUANTUM : LONE_QUANTUM;
+    uint64_t quantum = operation <= VX_WRITE ? atomic_load(&f->sets[0])->unit : (uint64_t)1 << 20;
+    while (2 * quantum <= piece && !takes_longer(f, operation, 2 * quantum, most))
+        quantum *= 2;
+    return quantum;
 }
 
 /* What the head has paid for and not used goes back; who waits behind it moves up. */
@@ -250,11 +251,11 @@ static void unpay(flow *f, unsigned s, uint64_t now)
 /* Pays for the head as far as `now` allows; whether all of it may pass. */
 static bool pay_head(flow *f, uint64_t now)
 {
-    const vx_request *request = f->head;
+    vx_request *request = f->head;
     while (f->due <= now) {
         if ((f->unpaid[0] | f->unpaid[1]) == 0) {
             uint64_t rest = request->length - f->paid_bytes;
-            uint64_t most = turn_of(f, request->operation);
+            uint64_t most = quantum_of(f, request->operation);
             if (rest == 0)
                 return true;
             f->piece = rest < most ? rest : most;
@@ -263,7 +264,7 @@ static bool pay_head(flow *f, uint64_t now)
                 f->unpaid[s] = active_of(atomic_load(&f->sets[s]), request->operation);
             f->paid[0] = f->paid[1] = 0;
         }
-        uint64_t arrived = vx_ticks(request->arrived_ns);
+        uint64_t arrived = vx_ticks(throttle_frame_of(request)->arrived_ns);
         f->due = pay(f, request->operation, arrived > f->due ? arrived : f->due);
     }
     return false;
@@ -273,7 +274,7 @@ static bool pay_head(flow *f, uint64_t now)
 static vx_request *take_due(flow *f, uint64_t now)
 {
     vx_request *first = NULL, **last = &first;
-    bool all = atomic_load(&f->hurry) != HOLD;
+    bool all = atomic_load(&f->draining) != HOLD;
     for (;;) {
         while (f->head != NULL && (all || pay_head(f, now))) {
             *last = take_head(f, now);
@@ -296,7 +297,7 @@ static void finish(flow *f, vx_request *request)
 {
     request->flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
     /* Below it may wait again, after those who were gone have been dropped there. */
-    bool drops = atomic_load(&f->hurry) == DROP;
+    bool drops = atomic_load(&f->draining) == DROP;
     int answer = drops ? vx_fail(&f->device, request, VX_E_CANCELLED, 0, request->offset)
                        : vx_run(&f->device, request);
     if (answer == VX_DONE)
@@ -316,7 +317,7 @@ static void run_released(vx_job *job)
 static int try_now(flow *f, vx_request *request)
 {
     bool large = request->operation <= VX_WRITE && request->length > f->qos->largest_on_clock;
-    if (atomic_load(&f->hurry) == DROP)
+    if (atomic_load(&f->draining) == DROP)
         return vx_fail(&f->device, request, VX_E_CANCELLED, 0, request->offset);
     request->flags |= VX_NOWAIT;
     return large ? VX_AGAIN : vx_submit(f->lower, request);
@@ -329,7 +330,7 @@ static void pass_on(flow *f, vx_request *request)
         vx_request *next = request->next;
         request->next = NULL;
         request->memo = NULL;
-        request->admitted = true;
+        throttle_frame_of(request)->admitted = true;
         uint64_t done = request->done;
         int answer = try_now(f, request);
         if (answer == VX_DONE) {
@@ -350,8 +351,8 @@ static void pass_on(flow *f, vx_request *request)
 }
 
 /* Its time began to pass unused. What is left of it begins now, and that of others who wait for the
- * same later by as much; where nothing is left it takes its place anew. Of what saves the pulse has
- * taken the lost time. */
+ * same later by as much; where nothing is left it takes its place anew. From buckets that
+ * save credit the stall detector has taken the lost time. */
 static void pay_again(flow *f, uint64_t now)
 {
     uint64_t lost = now - f->due;
@@ -396,7 +397,7 @@ static void park(flow *f, vx_request *request)
 {
     request->next = NULL;
     uint64_t now = throttle_lock(f->qos);
-    request->arrived_ns = vx_ns_of_ticks(now);
+    throttle_frame_of(request)->arrived_ns = vx_ns_of_ticks(now);
     bool first = f->head == NULL;
     if (first)
         f->head = request;
@@ -420,11 +421,11 @@ static void park(flow *f, vx_request *request)
         vx_device_release(&f->device);
 }
 
-static void throttle_hurry(vx_device *device, bool drop)
+static void throttle_drain(vx_device *device, bool drop)
 {
     flow *f = (flow *)device;
     uint64_t now = throttle_lock(f->qos);
-    atomic_store(&f->hurry, drop ? DROP : PASS);
+    atomic_store(&f->draining, drop ? DROP : PASS);
     for (unsigned s = 0; s < SETS && f->head != NULL; s++)
         unpay(f, s, now);
     if (f->head != NULL)
@@ -432,11 +433,11 @@ static void throttle_hurry(vx_device *device, bool drop)
     pthread_mutex_unlock(&f->qos->lock);
 }
 
-static void throttle_drop(vx_device *device, const void *owner)
+static void throttle_drop(vx_device *device, const vx_initiator *initiator)
 {
     vx_device *lower = ((flow *)device)->lower;
     if (lower->operations->drop != NULL)
-        lower->operations->drop(lower, owner);
+        lower->operations->drop(lower, initiator);
 }
 
 static bool throttle_is_holding(vx_device *device)
@@ -479,9 +480,11 @@ static void throttle_destroy(vx_device *device)
 }
 
 static const vx_operations throttle_operations = {.kind = "throttle",
+                                                  .forwards = true,
+                                                  .paces = true,
                                                   .submit = throttle_submit,
                                                   .destroy = throttle_destroy,
-                                                  .hurry = throttle_hurry,
+                                                  .drain = throttle_drain,
                                                   .drop = throttle_drop,
                                                   .is_holding = throttle_is_holding,
                                                   .is_limited = throttle_is_limited};

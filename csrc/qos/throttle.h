@@ -7,7 +7,7 @@
  * limits: its disk's, and that of a group of disks. What may pass is admitted without a lock, and
  * without a look at the clock where nothing is limited. What may not is parked, and passes at its
  * exact time: each time is computed from the one before, so that waking late, by up to 100 ms, costs
- * nothing of the rate; for longer the process stood still, and that is not made up for. Nothing sleeps
+ * nothing of the rate; a longer delay is a stall, which is not made up for. Nothing sleeps
  * and nothing polls.
  *
  *   units     max(1, ceil(length / unit)) for reads and writes; ZERO and TRIM, which carry no payload,
@@ -15,13 +15,13 @@
  *   order     requests of a flow pass in the order in which they came
  *   pieces    what waits pays for a part at a time, and passes when all of it is paid for. Of several
  *             flows each that waits has one part in the queue of a shared limit, and parts are small
- *             there, a unit or what passes in 50 us: so they take turns, and share by units, however
+ *             there, a unit or what passes in 50 us: so they alternate, and share by units, however
  *             large their requests are. Elsewhere a part is what passes in 100 ms, at most 256 KiB
  *             (of ZERO and TRIM 32 MiB)
  *   stages    a piece pays one limit at a time, the one that would let it pass last first, and the
  *             next one when its time has come: so a flow that waits for a limit of its own takes
  *             nothing out of one that it shares
- *   hurry     a server that ends lets everything pass at once, unpaid. What a client that is gone
+ *   drain     a server that ends lets everything pass at once, unpaid. What a client that is gone
  *             has left waiting fails instead: nobody was told that it was done, and nobody is to pay
  *
  * A credit is what an idle flow may save beyond its burst, and then spend at up to `credit_rate`.

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * What the files of the throttle share: limits.c has limits and their changes, throttle.c the flows
- * that pay them and wait, pulse.c notices that the process stood still. The functions want the lock of
+ * that pay them and wait, stall.c detects that the process was stalled. The functions want the lock of
  * the domain, where nothing else is said.
  */
 #ifndef VX_THROTTLE_INTERNAL_H
@@ -15,14 +15,14 @@
 #define BUCKETS (2u * VX_LIMIT_KINDS) /* for each kind its rate, and the rate of spending credit */
 #define SETS 2u
 
-/* Waking late is made up for up to this; beyond, the process stood still, and time that it was not
- * there for lets nothing pass and saves nothing. */
+/* A timer that fires late is made up for up to this. A longer delay is a stall of the process: in that
+ * time nothing may pass and no credit is saved. */
 #define LATE ((uint64_t)100000000u * VX_TICKS_PER_NS)
 
 typedef struct flow flow;
-typedef struct pulse pulse;
+typedef struct stall_detector stall_detector;
 
-enum hurry { HOLD = 0, PASS = 1, DROP = 2 };
+enum draining { HOLD = 0, PASS = 1, DROP = 2 };
 
 struct vx_qos {
     pthread_mutex_t lock;
@@ -31,8 +31,8 @@ struct vx_qos {
     uint64_t largest_on_clock; /* bytes */
     vx_limits *limits; /* all of them */
     flow *flows;       /* under lock: those with a request that waits */
-    pulse *pulse;      /* notices that the process stood still, where a limit saves */
-    _Atomic uint64_t beat_due; /* ticks: who comes later beats first, see pulse.c; changed under lock */
+    stall_detector *stalls;      /* detects stalls of the process while a limit saves credit */
+    _Atomic uint64_t check_due; /* ticks: whoever comes later checks for a stall first; changed under lock */
 };
 
 struct vx_limits {
@@ -42,8 +42,15 @@ struct vx_limits {
     uint32_t waiting; /* flows with a request that waits; under the lock */
     _Atomic uint32_t active[2]; /* of reads and of writes: which buckets limit */
     vx_bucket buckets[BUCKETS];
-    uint64_t saves_since[BUCKETS]; /* ticks, under the lock: an earlier standstill the pulse missed */
+    uint64_t saves_since[BUCKETS]; /* ticks, under the lock: an earlier stall was missed */
 };
+
+/* Of a request in a throttle. */
+typedef struct VX_FRAME_TYPE throttle_frame {
+    uint64_t arrived_ns; /* when it was parked */
+    bool admitted;       /* it was let pass, also across a restart */
+} throttle_frame;
+VX_DEFINE_FRAME(throttle_frame_of, throttle_frame, VX_LAYER_THROTTLE)
 
 struct flow {
     vx_device device;
@@ -51,7 +58,7 @@ struct flow {
     vx_qos *qos;
     _Atomic(vx_limits *) sets[SETS];
     _Atomic uint32_t waiting; /* requests; changed under the lock */
-    _Atomic int hurry;        /* enum hurry */
+    _Atomic int draining;        /* enum draining */
 
     /* under the lock of the domain */
     vx_request *head, *tail;
@@ -67,41 +74,42 @@ struct flow {
     flow *next, **link;
 };
 
-/* What the head has paid for passes, or pays more, at `due`, ticks; at once where nothing is held up. */
+/* Arms the timer that releases the head request, or charges its next bucket, at `due` (ticks). While the
+ * throttle drains it fires at once. */
 static inline void throttle_retime(flow *f, uint64_t due)
 {
-    f->due = atomic_load(&f->hurry) == HOLD ? due : 0;
+    f->due = atomic_load(&f->draining) == HOLD ? due : 0;
     vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(f->due));
 }
 
-/* pulse.c. Saves more than being late is made up for, so that a standstill would fill it. */
+/* stall.c. Whether a stall would fill it with credit: it saves for longer than LATE. */
 static inline bool throttle_saves(const vx_bucket *bucket)
 {
     return atomic_load(&bucket->rate) != 0 && atomic_load(&bucket->tolerance) > LATE;
 }
-pulse *throttle_pulse_create(vx_qos *qos); /* NULL: no memory */
-/* Without the lock: beats from now on where a limit saves. */
-void throttle_pulse_begin(pulse *p);
-void throttle_pulse_beat(pulse *p);
-/* Before a limit is looked at: takes away what a standstill before `now` saved. */
+stall_detector *throttle_stall_detector_create(vx_qos *qos); /* NULL: no memory */
+/* Without the lock: checks regularly from now on, as long as a limit saves credit. */
+void throttle_stall_detector_begin(stall_detector *p);
+void throttle_stall_detector_check(stall_detector *p);
+/* Before a limit is read: takes away the credit of a stall before `now`. */
 static inline void throttle_notice(vx_qos *qos, uint64_t now)
 {
-    if (now > atomic_load_explicit(&qos->beat_due, memory_order_relaxed))
-        throttle_pulse_beat(qos->pulse);
+    if (now > atomic_load_explicit(&qos->check_due, memory_order_relaxed))
+        throttle_stall_detector_check(qos->stalls);
 }
-/* Locks the domain. The time, ticks, before which no standstill is unnoticed; no other may be used
- * until it is unlocked, because there may be one between two looks at the clock. */
+/* Locks the domain and returns the time in ticks. Every stall before that time has been detected. Use
+ * no other time until the domain is unlocked: a stall may come between two reads of the clock. */
 static inline uint64_t throttle_lock(vx_qos *qos)
 {
     for (;;) {
         pthread_mutex_lock(&qos->lock);
         uint64_t now = vx_ticks(vx_clock_now(qos->clock));
-        if (now <= atomic_load_explicit(&qos->beat_due, memory_order_relaxed))
+        if (now <= atomic_load_explicit(&qos->check_due, memory_order_relaxed))
             return now;
         pthread_mutex_unlock(&qos->lock);
-        throttle_pulse_beat(qos->pulse);
+        throttle_stall_detector_check(qos->stalls);
     }
 }
-void throttle_pulse_end(pulse *p); /* the clock may be gone */
+void throttle_stall_detector_end(stall_detector *p); /* the clock may be gone */
 
 #endif

@@ -71,7 +71,7 @@ static void delay_destroy(vx_device *device)
 }
 
 static const vx_operations delay_operations = {
-    .kind = "delay", .submit = delay_submit, .destroy = delay_destroy};
+    .kind = "delay", .forwards = true, .submit = delay_submit, .destroy = delay_destroy};
 
 vx_device *vx_delay_create(vx_device *lower, vx_model *model, vx_clock *clock, uint64_t base,
                            uint64_t identity)

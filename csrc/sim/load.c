@@ -205,12 +205,12 @@ void vx_load_stop(vx_load *load)
     pthread_mutex_unlock(&load->lock);
 }
 
-void vx_load_read(vx_load *load, uint64_t *facts)
+void vx_load_read(vx_load *load, vx_load_facts *facts)
 {
     pthread_mutex_lock(&load->lock);
-    facts[0] = load->answered;
-    facts[1] = load->failed;
-    facts[2] = load->under_way;
+    facts->answered = load->answered;
+    facts->failed = load->failed;
+    facts->under_way = load->under_way;
     pthread_mutex_unlock(&load->lock);
 }
 

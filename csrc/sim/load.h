@@ -27,6 +27,11 @@ typedef struct vx_load_terms {
     uint64_t seed;
 } vx_load_terms;
 
+typedef struct vx_load_facts {
+    uint64_t answered, failed; /* requests so far */
+    uint64_t under_way;
+} vx_load_facts;
+
 /* Keeps a reference to the device; meter (or NULL), clock and pool must outlive it. NULL: no memory, or
  * terms that cannot be. */
 vx_load *vx_load_create(vx_device *device, vx_clock *clock, vx_pool *pool, vx_meter *meter,
@@ -34,8 +39,7 @@ vx_load *vx_load_create(vx_device *device, vx_clock *clock, vx_pool *pool, vx_me
 void vx_load_start(vx_load *load);
 /* No further requests; with a real clock it waits until none is under way. */
 void vx_load_stop(vx_load *load);
-/* Requests answered, of those failed, under way. */
-void vx_load_read(vx_load *load, uint64_t *facts);
+void vx_load_read(vx_load *load, vx_load_facts *facts);
 /* No further requests; its memory is freed when the last one is answered. The meter may go at once. */
 void vx_load_destroy(vx_load *load);
 

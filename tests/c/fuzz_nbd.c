@@ -46,7 +46,7 @@ static int fault(uint64_t identity, vx_fault *what)
     if (what->kind == VX_FAULT_GRANT) {
         vx_map_grant(map, 0, 1, place, 0, VX_GRANT_STALE);
         *place += 1u << PAGE_SHIFT;
-        CHECK(*place < 8 * SIZE);
+        CHECK_LT(*place, 8 * SIZE);
     }
     pthread_mutex_unlock(&owner);
     return VX_OK;
@@ -61,7 +61,7 @@ typedef struct asked {
     size_t end; /* of the request in the stream */
     enum nbd_error expected;
     uint32_t chunks, covered;
-    uint32_t of_piece[SIZE / VX_NBD_PIECE + 1]; /* covered, in order inside each piece */
+    uint32_t of_piece[SIZE / VX_SERVICE_PIECE + 1]; /* covered, in order inside each piece */
     bool answered;
 } asked;
 
@@ -147,7 +147,7 @@ static void check_data(const uint8_t *data, uint64_t at, uint32_t length)
         if (!written[i] && !zeroed[i])
             CHECK(known[i] == ANY || byte == (known[i] == CONTENT ? content(i) : 0));
         else if (!zeroed[i] && known[i] == CONTENT)
-            CHECK(byte == content(i));
+            CHECK_EQ(byte, content(i));
     }
 }
 
@@ -156,34 +156,42 @@ static void check_chunk(client *c, asked *a, uint32_t kind, bool last, const uin
 {
     CHECK(!a->answered);
     if (kind == NBD_CHUNK_ERROR) {
-        CHECK(last && u32(body) != 0);
+        CHECK(last);
+        CHECK_NE(u32(body), 0);
         check_error(a, u32(body));
         return;
     }
-    CHECK(a->expected == NBD_OK && c->structured);
+    CHECK_EQ(a->expected, NBD_OK);
+    CHECK(c->structured);
     a->chunks++;
     if (kind == NBD_CHUNK_DATA || kind == NBD_CHUNK_HOLE) {
         uint32_t n = kind == NBD_CHUNK_DATA ? length - 8 : u32(body + 8);
-        CHECK(a->command == NBD_READ && n > 0);
-        CHECK(u64(body) >= a->offset && u64(body) - a->offset + n <= a->length);
-        uint32_t at = (uint32_t)(u64(body) - a->offset), piece = at / (uint32_t)VX_NBD_PIECE;
+        CHECK_EQ(a->command, NBD_READ);
+        CHECK_GT(n, 0);
+        CHECK_GE(u64(body), a->offset);
+        CHECK_LE(u64(body) - a->offset + n, a->length);
+        uint32_t at = (uint32_t)(u64(body) - a->offset), piece = at / (uint32_t)VX_SERVICE_PIECE;
         if (a->flags & 4) /* DF: all of it at once */
             piece = 0;
-        CHECK(at == piece * (uint32_t)VX_NBD_PIECE + a->of_piece[piece]);
+        CHECK_EQ(at, piece * (uint32_t)VX_SERVICE_PIECE + a->of_piece[piece]);
         a->of_piece[piece] += n;
-        CHECK(a->of_piece[piece] <= VX_NBD_PIECE || a->flags & 4);
+        CHECK(a->of_piece[piece] <= VX_SERVICE_PIECE || a->flags & 4);
         CHECK(a->chunks == 1 || !(a->flags & 4));
         check_data(kind == NBD_CHUNK_DATA ? body + 8 : NULL, u64(body), n);
         a->covered += n;
-        CHECK(last == (a->covered == a->length));
+        CHECK_EQ(last, (a->covered == a->length));
     } else if (kind == NBD_CHUNK_STATUS) {
         uint64_t sum = 0;
-        CHECK(a->command == NBD_BLOCK_STATUS && last && u32(body) == 1);
+        CHECK_EQ(a->command, NBD_BLOCK_STATUS);
+        CHECK(last);
+        CHECK_EQ(u32(body), 1);
         for (uint32_t i = 4; i < length; i += 8)
             sum += u32(body + i);
-        CHECK(sum <= a->length && (length == 12 || !(a->flags & 8)));
+        CHECK_LE(sum, a->length);
+        CHECK((length == 12 || !(a->flags & 8)));
     } else {
-        CHECK(last && a->length == 0);
+        CHECK(last);
+        CHECK_EQ(a->length, 0);
     }
     if (last)
         check_error(a, NBD_OK);
@@ -191,12 +199,12 @@ static void check_chunk(client *c, asked *a, uint32_t kind, bool last, const uin
 
 static void check_framing(uint32_t kind, uint32_t flags, const uint8_t *body, uint32_t length)
 {
-    CHECK(flags <= 1);
+    CHECK_LE(flags, 1);
     CHECK(kind == 0 || kind == 1 || kind == 2 || kind == 5 || kind == 0x8001);
     CHECK(kind != 0 || (length == 0 && flags == 1));
     CHECK(kind != 1 || (length > 8 && u64(body) < SIZE && length - 8 <= SIZE - u64(body)));
-    CHECK(kind != 2 || (length == 12 && u32(body + 8) > 0 && u64(body) < SIZE &&
-                        u32(body + 8) <= SIZE - u64(body)));
+    CHECK(kind != 2 || (length == 12 && u32(body + 8) > 0 && u64(body) < SIZE && u32(body + 8) <=
+          SIZE - u64(body)));
     CHECK(kind != 5 || (length >= 12 && length % 8 == 4));
     CHECK(kind != 0x8001 || length >= 6);
     for (uint32_t i = 4; kind == 5 && i < length; i += 8)
@@ -217,7 +225,8 @@ static void *read_replies(void *argument)
             CHECK(error == 0 || !c->structured);
             if (a == NULL)
                 continue;
-            CHECK(!a->answered && !(c->structured && a->command == NBD_READ));
+            CHECK(!a->answered);
+            CHECK(!(c->structured && a->command == NBD_READ));
             check_error(a, error);
             if (error == 0 && a->command == NBD_READ) {
                 CHECK(take(c->fd, body, a->length));
@@ -225,10 +234,13 @@ static void *read_replies(void *argument)
             }
             continue;
         }
-        CHECK(u32(head) == 0x668e33efu && c->structured && take(c->fd, head + 16, 4));
+        CHECK_EQ(u32(head), 0x668e33efu);
+        CHECK(c->structured);
+        CHECK(take(c->fd, head + 16, 4));
         uint32_t length = u32(head + 16), kind = (uint32_t)head[6] << 8 | head[7];
         uint32_t flags = (uint32_t)head[4] << 8 | head[5];
-        CHECK(length <= sizeof body && take(c->fd, body, length));
+        CHECK_LE(length, sizeof body);
+        CHECK(take(c->fd, body, length));
         check_framing(kind, flags, body, length);
         if (a != NULL)
             check_chunk(c, a, kind, flags & 1, body, length);
@@ -309,14 +321,14 @@ static size_t put_request(client *c, uint8_t *out, size_t at, const vx_nbd_terms
     return a->end;
 }
 
-typedef struct service {
+typedef struct served {
     vx_nbd_connection *connection;
     int fd;
-} service;
+} served;
 
 static void *serve(void *argument)
 {
-    service *s = argument;
+    served *s = argument;
     vx_nbd_serve(s->connection);
     shutdown(s->fd, SHUT_RDWR); /* after a DISCONNECT nobody reads the rest */
     return NULL;
@@ -347,19 +359,19 @@ static void one_connection(vx_pool *pool)
         length = any(length + 1);
     touch(&c);
     int pair[2];
-    CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, pair) == 0);
+    CHECK_EQ(socketpair(AF_UNIX, SOCK_STREAM, 0, pair), 0);
     early = early < length ? early : length;
     vx_nbd_connection *connection =
         vx_nbd_create(pair[0], maps[c.damaged], pool, &terms, stream, early);
     CHECK(connection != NULL);
     c.fd = pair[1];
     pthread_t reading, serving;
-    service service = {connection, pair[0]};
-    CHECK(pthread_create(&serving, NULL, serve, &service) == 0);
+    served served_by = {connection, pair[0]};
+    CHECK_EQ(pthread_create(&serving, NULL, serve, &served_by), 0);
     /* The data in simple replies to a damaged stream cannot be told from replies. */
     bool checked = terms.structured || !c.damaged;
     if (checked)
-        CHECK(pthread_create(&reading, NULL, read_replies, &c) == 0);
+        CHECK_EQ(pthread_create(&reading, NULL, read_replies, &c), 0);
     for (sent = early; sent < length;) {
         size_t n = any(2) ? length - sent : any(length - sent) + 1;
         ssize_t did = send(pair[1], stream + sent, n, MSG_NOSIGNAL | (checked ? 0 : MSG_DONTWAIT));
@@ -385,7 +397,8 @@ int main(int argc, char **argv)
     for (uint64_t i = 0; i < 2; i++) {
         leaves[i] = vx_memory_create(8 * SIZE, 8 * SIZE, 1);
         maps[i] = vx_map_create(SIZE, SIZE, PAGE_SHIFT, 1, VX_MAP_IN_PLACE, pool, i + 1, &upcalls);
-        CHECK(maps[i] != NULL && vx_map_set_lower(maps[i], 0, leaves[i]) == 0);
+        CHECK(maps[i] != NULL);
+        CHECK_EQ(vx_map_set_lower(maps[i], 0, leaves[i]), 0);
     }
     while (vx_now_ns() < end) {
         alarm(60); /* a connection that hangs is a bug, too */

@@ -111,7 +111,7 @@ static int fault_handler(uint64_t identity, vx_fault *fault)
     switch (fault->kind) {
     case VX_FAULT_LOAD:
         for (uint64_t i = 0; i < fault->count; i++)
-            CHECK(vx_map_install(map, fault->first + i, 1, &hole) == 0);
+            CHECK_EQ(vx_map_install(map, fault->first + i, 1, &hole), 0);
         return VX_OK;
     case VX_FAULT_GRANT:
         return answer_grant();
@@ -159,22 +159,22 @@ static void *writer(void *argument)
             int code = transfer(VX_WRITE, (uint8_t *)buffer, SECTOR, offset);
             if (code == VX_E_CLOSED)
                 break;
-            CHECK(code == 0);
+            CHECK_EQ(code, 0);
             expected[page][sector] = value;
             if (choice == 0) {
                 code = transfer(VX_FLUSH, NULL, 0, 0);
                 if (code == VX_E_CLOSED)
                     break;
-                CHECK(code == 0);
+                CHECK_EQ(code, 0);
                 check_durable(page);
             }
         } else {
             int code = transfer(VX_READ, (uint8_t *)buffer, SECTOR, offset);
             if (code == VX_E_CLOSED)
                 break;
-            CHECK(code == 0);
+            CHECK_EQ(code, 0);
             for (uint32_t i = 0; i < SECTOR / 8; i++)
-                CHECK(buffer[i] == expected[page][sector]);
+                CHECK_EQ(buffer[i], expected[page][sector]);
         }
     }
     return NULL;
@@ -207,7 +207,7 @@ static void *mover(void *argument)
         int64_t code = vx_map_replace(map, 1, &page, &entry, &shared, true, &mismatched);
         if (code == VX_E_CLOSED)
             break;
-        CHECK(code >= 0);
+        CHECK_GE(code, 0);
         if (mismatched) {
             release_slot(to);
             continue;
@@ -233,7 +233,7 @@ static void *mover(void *argument)
         code = vx_map_replace(map, 1, &page, &shared, &moved, true, &mismatched);
         if (code == VX_E_CLOSED)
             break;
-        CHECK(code >= 0);
+        CHECK_GE(code, 0);
         if (mismatched) { /* a writer copied it meanwhile; that needs the same wait */
             vx_map_quiesce(map);
             release_slot(to);
@@ -264,22 +264,24 @@ int main(int argc, char **argv)
     pthread_t threads[WRITERS + 3];
     leaf = vx_memory_create(SLOTS * (uint64_t)PAGE, SLOTS * (uint64_t)PAGE, 1);
     jitter *between = calloc(1, sizeof *between);
-    CHECK(leaf != NULL && between != NULL);
+    CHECK(leaf != NULL);
+    CHECK(between != NULL);
     vx_device_initialise(&between->device, &jitter_operations, 2, NULL, SLOTS * (uint64_t)PAGE);
     between->lower = vx_device_reference(leaf);
     vx_pool *pool = vx_pool_create(4, 1 << 20);
     map = vx_map_create(PAGES * PAGE, PAGES * PAGE, PAGE_SHIFT, 1, 0, pool, 3, &upcalls);
-    CHECK(map != NULL && vx_map_set_lower(map, 0, &between->device) == 0);
+    CHECK(map != NULL);
+    CHECK_EQ(vx_map_set_lower(map, 0, &between->device), 0);
     for (uint64_t i = 0; i < SLOTS; i++)
         free_slots[free_count++] = i * PAGE;
 #ifdef VX_MUTATE
     ((vx_map *)map)->mutate = argc > 2 ? (uint32_t)atoi(argv[2]) : 0;
 #endif
     for (uintptr_t i = 0; i < WRITERS; i++)
-        CHECK(pthread_create(&threads[i], NULL, writer, (void *)i) == 0);
-    CHECK(pthread_create(&threads[WRITERS], NULL, mover, (void *)1) == 0);
-    CHECK(pthread_create(&threads[WRITERS + 1], NULL, mover, (void *)2) == 0);
-    CHECK(pthread_create(&threads[WRITERS + 2], NULL, loader, NULL) == 0);
+        CHECK_EQ(pthread_create(&threads[i], NULL, writer, (void *)i), 0);
+    CHECK_EQ(pthread_create(&threads[WRITERS], NULL, mover, (void *)1), 0);
+    CHECK_EQ(pthread_create(&threads[WRITERS + 1], NULL, mover, (void *)2), 0);
+    CHECK_EQ(pthread_create(&threads[WRITERS + 2], NULL, loader, NULL), 0);
     nanosleep(&(struct timespec){.tv_sec = (time_t)seconds,
                                  .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)},
               NULL);
@@ -292,7 +294,9 @@ int main(int argc, char **argv)
     printf("moves %llu copies %llu commits %llu faults %llu\n", (unsigned long long)moves,
            (unsigned long long)copies, (unsigned long long)statistics.commits,
            (unsigned long long)statistics.faults);
-    CHECK(moves > 0 && copies > 0 && statistics.commits > 0);
+    CHECK_GT(moves, 0);
+    CHECK_GT(copies, 0);
+    CHECK_GT(statistics.commits, 0);
     vx_device_release(map);
     vx_device_release(&between->device);
     vx_device_release(leaf);

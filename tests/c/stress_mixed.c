@@ -102,7 +102,7 @@ static void check_durable_bits(const vx_fault *fault)
                 continue;
             atomic_fetch_add(&bits_seen, 1);
             for (uint32_t b = 0; b < SECTOR; b++)
-                CHECK(durable[vx_entry_offset(entry) + s * SECTOR + b] != UNWRITTEN);
+                CHECK_NE(durable[vx_entry_offset(entry) + s * SECTOR + b], UNWRITTEN);
         }
     }
 }
@@ -113,13 +113,13 @@ static int fault_handler(uint64_t identity, vx_fault *fault)
     if (fault->kind == VX_FAULT_LOAD) {
         for (uint64_t i = 0; i < fault->count; i++) {
             uint64_t page = fault->first + i, entry = vx_entry(VX_SHARED, 1, page * PAGE, 0);
-            CHECK(vx_map_install(map, page, 1, &entry) == 0);
+            CHECK_EQ(vx_map_install(map, page, 1, &entry), 0);
         }
     } else if (fault->kind == VX_FAULT_GRANT) {
         uint64_t offset = atomic_fetch_add(&granted, 1) * PAGE;
         if (offset >= SPACE)
             return VX_E_NOSPACE;
-        CHECK(vx_map_grant(map, 0, 1, &offset, 6, VX_GRANT_STALE) == 0);
+        CHECK_EQ(vx_map_grant(map, 0, 1, &offset, 6, VX_GRANT_STALE), 0);
     } else if (fault->kind == VX_FAULT_COMMIT) {
         check_durable_bits(fault);
     }
@@ -153,9 +153,9 @@ static void *writer(void *argument)
                 break;
             expected[me][piece] = value;
             if (random_number() % 16 == 0)
-                CHECK(transfer(VX_FLUSH, NULL, 0, 0) == 0);
+                CHECK_EQ(transfer(VX_FLUSH, NULL, 0, 0), 0);
         } else {
-            CHECK(transfer(VX_READ, buffer, PIECE, offset) == 0);
+            CHECK_EQ(transfer(VX_READ, buffer, PIECE, offset), 0);
             for (uint32_t i = 0; i < PIECE; i++) {
                 uint8_t was = expected[me][piece];
                 uint8_t wanted = was == 0 ? of_parent(offset + i) : was == 1 ? 0 : was;
@@ -178,7 +178,7 @@ static void *trimmer(void *argument)
         uint8_t mismatched;
         vx_map_read_entries(map, page, 1, &entry);
         if (vx_entry_kind(entry) == VX_MIXED) {
-            CHECK(vx_map_replace(map, 1, &page, &entry, &hole, true, &mismatched) >= 0);
+            CHECK_GE(vx_map_replace(map, 1, &page, &entry, &hole, true, &mismatched), 0);
             atomic_fetch_add(&trims, !mismatched);
         }
         nanosleep(&(struct timespec){.tv_nsec = 500000}, NULL);
@@ -195,7 +195,10 @@ int main(int argc, char **argv)
     parent = vx_memory_create(SIZE, SIZE, 2);
     durable = malloc(SPACE);
     jitter *between = calloc(1, sizeof *between);
-    CHECK(leaf != NULL && parent != NULL && durable != NULL && between != NULL);
+    CHECK(leaf != NULL);
+    CHECK(parent != NULL);
+    CHECK(durable != NULL);
+    CHECK(between != NULL);
     memset(durable, UNWRITTEN, SPACE);
     memset(vx_memory_bytes(leaf), UNWRITTEN, SPACE);
     for (uint64_t i = 0; i < SIZE; i++)
@@ -204,24 +207,28 @@ int main(int argc, char **argv)
     between->lower = vx_device_reference(leaf);
     vx_pool *pool = vx_pool_create(2, 1 << 20);
     map = vx_map_create(SIZE, SIZE, PAGE_SHIFT, 2, 0, pool, 4, &upcalls);
-    CHECK(map != NULL && vx_map_set_lower(map, 0, &between->device) == 0 &&
-          vx_map_set_lower(map, 1, parent) == 0 && vx_map_set_parent(map, 1, 9, 7, 6) == 0);
+    CHECK(map != NULL);
+    CHECK_EQ(vx_map_set_lower(map, 0, &between->device), 0);
+    CHECK_EQ(vx_map_set_lower(map, 1, parent), 0);
+    CHECK_EQ(vx_map_set_parent(map, 1, 9, 7, 6), 0);
 #ifdef VX_MUTATE
     ((vx_map *)map)->mutate = argc > 2 ? (uint32_t)atoi(argv[2]) : 0;
 #endif
     for (uintptr_t i = 0; i < WRITERS; i++)
-        CHECK(pthread_create(&threads[i], NULL, writer, (void *)i) == 0);
-    CHECK(pthread_create(&threads[WRITERS], NULL, trimmer, NULL) == 0);
+        CHECK_EQ(pthread_create(&threads[i], NULL, writer, (void *)i), 0);
+    CHECK_EQ(pthread_create(&threads[WRITERS], NULL, trimmer, NULL), 0);
     nanosleep(&(struct timespec){.tv_sec = (time_t)seconds,
                                  .tv_nsec = (long)((seconds - (double)(time_t)seconds) * 1e9)},
               NULL);
     atomic_store(&stop, true);
     for (uint32_t i = 0; i < WRITERS + 1; i++)
         pthread_join(threads[i], NULL);
-    CHECK(vx_map_close(map) == 0);
+    CHECK_EQ(vx_map_close(map), 0);
     printf("barriers %llu bits %llu trims %llu places %llu\n", (unsigned long long)barriers,
            (unsigned long long)bits_seen, (unsigned long long)trims, (unsigned long long)granted);
-    CHECK(barriers > 0 && bits_seen > 0 && trims > 0);
+    CHECK_GT(barriers, 0);
+    CHECK_GT(bits_seen, 0);
+    CHECK_GT(trims, 0);
     vx_device_release(map);
     vx_device_release(&between->device);
     vx_device_release(leaf);

@@ -6,6 +6,7 @@
 #include <time.h>
 
 #include "check.h"
+#include "front/service.h"
 #include "sim/delay.h"
 #include "sim/load.h"
 #include "leaf/memory.h"
@@ -31,7 +32,9 @@ static uint32_t next_random(uint32_t *state)
 static void *change(void *unused)
 {
     uint32_t state = 1;
-    uint64_t facts[VX_SHARE_FACTS];
+    vx_share_facts facts;
+    vx_scheduler_facts all;
+    const vx_initiator idle = {0};
     (void)unused;
     while (!atomic_load(&stopping)) {
         unsigned which = next_random(&state) % DISKS;
@@ -43,9 +46,9 @@ static void *change(void *unused)
             nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
             vx_switch_resume(paused);
         }
-        tops[which]->operations->drop(tops[which], &state); /* of a client that has nothing under way */
-        vx_share_read(shares[which], facts);
-        vx_scheduler_read(scheduler, facts);
+        tops[which]->operations->drop(tops[which], &idle); /* of a client that has nothing under way */
+        vx_share_read(shares[which], &facts);
+        vx_scheduler_read(scheduler, &all);
         nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
     }
     return NULL;
@@ -55,7 +58,7 @@ static void *work(void *unused)
 {
     (void)unused;
     while (!atomic_load(&stopping))
-        vx_turn_end(vx_share_take_turn(shares[DISKS], 1 << 16));
+        vx_slot_end(vx_share_take_slot(shares[DISKS], 1 << 16));
     return NULL;
 }
 
@@ -108,11 +111,13 @@ int main(int count, char **arguments)
         pthread_join(threads[1], NULL);
         for (unsigned i = 0; i < DISKS; i++)
             vx_share_set(shares[i], 0, 0, 1); /* nobody waits for a limit at the end */
-        uint64_t facts[3];
+        vx_load_facts facts;
         for (unsigned i = 0; i < DISKS; i++) {
             vx_load_stop(loads[i]);
-            vx_load_read(loads[i], facts);
-            CHECK(facts[0] > 0 && facts[1] == 0 && facts[2] == 0);
+            vx_load_read(loads[i], &facts);
+            CHECK_GT(facts.answered, 0);
+            CHECK_EQ(facts.failed, 0);
+            CHECK_EQ(facts.under_way, 0);
             vx_load_destroy(loads[i]);
             vx_device_release(tops[i]);
         }
@@ -120,11 +125,12 @@ int main(int count, char **arguments)
         for (unsigned i = 0; i < DISKS; i++)
             vx_meter_destroy(meters[i]);
     }
-    uint64_t found[VX_SCHEDULER_FACTS];
-    vx_scheduler_read(scheduler, found);
-    CHECK(found[2] == 0 && found[3] == 0);
+    vx_scheduler_facts found;
+    vx_scheduler_read(scheduler, &found);
+    CHECK_EQ(found.waiting, 0);
+    CHECK_EQ(found.below, 0);
     vx_scheduler_stop(scheduler);
-    CHECK(vx_share_take_turn(shares[DISKS], 1) == NULL);
+    CHECK(vx_share_take_slot(shares[DISKS], 1) == NULL);
     vx_scheduler_release(scheduler);
     vx_pool_destroy(pool);
     vx_qos_destroy(qos);

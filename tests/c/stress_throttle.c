@@ -28,8 +28,8 @@ static void *writer(void *argument)
     memset(data, (int)me, sizeof data);
     while (!atomic_load(&stopping)) {
         uint64_t length = me % 2 ? 4096 : 16384;
-        CHECK(vx_transfer(flows[me % FLOWS], me % 3 ? VX_WRITE : VX_READ, 0, data, length,
-                          me * 16384, &failure) == 0);
+        CHECK_EQ(vx_transfer(flows[me % FLOWS], me % 3 ? VX_WRITE : VX_READ, 0, data, length,
+                 me * 16384, &failure), 0);
         atomic_fetch_add(&units, (length + 8191) / 8192);
     }
     return NULL;
@@ -67,19 +67,20 @@ int main(int argc, char **argv)
     pthread_t threads[THREADS + 1];
     uint64_t began = vx_now_ns();
     for (unsigned i = 0; i < THREADS; i++)
-        CHECK(pthread_create(&threads[i], NULL, writer, (void *)(uintptr_t)i) == 0);
-    CHECK(pthread_create(&threads[THREADS], NULL, changer, NULL) == 0);
+        CHECK_EQ(pthread_create(&threads[i], NULL, writer, (void *)(uintptr_t)i), 0);
+    CHECK_EQ(pthread_create(&threads[THREADS], NULL, changer, NULL), 0);
     nanosleep(&(struct timespec){.tv_sec = (time_t)seconds}, NULL);
     atomic_store(&stopping, true);
     for (unsigned i = 0; i <= THREADS; i++)
         pthread_join(threads[i], NULL);
     double took = (double)(vx_now_ns() - began) / 1e9;
-    CHECK((double)atomic_load(&units) <= took * RATE + 200);
-    CHECK(atomic_load(&units) > 10);
+    CHECK_LE((double)atomic_load(&units), took * RATE + 200);
+    CHECK_GT(atomic_load(&units), 10);
     for (unsigned i = 0; i < FLOWS; i++) {
         uint64_t waiting, cost;
         vx_throttle_waiting(flows[i], &waiting, &cost);
-        CHECK(waiting == 0 && cost == 0);
+        CHECK_EQ(waiting, 0);
+        CHECK_EQ(cost, 0);
         vx_device_release(flows[i]);
     }
     vx_device_release(lower);

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #include "check.h"
-#include "sim/hold.h"
+#include "sim/injector.h"
 #include "map/map.h"
 #include "leaf/memory.h"
 #include "core/run.h"
@@ -22,7 +22,7 @@ static bool lazy; /* the handler says yes and does nothing */
 static int handler(uint64_t identity, vx_fault *fault)
 {
     uint64_t hole = vx_entry(VX_HOLE, 0, 0, 0);
-    CHECK(identity == 7);
+    CHECK_EQ(identity, 7);
     calls[fault->kind]++;
     if (lazy)
         return VX_OK;
@@ -59,7 +59,8 @@ static void set_up(uint32_t flags)
     lazy = false;
     leaf = vx_memory_create(PAGES * PAGE, PAGES * PAGE, 1);
     map = vx_map_create(PAGES * PAGE - 512, 1 << 20, 12, 1, flags, NULL, 7, &upcalls);
-    CHECK(map != NULL && vx_map_set_lower(map, 0, leaf) == 0);
+    CHECK(map != NULL);
+    CHECK_EQ(vx_map_set_lower(map, 0, leaf), 0);
 }
 
 static void tear_down(void)
@@ -80,12 +81,12 @@ static void ranges(void)
     uint8_t byte[2] = {0};
     uint64_t size = PAGES * PAGE - 512;
     set_up(0);
-    CHECK(transfer(VX_READ, 0, byte, 1, size - 1) == 0);
-    CHECK(transfer(VX_READ, 0, byte, 0, size) == 0);
-    CHECK(transfer(VX_READ, 0, byte, 1, size) == VX_E_RANGE);
-    CHECK(transfer(VX_READ, 0, byte, 2, UINT64_MAX) == VX_E_RANGE);
-    CHECK(transfer(VX_WRITE, 0, byte, UINT64_MAX, 1) == VX_E_RANGE);
-    CHECK(calls[VX_FAULT_GRANT] == 0);
+    CHECK_EQ(transfer(VX_READ, 0, byte, 1, size - 1), 0);
+    CHECK_EQ(transfer(VX_READ, 0, byte, 0, size), 0);
+    CHECK_EQ(transfer(VX_READ, 0, byte, 1, size), VX_E_RANGE);
+    CHECK_EQ(transfer(VX_READ, 0, byte, 2, UINT64_MAX), VX_E_RANGE);
+    CHECK_EQ(transfer(VX_WRITE, 0, byte, UINT64_MAX, 1), VX_E_RANGE);
+    CHECK_EQ(calls[VX_FAULT_GRANT], 0);
     tear_down();
 }
 
@@ -95,24 +96,28 @@ static void allocates_once_a_page_and_commits_once(void)
     vx_map_statistics statistics;
     set_up(VX_MAP_GATED);
     memset(data, 0x5a, sizeof data);
-    CHECK(transfer(VX_WRITE, 0, data, sizeof data, 512) == 0);
-    CHECK(calls[VX_FAULT_GATE] == 1 && calls[VX_FAULT_GRANT] == 4);
-    CHECK(transfer(VX_WRITE, 0, data, sizeof data, 512) == 0);
-    CHECK(calls[VX_FAULT_GRANT] == 4);
-    CHECK(transfer(VX_READ, 0, back, sizeof back, 512) == 0);
-    CHECK(memcmp(data, back, sizeof data) == 0);
-    CHECK(transfer(VX_READ, 0, back, 512, 0) == 0 && back[0] == 0 && back[511] == 0);
-    CHECK(transfer(VX_FLUSH, 0, NULL, 0, 0) == 0);
-    CHECK(calls[VX_FAULT_COMMIT] == 1 && committed_entries == 4);
-    CHECK(transfer(VX_FLUSH, 0, NULL, 0, 0) == 0);
-    CHECK(calls[VX_FAULT_COMMIT] == 1); /* clean: the leaf alone */
-    CHECK(vx_memory_barriers(leaf) == 2);
-    CHECK(transfer(VX_WRITE, VX_FUA, data, 512, 0) == 0);
-    CHECK(calls[VX_FAULT_COMMIT] == 1); /* an overwrite needs no commit */
-    CHECK(transfer(VX_WRITE, VX_FUA, data, 512, 5 * PAGE) == 0);
-    CHECK(calls[VX_FAULT_COMMIT] == 2);
+    CHECK_EQ(transfer(VX_WRITE, 0, data, sizeof data, 512), 0);
+    CHECK_EQ(calls[VX_FAULT_GATE], 1);
+    CHECK_EQ(calls[VX_FAULT_GRANT], 4);
+    CHECK_EQ(transfer(VX_WRITE, 0, data, sizeof data, 512), 0);
+    CHECK_EQ(calls[VX_FAULT_GRANT], 4);
+    CHECK_EQ(transfer(VX_READ, 0, back, sizeof back, 512), 0);
+    CHECK_EQ(memcmp(data, back, sizeof data), 0);
+    CHECK_EQ(transfer(VX_READ, 0, back, 512, 0), 0);
+    CHECK_EQ(back[0], 0);
+    CHECK_EQ(back[511], 0);
+    CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), 0);
+    CHECK_EQ(calls[VX_FAULT_COMMIT], 1);
+    CHECK_EQ(committed_entries, 4);
+    CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), 0);
+    CHECK_EQ(calls[VX_FAULT_COMMIT], 1); /* clean: the leaf alone */
+    CHECK_EQ(vx_memory_barriers(leaf), 2);
+    CHECK_EQ(transfer(VX_WRITE, VX_FUA, data, 512, 0), 0);
+    CHECK_EQ(calls[VX_FAULT_COMMIT], 1); /* an overwrite needs no commit */
+    CHECK_EQ(transfer(VX_WRITE, VX_FUA, data, 512, 5 * PAGE), 0);
+    CHECK_EQ(calls[VX_FAULT_COMMIT], 2);
     vx_map_statistics_of(map, &statistics);
-    CHECK(statistics.dirty_generation == statistics.committed_generation);
+    CHECK_EQ(statistics.dirty_generation, statistics.committed_generation);
     tear_down();
 }
 
@@ -121,14 +126,14 @@ static void no_space_is_no_poison(void)
     uint8_t data[512] = {1};
     set_up(0);
     grant_result = VX_E_NOSPACE;
-    CHECK(transfer(VX_WRITE, 0, data, 512, 0) == VX_E_NOSPACE);
+    CHECK_EQ(transfer(VX_WRITE, 0, data, 512, 0), VX_E_NOSPACE);
     grant_result = 0;
-    CHECK(transfer(VX_WRITE, 0, data, 512, 0) == 0);
+    CHECK_EQ(transfer(VX_WRITE, 0, data, 512, 0), 0);
     commit_result = VX_E_NOSPACE;
-    CHECK(transfer(VX_FLUSH, 0, NULL, 0, 0) == VX_E_NOSPACE);
+    CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), VX_E_NOSPACE);
     commit_result = 0;
-    CHECK(transfer(VX_FLUSH, 0, NULL, 0, 0) == 0);
-    CHECK(committed_entries == 1); /* what could not be committed was kept */
+    CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), 0);
+    CHECK_EQ(committed_entries, 1); /* what could not be committed was kept */
     tear_down();
 }
 
@@ -136,12 +141,12 @@ static void failed_commit_poisons(void)
 {
     uint8_t data[512] = {1};
     set_up(0);
-    CHECK(transfer(VX_WRITE, 0, data, 512, 0) == 0);
+    CHECK_EQ(transfer(VX_WRITE, 0, data, 512, 0), 0);
     commit_result = VX_E_IO;
-    CHECK(transfer(VX_FLUSH, 0, NULL, 0, 0) == VX_E_IO);
+    CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), VX_E_IO);
     commit_result = 0;
-    CHECK(transfer(VX_FLUSH, 0, NULL, 0, 0) == VX_E_POISONED);
-    CHECK(transfer(VX_READ, 0, data, 512, 0) == VX_E_POISONED);
+    CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), VX_E_POISONED);
+    CHECK_EQ(transfer(VX_READ, 0, data, 512, 0), VX_E_POISONED);
     tear_down();
 }
 
@@ -150,8 +155,8 @@ static void handler_without_progress_fails(void)
     uint8_t data[512];
     set_up(0);
     lazy = true;
-    CHECK(transfer(VX_READ, 0, data, 512, 0) == VX_E_NO_PROGRESS);
-    CHECK(calls[VX_FAULT_LOAD] == 2);
+    CHECK_EQ(transfer(VX_READ, 0, data, 512, 0), VX_E_NO_PROGRESS);
+    CHECK_EQ(calls[VX_FAULT_LOAD], 2);
     tear_down();
 }
 
@@ -160,9 +165,9 @@ static void raising_handler_poisons(void)
     uint8_t data[512];
     set_up(0);
     load_result = VX_E_UPCALL;
-    CHECK(transfer(VX_READ, 0, data, 512, 0) == VX_E_UPCALL);
-    CHECK(calls[VX_FAULT_LOAD] == 1);
-    CHECK(transfer(VX_READ, 0, data, 512, 0) == VX_E_POISONED);
+    CHECK_EQ(transfer(VX_READ, 0, data, 512, 0), VX_E_UPCALL);
+    CHECK_EQ(calls[VX_FAULT_LOAD], 1);
+    CHECK_EQ(transfer(VX_READ, 0, data, 512, 0), VX_E_POISONED);
     tear_down();
 }
 
@@ -170,13 +175,15 @@ static void dropped_chunks_ask_again(void)
 {
     uint8_t data[512] = {1};
     set_up(0);
-    CHECK(transfer(VX_READ, 0, data, 512, 0) == 0 && calls[VX_FAULT_LOAD] == 1);
-    CHECK(vx_map_drop(map, 0, 1) == 1);
-    CHECK(transfer(VX_READ, 0, data, 512, 0) == 0 && calls[VX_FAULT_LOAD] == 2);
-    CHECK(transfer(VX_WRITE, 0, data, 512, 0) == 0);
-    CHECK(vx_map_drop(map, 0, 1) == 0); /* dirty */
-    CHECK(transfer(VX_FLUSH, 0, NULL, 0, 0) == 0);
-    CHECK(vx_map_drop(map, 0, 1) == 1);
+    CHECK_EQ(transfer(VX_READ, 0, data, 512, 0), 0);
+    CHECK_EQ(calls[VX_FAULT_LOAD], 1);
+    CHECK_EQ(vx_map_drop(map, 0, 1), 1);
+    CHECK_EQ(transfer(VX_READ, 0, data, 512, 0), 0);
+    CHECK_EQ(calls[VX_FAULT_LOAD], 2);
+    CHECK_EQ(transfer(VX_WRITE, 0, data, 512, 0), 0);
+    CHECK_EQ(vx_map_drop(map, 0, 1), 0); /* dirty */
+    CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), 0);
+    CHECK_EQ(vx_map_drop(map, 0, 1), 1);
     tear_down();
 }
 
@@ -189,29 +196,31 @@ static void mixed_pages_choose_by_bit(void)
     memset(vx_memory_bytes(parent), 'p', PAGE - 512);
     child = vx_map_create(PAGE, PAGE, 12, 2, VX_MAP_READ_ONLY, NULL, 7, &upcalls);
     map = child;
-    CHECK(vx_map_set_lower(child, 0, leaf) == 0 && vx_map_set_lower(child, 1, parent) == 0);
-    CHECK(vx_map_set_parent(child, 1, 9, 7, 6) == 0);
-    CHECK(vx_map_set_bitmap(child, 0, bits, 1) == 0);
+    CHECK_EQ(vx_map_set_lower(child, 0, leaf), 0);
+    CHECK_EQ(vx_map_set_lower(child, 1, parent), 0);
+    CHECK_EQ(vx_map_set_parent(child, 1, 9, 7, 6), 0);
+    CHECK_EQ(vx_map_set_bitmap(child, 0, bits, 1), 0);
     uint64_t entry = vx_entry(VX_MIXED, 0, 0, 7);
-    CHECK(vx_map_install(child, 0, 1, &entry) == 0);
-    CHECK(transfer(VX_READ, 0, back, PAGE, 0) == 0);
+    CHECK_EQ(vx_map_install(child, 0, 1, &entry), 0);
+    CHECK_EQ(transfer(VX_READ, 0, back, PAGE, 0), 0);
     for (uint32_t sector = 0; sector < 8; sector++)
-        CHECK(back[sector * 512 + 7] == (bits[0] >> sector & 1 ? 'c' : 'p'));
+        CHECK_EQ(back[sector * 512 + 7], (bits[0] >> sector & 1 ? 'c' : 'p'));
     bits[0] = 0; /* the map has its own copy */
-    CHECK(transfer(VX_READ, 0, back, 1, 0) == 0 && back[0] == 'c');
+    CHECK_EQ(transfer(VX_READ, 0, back, 1, 0), 0);
+    CHECK_EQ(back[0], 'c');
     tear_down();
     vx_device_release(parent);
 }
 
 int main(void)
 {
-    ranges();
-    allocates_once_a_page_and_commits_once();
-    no_space_is_no_poison();
-    failed_commit_poisons();
-    handler_without_progress_fails();
-    raising_handler_poisons();
-    dropped_chunks_ask_again();
-    mixed_pages_choose_by_bit();
-    return 0;
+    RUN(ranges);
+    RUN(allocates_once_a_page_and_commits_once);
+    RUN(no_space_is_no_poison);
+    RUN(failed_commit_poisons);
+    RUN(handler_without_progress_fails);
+    RUN(raising_handler_poisons);
+    RUN(dropped_chunks_ask_again);
+    RUN(mixed_pages_choose_by_bit);
+    return CHECK_REPORT();
 }

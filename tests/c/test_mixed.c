@@ -37,28 +37,30 @@ int main(void)
     vx_pool *pool = vx_pool_create(1, 1 << 20);
     vx_device *device = vx_map_create(size, size, PAGE_SHIFT, 2, 0, pool, 4, NULL);
     vx_device *parent = vx_memory_create(size, size, 1);
-    CHECK(device != NULL && parent != NULL && vx_map_set_lower(device, 1, parent) == 0 &&
-          vx_map_set_parent(device, 1, 9, 7, 6) == 0);
+    CHECK(device != NULL);
+    CHECK(parent != NULL);
+    CHECK_EQ(vx_map_set_lower(device, 1, parent), 0);
+    CHECK_EQ(vx_map_set_parent(device, 1, 9, 7, 6), 0);
     map = (vx_map *)device;
     for (uint64_t page = 0; page < PAGES; page++)
-        CHECK(vx_map_set_bitmap(device, page, &(uint8_t){0xfe}, 1) == 0);
+        CHECK_EQ(vx_map_set_bitmap(device, page, &(uint8_t){0xfe}, 1), 0);
     pthread_t thread;
-    CHECK(pthread_create(&thread, NULL, own_first_sectors, NULL) == 0);
+    CHECK_EQ(pthread_create(&thread, NULL, own_first_sectors, NULL), 0);
     for (uint64_t page = 0; page < PAGES; page++) {
         bool stored = false;
         atomic_store(&looking, page + 1);
         for (uint64_t looks = 0; !stored; looks++) {
             uint64_t within = looks % SECTOR; /* a part of a sector, too */
             uint64_t end = vx_mixed_run(map, page, within, PAGE, &stored);
-            CHECK(end == (stored ? PAGE : SECTOR));
+            CHECK_EQ(end, (stored ? PAGE : SECTOR));
             flips += stored && looks > 0;
         }
     }
     pthread_join(thread, NULL);
-    CHECK(flips > 0);
-    CHECK(vx_map_close(device) == 0);
+    CHECK_GT(flips, 0);
+    CHECK_EQ(vx_map_close(device), 0);
     vx_device_release(device);
     vx_device_release(parent);
     vx_pool_destroy(pool);
-    return 0;
+    return CHECK_REPORT();
 }

@@ -3,7 +3,7 @@
 #include <time.h>
 
 #include "check.h"
-#include "sim/hold.h"
+#include "sim/injector.h"
 #include "leaf/memory.h"
 #include "core/pool.h"
 #include "core/run.h"
@@ -49,9 +49,10 @@ static void timed_jobs_run_in_time_and_order(void)
             break;
         nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
     }
-    CHECK(count == JOBS && early == 0);
+    CHECK_EQ(count, JOBS);
+    CHECK_EQ(early, 0);
     for (int i = 0; i < JOBS; i++)
-        CHECK(order[i] == i);
+        CHECK_EQ(order[i], i);
     vx_pool_destroy(pool);
 }
 
@@ -62,7 +63,8 @@ static void destroy_runs_what_waits(void)
     count = 0;
     vx_pool_push_at(pool, &job.job, vx_now_ns() + 3600000000000u);
     vx_pool_destroy(pool);
-    CHECK(count == 1 && order[0] == 5);
+    CHECK_EQ(count, 1);
+    CHECK_EQ(order[0], 5);
 }
 
 static void charges_are_bounded(void)
@@ -71,8 +73,10 @@ static void charges_are_bounded(void)
     CHECK(vx_pool_charge(pool, 5000, false)); /* alone, anything fits */
     CHECK(!vx_pool_charge(pool, 1, false));
     vx_pool_discharge(pool, 5000);
-    CHECK(vx_pool_charge(pool, 600, false) && vx_pool_charge(pool, 400, false) && !vx_pool_charge(pool, 1, false));
-    CHECK(vx_pool_charged(pool) == 1000);
+    CHECK(vx_pool_charge(pool, 600, false));
+    CHECK(vx_pool_charge(pool, 400, false));
+    CHECK(!vx_pool_charge(pool, 1, false));
+    CHECK_EQ(vx_pool_charged(pool), 1000);
     vx_pool_destroy(pool);
 }
 
@@ -81,23 +85,25 @@ static void parked_and_delayed_requests_complete(void)
     uint8_t byte = 9, back = 0;
     vx_failure failure;
     vx_pool *pool = vx_pool_create(2, 1000);
-    vx_device *memory = vx_memory_create(4096, 4096, 1), *hold = vx_hold_create(memory, pool, 2);
-    vx_hold_settings settings = {.park_mask = 1u << VX_WRITE, .park_ns = 3000000,
+    vx_device *memory = vx_memory_create(4096, 4096, 1), *hold = vx_injector_create(memory, pool, 2);
+    vx_injector_settings settings = {.park_mask = 1u << VX_WRITE, .park_ns = 3000000,
                                  .delay_mask = 1u << VX_READ, .delay_ns = 3000000};
-    vx_hold_set(hold, &settings);
+    vx_injector_set(hold, &settings);
     uint64_t began = vx_now_ns();
-    CHECK(vx_transfer(hold, VX_WRITE, 0, &byte, 1, 17, &failure) == 0);
-    CHECK(vx_now_ns() - began >= 3000000);
+    CHECK_EQ(vx_transfer(hold, VX_WRITE, 0, &byte, 1, 17, &failure), 0);
+    CHECK_GE(vx_now_ns() - began, 3000000);
     began = vx_now_ns();
-    CHECK(vx_transfer(hold, VX_READ, 0, &back, 1, 17, &failure) == 0 && back == 9);
-    CHECK(vx_now_ns() - began >= 3000000);
-    settings = (vx_hold_settings){.fail_mask = 1u << VX_FLUSH, .fail_after = 1,
+    CHECK_EQ(vx_transfer(hold, VX_READ, 0, &back, 1, 17, &failure), 0);
+    CHECK_EQ(back, 9);
+    CHECK_GE(vx_now_ns() - began, 3000000);
+    settings = (vx_injector_settings){.fail_mask = 1u << VX_FLUSH, .fail_after = 1,
                                   .fail_code = VX_E_IO};
-    vx_hold_set(hold, &settings);
-    CHECK(vx_transfer(hold, VX_FLUSH, 0, NULL, 0, 0, &failure) == 0);
-    CHECK(vx_transfer(hold, VX_FLUSH, 0, NULL, 0, 0, &failure) == VX_E_IO);
-    CHECK(failure.code == VX_E_IO && failure.device == 2);
-    CHECK(vx_transfer(hold, VX_READ, 0, &back, 1, 0, &failure) == VX_E_POISONED);
+    vx_injector_set(hold, &settings);
+    CHECK_EQ(vx_transfer(hold, VX_FLUSH, 0, NULL, 0, 0, &failure), 0);
+    CHECK_EQ(vx_transfer(hold, VX_FLUSH, 0, NULL, 0, 0, &failure), VX_E_IO);
+    CHECK_EQ(failure.code, VX_E_IO);
+    CHECK_EQ(failure.device, 2);
+    CHECK_EQ(vx_transfer(hold, VX_READ, 0, &back, 1, 0, &failure), VX_E_POISONED);
     vx_device_release(hold);
     vx_device_release(memory);
     vx_pool_destroy(pool);
@@ -105,9 +111,9 @@ static void parked_and_delayed_requests_complete(void)
 
 int main(void)
 {
-    timed_jobs_run_in_time_and_order();
-    destroy_runs_what_waits();
-    charges_are_bounded();
-    parked_and_delayed_requests_complete();
-    return 0;
+    RUN(timed_jobs_run_in_time_and_order);
+    RUN(destroy_runs_what_waits);
+    RUN(charges_are_bounded);
+    RUN(parked_and_delayed_requests_complete);
+    return CHECK_REPORT();
 }

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Models, turns by dmclock, and the scheduler above a modelled disk; in virtual time. */
+/* Models, dmclock, and the scheduler above a modelled disk; in virtual time. */
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -8,9 +8,10 @@
 
 #include "qos/bucket.h"
 #include "check.h"
+#include "front/service.h"
 #include "sim/delay.h"
 #include "qos/dmclock.h"
-#include "sim/hold.h"
+#include "sim/injector.h"
 #include "sim/load.h"
 #include "leaf/memory.h"
 #include "qos/schedule.h"
@@ -47,18 +48,22 @@ static void a_hard_disk_takes_its_time(void)
         now = done;
     }
     double mean = (double)now / 20000 / 1e6;
-    CHECK(mean > 12.2 && mean < 13.0); /* 79 requests a second */
-    CHECK(least > 20000 && most < 18 * MS + 8333333 + MS);
+    CHECK_GT(mean, 12.2);
+    CHECK_LT(mean, 13.0); /* 79 requests a second */
+    CHECK_GT(least, 20000);
+    CHECK_LT(most, 18 * MS + 8333333 + MS);
     uint64_t began = now = vx_model_serve(disk, VX_READ, 0, 4096, now);
     for (unsigned i = 0; i < 1000; i++)
         now = vx_model_serve(disk, VX_READ, 4096 + (uint64_t)i * 262144, 262144, now);
     double outer = 1000 * 262144.0 / ((double)(now - began) / 1e9);
-    CHECK(outer > 199e6 && outer < 201e6);
+    CHECK_GT(outer, 199e6);
+    CHECK_LT(outer, 201e6);
     began = now = vx_model_serve(disk, VX_READ, capacity - GIB - 4096, 4096, now);
     for (unsigned i = 0; i < 1000; i++)
         now = vx_model_serve(disk, VX_READ, capacity - GIB + (uint64_t)i * 262144, 262144, now);
     double inner = 1000 * 262144.0 / ((double)(now - began) / 1e9);
-    CHECK(inner > 99e6 && inner < 101e6);
+    CHECK_GT(inner, 99e6);
+    CHECK_LT(inner, 101e6);
     uint64_t end = now; /* 32 at once: twice as fast as one by one */
     for (unsigned i = 0; i < 32000; i++) {
         uint64_t at = i % 32 == 0 ? end : now;
@@ -68,8 +73,8 @@ static void a_hard_disk_takes_its_time(void)
     vx_model_destroy(disk);
 
     disk = vx_model_create(VX_MODEL_HDD, capacity, true);
-    CHECK(vx_model_serve(disk, VX_WRITE, 0, 65536, 0) == MS / 10);
-    CHECK(vx_model_serve(disk, VX_FLUSH, 0, 0, MS / 10) >= MS / 10);
+    CHECK_EQ(vx_model_serve(disk, VX_WRITE, 0, 65536, 0), MS / 10);
+    CHECK_GE(vx_model_serve(disk, VX_FLUSH, 0, 0, MS / 10), MS / 10);
     now = SECOND;
     uint64_t waited = 0;
     for (unsigned i = 0; i < 5000; i++) { /* its cache is full soon */
@@ -77,12 +82,14 @@ static void a_hard_disk_takes_its_time(void)
         waited += done - now;
         now = done;
     }
-    CHECK(waited / 5000 > MS && waited / 5000 < 5 * MS);
+    CHECK_GT(waited / 5000, MS);
+    CHECK_LT(waited / 5000, 5 * MS);
     uint64_t durable = vx_model_serve(disk, VX_FLUSH, 0, 0, now);
-    CHECK(durable > now + SECOND);
-    CHECK(vx_model_serve(disk, VX_FLUSH, 0, 0, durable) == durable);
+    CHECK_GT(durable, now + SECOND);
+    CHECK_EQ(vx_model_serve(disk, VX_FLUSH, 0, 0, durable), durable);
     vx_model_destroy(disk);
-    CHECK(vx_model_create(9, GIB, true) == NULL && vx_model_create(0, 1, true) == NULL);
+    CHECK(vx_model_create(9, GIB, true) == NULL);
+    CHECK(vx_model_create(0, 1, true) == NULL);
 }
 
 static double ssd_reads(vx_model *disk, unsigned depth)
@@ -100,16 +107,18 @@ static void a_solid_state_disk_has_channels_and_a_buffer(void)
 {
     vx_model *disk = vx_model_create(VX_MODEL_SSD, GIB, true);
     double one = ssd_reads(disk, 1);
-    CHECK(one > 12300 && one < 12600);
+    CHECK_GT(one, 12300);
+    CHECK_LT(one, 12600);
     vx_model_destroy(disk);
     disk = vx_model_create(VX_MODEL_SSD, GIB, true);
     double many = ssd_reads(disk, 32);
-    CHECK(many > 6 * one && many < 8.1 * one);
+    CHECK_GT(many, 6 * one);
+    CHECK_LT(many, 8.1 * one);
     vx_model_destroy(disk);
 
     disk = vx_model_create(VX_MODEL_SSD, GIB, true);
     uint64_t now = 0;
-    CHECK(vx_model_serve(disk, VX_WRITE, 0, 4096, 0) < 40000);
+    CHECK_LT(vx_model_serve(disk, VX_WRITE, 0, 4096, 0), 40000);
     double rates[2];
     for (unsigned round = 0; round < 2; round++) { /* empty, and full */
         uint64_t began = now;
@@ -118,14 +127,16 @@ static void a_solid_state_disk_has_channels_and_a_buffer(void)
         now = vx_model_serve(disk, VX_FLUSH, 0, 0, now);
         rates[round] = (double)GIB / ((double)(now - began) / 1e9);
     }
-    CHECK(rates[0] > 200e6 && rates[0] < 330e6);
-    CHECK(rates[1] > 75e6 && rates[1] < 90e6); /* each page is programmed four times */
+    CHECK_GT(rates[0], 200e6);
+    CHECK_LT(rates[0], 330e6);
+    CHECK_GT(rates[1], 75e6);
+    CHECK_LT(rates[1], 90e6); /* each page is programmed four times */
     vx_model_serve(disk, VX_TRIM, 0, GIB, now);
     uint64_t began = now;
     for (uint64_t at = 0; at < GIB / 2; at += 1 << 20)
         now = vx_model_serve(disk, VX_WRITE, at, 1 << 20, now);
     now = vx_model_serve(disk, VX_FLUSH, 0, 0, now);
-    CHECK((double)GIB / 2 / ((double)(now - began) / 1e9) > 300e6);
+    CHECK_GT((double)GIB / 2 / ((double)(now - began) / 1e9), 300e6);
     vx_model_destroy(disk);
 }
 
@@ -175,7 +186,8 @@ static void serve_all(const wish *wishes, unsigned count, double capacity, uint6
         bool reserved;
         vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
         if (c == NULL) {
-            CHECK(when > now && when != UINT64_MAX);
+            CHECK_GT(when, now);
+            CHECK_NE(when, UINT64_MAX);
             now = when;
             continue;
         }
@@ -209,7 +221,7 @@ static void shares_are_those_of_water_filling(void)
             serve_all(scenes[s].wishes, scenes[s].count, scenes[s].capacity, largest, seconds, served);
             water_fill(scenes[s].wishes, scenes[s].count, scenes[s].capacity, wanted);
             for (unsigned i = 0; i < scenes[s].count; i++)
-                CHECK(fabs(served[i] - wanted[i]) < 0.01 * wanted[i]);
+                CHECK_LT(fabs(served[i] - wanted[i]), 0.01 * wanted[i]);
         }
     }
     for (unsigned round = 0; round < 60; round++) {
@@ -225,7 +237,7 @@ static void shares_are_those_of_water_filling(void)
         serve_all(wishes, count, capacity, 1 + random_below(4), 1500, served);
         water_fill(wishes, count, capacity, wanted);
         for (unsigned i = 0; i < count; i++)
-            CHECK(fabs(served[i] - wanted[i]) <= 0.01 * wanted[i] + 0.05);
+            CHECK_LE(fabs(served[i] - wanted[i]), 0.01 * wanted[i] + 0.05);
     }
 }
 
@@ -249,8 +261,9 @@ static void idling_gains_nothing(void)
         first += c == &a;
         by_reservation += reserved;
     }
-    CHECK(first >= 495 && first <= 505);
-    CHECK(by_reservation <= 12); /* 10 a second, and a tenth of a second made up for */
+    CHECK_GE(first, 495);
+    CHECK_LE(first, 505);
+    CHECK_LE(by_reservation, 12); /* 10 a second, and a tenth of a second made up for */
     vx_dmclock_set(&all, &a, 900, 0, 1, now);
     for (unsigned i = 0; i < 5000; i++, now += vx_ticks(MS)) {
         vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
@@ -263,7 +276,8 @@ static void idling_gains_nothing(void)
         vx_dmclock_serve(&all, c, reserved, 1, 1 << 4, now);
         first += c == &a;
     }
-    CHECK(first >= 495 && first <= 505);
+    CHECK_GE(first, 495);
+    CHECK_LE(first, 505);
 }
 
 static void share_time(vx_dmclock *all, uint64_t *now, uint64_t steps, uint64_t step_ns,
@@ -297,7 +311,7 @@ static void the_past_counts_for_nothing(void)
     share_time(&all, &now, 8 * 3600 * 450, SECOND / 450, c, 2, served); /* a night alone */
     vx_dmclock_begin(&all, &c[1], now);
     share_time(&all, &now, 30000, SECOND / 3000, c, 2, served);
-    CHECK(fabs(served[0] - served[1]) < 100);
+    CHECK_LT(fabs(served[0] - served[1]), 100);
 
     memset(c, 0, sizeof c);
     all = (vx_dmclock){0};
@@ -307,12 +321,13 @@ static void the_past_counts_for_nothing(void)
     vx_dmclock_begin(&all, &c[0], now);
     vx_dmclock_begin(&all, &c[1], now);
     share_time(&all, &now, 3600 * 1000, MS, c, 2, served);
-    CHECK(fabs(served[0] - 360000) < 100);
+    CHECK_LT(fabs(served[0] - 360000), 100);
     for (unsigned i = 0; i < 50; i++) { /* begins at any moment, also right after a service of it */
         share_time(&all, &now, 7, MS, c, 2, served);
         vx_dmclock_begin(&all, &c[2], now);
         share_time(&all, &now, 500, MS, c, 3, served);
-        CHECK(served[1] > 200 && served[2] > 200);
+        CHECK_GT(served[1], 200);
+        CHECK_GT(served[2], 200);
         vx_dmclock_end(&c[2]);
     }
 }
@@ -331,7 +346,8 @@ static void a_reservation_outlives_good_times(void)
     share_time(&all, &now, 30000, SECOND / 3000, c, 2, served); /* alone, far above it */
     vx_dmclock_begin(&all, &c[1], now);
     share_time(&all, &now, 1000, MS, c, 2, served);
-    CHECK(served[0] >= 490 && served[0] <= 560);
+    CHECK_GE(served[0], 490);
+    CHECK_LE(served[0], 560);
 }
 
 static void setting_again_gains_nothing(void)
@@ -350,7 +366,8 @@ static void setting_again_gains_nothing(void)
         share_time(&all, &now, 10, MS, c, 2, served);
         sum += served[0];
     }
-    CHECK(sum >= 49 && sum <= 60); /* in ten seconds */
+    CHECK_GE(sum, 49);
+    CHECK_LE(sum, 60); /* in ten seconds */
 }
 
 /* The most by which a unit is late; vhdx/qos/admission.py says why. Milliseconds. */
@@ -414,7 +431,7 @@ static void what_just_fits_is_in_time(void)
             vx_dmclock_begin(&all, one, now); /* at once: it is still active */
         }
         for (unsigned i = 0; i < count; i++)
-            CHECK(had[i] >= 20 * (double)rates[i] - 1);
+            CHECK_GE(had[i], 20 * (double)rates[i] - 1);
     }
 }
 
@@ -458,9 +475,9 @@ static void begin(unsigned i, uint64_t length, uint32_t depth, bool scheduled)
 
 static uint64_t units_of(unsigned i)
 {
-    uint64_t facts[VX_METER_FACTS], bins[VX_METER_BINS];
-    vx_meter_read(meters[i], facts, bins);
-    return facts[2] + facts[3];
+    vx_meter_facts facts;
+    vx_meter_read(meters[i], &facts);
+    return facts.units[0] + facts.units[1];
 }
 
 static void tear_down(unsigned count)
@@ -468,14 +485,20 @@ static void tear_down(unsigned count)
     for (unsigned i = 0; i < count; i++)
         vx_load_stop(loads[i]);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 3600 * SECOND);
-    uint64_t facts[VX_SCHEDULER_FACTS], mine[VX_SHARE_FACTS];
-    vx_scheduler_read(scheduler, facts);
-    CHECK(facts[2] == 0 && facts[3] == 0);
+    vx_scheduler_facts all;
+    vx_scheduler_read(scheduler, &all);
+    CHECK_EQ(all.waiting, 0);
+    CHECK_EQ(all.below, 0);
     for (unsigned i = 0; i < count; i++) {
-        vx_share_read(shares[i], mine);
-        CHECK(mine[3] == 0 && mine[4] == 0 && mine[6] == 0);
-        vx_load_read(loads[i], facts);
-        CHECK(facts[1] == 0 && facts[2] == 0);
+        vx_share_facts mine;
+        vx_load_facts facts;
+        vx_share_read(shares[i], &mine);
+        CHECK_EQ(mine.waiting, 0);
+        CHECK_EQ(mine.waiting_units, 0);
+        CHECK_EQ(mine.below, 0);
+        vx_load_read(loads[i], &facts);
+        CHECK_EQ(facts.failed, 0);
+        CHECK_EQ(facts.under_way, 0);
         vx_load_destroy(loads[i]);
         vx_device_release(tops[i]);
         vx_device_release(disks[i]);
@@ -509,9 +532,9 @@ static void a_minimum_is_kept_for_an_hour(void)
         if (kept)
             CHECK(before - first >= 3600 * 40 * 98 / 100 && least >= 37);
         else
-            CHECK(before - first < 3600 * 30);
+            CHECK_LT(before - first, 3600 * 30);
         for (unsigned i = 1; i < 8; i++)
-            CHECK(units_of(i) > 3600);
+            CHECK_GT(units_of(i), 3600);
         tear_down(8);
     }
 }
@@ -531,8 +554,8 @@ static void weights_share_the_time_of_the_disk(void)
     double got[3];
     for (unsigned i = 0; i < 3; i++)
         got[i] = (double)(units_of(i) - before[i]) / 20;
-    CHECK(fabs(got[1] / got[0] - 3) < 0.03);
-    CHECK(fabs(got[2] - 2000) < 20);
+    CHECK_LT(fabs(got[1] / got[0] - 3), 0.03);
+    CHECK_LT(fabs(got[2] - 2000), 20);
     tear_down(3);
 }
 
@@ -545,8 +568,8 @@ static void nobody_waits_for_a_large_request(void)
     begin(0, 8192, 1, true);
     begin(1, 32u << 20, 2, true);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 60 * SECOND);
-    CHECK(units_of(0) > 60 * 20);
-    CHECK(units_of(1) >= 8192);
+    CHECK_GT(units_of(0), 60 * 20);
+    CHECK_GE(units_of(1), 8192);
     tear_down(2);
 }
 
@@ -559,19 +582,22 @@ static void limits_and_background_work(void)
     vx_share_set(background, 10, 100, 1);
     begin(1, 4096, 8, true);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
-    CHECK(units_of(1) >= 499 && units_of(1) <= 510);
-    vx_turn *turn = vx_share_take_turn(background, 8192); /* at once: there is room */
-    vx_turn_end(turn);
-    uint64_t mine[VX_SHARE_FACTS];
-    vx_share_read(background, mine);
-    CHECK(mine[0] == 1 && mine[1] == 1 && mine[6] == 0);
+    CHECK_GE(units_of(1), 499);
+    CHECK_LE(units_of(1), 510);
+    vx_slot *slot = vx_share_take_slot(background, 8192); /* at once: there is room */
+    vx_slot_end(slot);
+    vx_share_facts mine;
+    vx_share_read(background, &mine);
+    CHECK_EQ(mine.requests, 1);
+    CHECK_EQ(mine.units, 1);
+    CHECK_EQ(mine.below, 0);
     begin(0, 4096, 8, true);
     tear_down(2);
 }
 
 static void count_completed(vx_request *request)
 {
-    CHECK(request->result == 0);
+    CHECK_EQ(request->result, 0);
     ++*(unsigned *)request->context;
 }
 
@@ -587,19 +613,20 @@ static void a_paused_disk_holds_up_nobody(void)
     unsigned completions = 0;
     one.context = &completions;
     vx_switch_pause(paused);
-    CHECK(vx_submit(top, &one) == VX_PARKED);
+    CHECK_EQ(vx_submit(top, &one), VX_PARKED);
     begin(0, 8192, 1, true);
     begin(1, 8192, 4, true);
     vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
-    CHECK(completions == 0 && units_of(1) > 5000);
+    CHECK_EQ(completions, 0);
+    CHECK_GT(units_of(1), 5000);
     vx_switch_resume(paused);
     for (unsigned i = 0; i < 100; i++) { /* by a thread of the pool */
         nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
-        uint64_t facts[VX_SHARE_FACTS];
-        vx_share_read(shares[0], facts);
+        vx_share_facts facts;
+        vx_share_read(shares[0], &facts);
         vx_clock_advance(clock_, vx_clock_now(clock_) + MS);
     }
-    CHECK(completions == 1);
+    CHECK_EQ(completions, 1);
     vx_device_release(top);
     vx_device_release(paused);
     tear_down(2);
@@ -624,13 +651,13 @@ static void large_units_and_durable_writes(void)
         writes[i].buffer = data;
         writes[i].complete = count_completed;
         writes[i].context = &completions;
-        CHECK(vx_submit(tops[1], &writes[i]) == VX_PARKED);
+        CHECK_EQ(vx_submit(tops[1], &writes[i]), VX_PARKED);
     }
     uint64_t before = units_of(0);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 2 * SECOND);
-    CHECK(units_of(0) - before >= 78);
+    CHECK_GE(units_of(0) - before, 78);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 100 * SECOND);
-    CHECK(completions == 16);
+    CHECK_EQ(completions, 16);
     free(data);
     tear_down(2);
 
@@ -643,9 +670,10 @@ static void large_units_and_durable_writes(void)
     vx_load *load = vx_load_create(top, clock_, pool, NULL, &terms);
     vx_load_start(load);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
-    uint64_t facts[3];
-    vx_load_read(load, facts);
-    CHECK(facts[0] >= 395 && facts[0] <= 403);
+    vx_load_facts facts;
+    vx_load_read(load, &facts);
+    CHECK_GE(facts.answered, 395);
+    CHECK_LE(facts.answered, 403);
     vx_load_stop(load);
     begin(0, 8192, 1, true);
     tear_down(1);
@@ -654,7 +682,7 @@ static void large_units_and_durable_writes(void)
     vx_scheduler_release(other);
 }
 
-static _Atomic unsigned turns_ended;
+static _Atomic unsigned slots_ended;
 
 static void note_result(vx_request *request)
 {
@@ -665,19 +693,19 @@ static void note_result(vx_request *request)
 static void a_cut_write_is_flushed(void)
 {
     set_up(VX_MODEL_SSD, 1, 8, false);
-    vx_device *hold = vx_hold_create(disks[0], pool, 5);
+    vx_device *hold = vx_injector_create(disks[0], pool, 5);
     vx_device *top = vx_schedule_create(hold, shares[0], 6);
     uint8_t *data = calloc(1, 1 << 20);
     for (unsigned fails = 0; fails < 2; fails++) {
-        vx_hold_settings settings = {.fail_mask = fails << VX_FLUSH, .fail_code = VX_E_IO};
-        vx_hold_set(hold, &settings);
+        vx_injector_settings settings = {.fail_mask = fails << VX_FLUSH, .fail_code = VX_E_IO};
+        vx_injector_set(hold, &settings);
         int32_t result = 1;
         vx_request one = {.operation = VX_WRITE, .flags = VX_NOWAIT | VX_MAY_PARK | VX_FUA,
                           .length = 1 << 20, .buffer = data, .complete = note_result,
                           .context = &result};
-        CHECK(vx_submit(top, &one) == VX_PARKED);
+        CHECK_EQ(vx_submit(top, &one), VX_PARKED);
         vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
-        CHECK(result == (fails ? VX_E_IO : VX_OK));
+        CHECK_EQ(result, (fails ? VX_E_IO : VX_OK));
     }
     free(data);
     begin(0, 8192, 1, true);
@@ -691,7 +719,7 @@ static void the_rest_of_what_is_dropped_fails(void)
 {
     set_up(VX_MODEL_SSD, 1, 1, false);
     uint8_t *data = calloc(1, 32u << 20);
-    int owner, other;
+    const vx_initiator gone = {0}, other = {0};
     int32_t results[2] = {1, 1};
     vx_request two[2];
     memset(two, 0, sizeof two);
@@ -700,40 +728,42 @@ static void the_rest_of_what_is_dropped_fails(void)
         two[i].flags = VX_NOWAIT | VX_MAY_PARK;
         two[i].length = 32u << 20;
         two[i].buffer = data;
-        two[i].owner = i == 0 ? &owner : &other;
+        two[i].initiator = i == 0 ? &gone : &other;
         two[i].complete = note_result;
         two[i].context = &results[i];
-        CHECK(vx_submit(tops[0], &two[i]) == VX_PARKED);
+        CHECK_EQ(vx_submit(tops[0], &two[i]), VX_PARKED);
     }
-    tops[0]->operations->drop(tops[0], &owner);
-    CHECK(results[0] == 1);
+    tops[0]->operations->drop(tops[0], &gone);
+    CHECK_EQ(results[0], 1);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
-    uint64_t facts[VX_SHARE_FACTS];
-    vx_share_read(shares[0], facts);
-    CHECK(results[0] == VX_E_CANCELLED && results[1] == 0);
-    CHECK(facts[1] == (32u << 20) / UNIT + (256u << 10) / UNIT);
+    vx_share_facts facts;
+    vx_share_read(shares[0], &facts);
+    CHECK_EQ(results[0], VX_E_CANCELLED);
+    CHECK_EQ(results[1], 0);
+    CHECK_EQ(facts.units, (32u << 20) / UNIT + (256u << 10) / UNIT);
     free(data);
     begin(0, 8192, 1, true);
     tear_down(1);
 }
 
-static void *end_turn_later(void *turn)
+static void *end_slot_later(void *slot)
 {
     nanosleep(&(struct timespec){.tv_nsec = 50000000}, NULL);
-    turns_ended++;
-    vx_turn_end(turn);
+    slots_ended++;
+    vx_slot_end(slot);
     return NULL;
 }
 
-/* Whoever has a turn may look at the clock and the pool until it has ended. */
+/* Whoever has a slot may look at the clock and the pool until it has ended. */
 static void a_stop_waits_for_turns(void)
 {
     set_up(VX_MODEL_SSD, 1, 1, false);
     pthread_t thread;
-    vx_turn *turn = vx_share_take_turn(shares[0], 4096);
-    CHECK(pthread_create(&thread, NULL, end_turn_later, turn) == 0);
+    vx_slot *slot = vx_share_take_slot(shares[0], 4096);
+    CHECK_EQ(pthread_create(&thread, NULL, end_slot_later, slot), 0);
     vx_scheduler_stop(scheduler);
-    CHECK(turns_ended == 1 && vx_share_take_turn(shares[0], 4096) == NULL);
+    CHECK_EQ(slots_ended, 1);
+    CHECK(vx_share_take_slot(shares[0], 4096) == NULL);
     pthread_join(thread, NULL);
     begin(0, 8192, 1, true);
     tear_down(1);
@@ -753,28 +783,28 @@ static void the_same_again_is_the_same(void)
             units[run][i] = units_of(i);
         tear_down(3);
     }
-    CHECK(memcmp(units[0], units[1], sizeof units[0]) == 0);
+    CHECK_EQ(memcmp(units[0], units[1], sizeof units[0]), 0);
 }
 
 int main(void)
 {
-    a_hard_disk_takes_its_time();
-    a_solid_state_disk_has_channels_and_a_buffer();
-    shares_are_those_of_water_filling();
-    idling_gains_nothing();
-    the_past_counts_for_nothing();
-    a_reservation_outlives_good_times();
-    what_just_fits_is_in_time();
-    setting_again_gains_nothing();
-    a_minimum_is_kept_for_an_hour();
-    weights_share_the_time_of_the_disk();
-    nobody_waits_for_a_large_request();
-    limits_and_background_work();
-    a_paused_disk_holds_up_nobody();
-    a_cut_write_is_flushed();
-    large_units_and_durable_writes();
-    the_rest_of_what_is_dropped_fails();
-    a_stop_waits_for_turns();
-    the_same_again_is_the_same();
-    return 0;
+    RUN(a_hard_disk_takes_its_time);
+    RUN(a_solid_state_disk_has_channels_and_a_buffer);
+    RUN(shares_are_those_of_water_filling);
+    RUN(idling_gains_nothing);
+    RUN(the_past_counts_for_nothing);
+    RUN(a_reservation_outlives_good_times);
+    RUN(what_just_fits_is_in_time);
+    RUN(setting_again_gains_nothing);
+    RUN(a_minimum_is_kept_for_an_hour);
+    RUN(weights_share_the_time_of_the_disk);
+    RUN(nobody_waits_for_a_large_request);
+    RUN(limits_and_background_work);
+    RUN(a_paused_disk_holds_up_nobody);
+    RUN(a_cut_write_is_flushed);
+    RUN(large_units_and_durable_writes);
+    RUN(the_rest_of_what_is_dropped_fails);
+    RUN(a_stop_waits_for_turns);
+    RUN(the_same_again_is_the_same);
+    return CHECK_REPORT();
 }

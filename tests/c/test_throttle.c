@@ -46,7 +46,7 @@ static void no_window_holds_too_much(double rate, double burst, double largest)
         if (excess > worst)
             worst = excess;
     }
-    CHECK(worst <= burst + largest + 1e-3);
+    CHECK_LE(worst, burst + largest + 1e-3);
 }
 
 static void a_bucket_never_admits_too_much(void)
@@ -81,8 +81,8 @@ static void a_reservation_is_exact_for_a_day(void)
         while (count < 3000000 && (due = vx_bucket_reserve(&bucket, 1, due)) < end)
             count++;
         double wanted = (double)(due - start) / (64e9) * (double)rates[i];
-        CHECK((double)count <= wanted + 1);
-        CHECK((double)count >= wanted * (rates[i] > 1000000 ? 0.9 : 0.99999) - 1);
+        CHECK_LE((double)count, wanted + 1);
+        CHECK_GE((double)count, wanted * (rates[i] > 1000000 ? 0.9 : 0.99999) - 1);
     }
 }
 
@@ -101,15 +101,16 @@ static void a_change_creates_and_loses_nothing(void)
             uint64_t larger = burst + random_below(100);
             vx_bucket_change(&bucket, rate, larger, larger, vx_ticks(now));
             int64_t after = vx_bucket_level(&bucket, vx_ticks(now));
-            CHECK(after <= before + 1 && after >= before - 2);
+            CHECK_LE(after, before + 1);
+            CHECK_GE(after, before - 2);
             vx_bucket_change(&bucket, rate, burst, burst, vx_ticks(now));
-            CHECK(vx_bucket_level(&bucket, vx_ticks(now)) <= (int64_t)burst);
+            CHECK_LE(vx_bucket_level(&bucket, vx_ticks(now)), (int64_t)burst);
         }
     }
     vx_bucket bucket = {0};
     vx_bucket_change(&bucket, 100, 50, 0, vx_ticks(SECOND)); /* a new limit on a busy disk */
-    CHECK(vx_bucket_level(&bucket, vx_ticks(SECOND)) == 0);
-    CHECK(vx_bucket_level(&bucket, vx_ticks(3 * SECOND)) == 50);
+    CHECK_EQ(vx_bucket_level(&bucket, vx_ticks(SECOND)), 0);
+    CHECK_EQ(vx_bucket_level(&bucket, vx_ticks(3 * SECOND)), 50);
 }
 
 static void a_refund_gives_back_what_was_paid(void)
@@ -155,7 +156,7 @@ static void completed(vx_request *request)
 {
     sent *one = (sent *)request;
     uint64_t now = vx_clock_now(clock_);
-    CHECK(request->result == 0);
+    CHECK_EQ(request->result, 0);
     one->client->units += one->client->units_each;
     one->client->operations++;
     if (admitted < MOST)
@@ -233,7 +234,8 @@ static void busy_flows_get_their_rate(void)
             vx_clock_advance(clock_, vx_clock_now(clock_) + seconds * SECOND);
             double got = (double)clients[0].units, want = (double)(rates[r] * seconds);
             double one = (double)clients[0].units_each * 2;
-            CHECK(got <= want + one && got >= want * 0.9999 - one);
+            CHECK_LE(got, want + one);
+            CHECK_GE(got, want * 0.9999 - one);
             no_window_holds_too_much((double)rates[r], 0, (double)clients[0].units_each);
             tear_down(lower, 1);
         }
@@ -260,8 +262,9 @@ static void flows_of_one_limit_share_it_fairly(void)
             sum += x;
             squares += x * x;
         }
-        CHECK(sum * sum / (flows * squares) > 0.999);
-        CHECK(sum <= 300001 && sum > 299900);
+        CHECK_GT(sum * sum / (flows * squares), 0.999);
+        CHECK_LE(sum, 300001);
+        CHECK_GT(sum, 299900);
         tear_down(lower, flows);
     }
 }
@@ -279,7 +282,8 @@ static void large_requests_do_not_hold_up_small_ones(void)
         begin(i, lower, own, i == 0 ? 1u << 20 : 4096, 4, 100);
     }
     vx_clock_advance(clock_, vx_clock_now(clock_) + 100 * SECOND);
-    CHECK(clients[1].units >= 16300 && clients[0].units >= 16300); /* as many units, not requests */
+    CHECK_GE(clients[1].units, 16300);
+    CHECK_GE(clients[0].units, 16300); /* as many units, not requests */
     tear_down(lower, 2);
 }
 
@@ -301,14 +305,16 @@ static void limits_change_while_requests_wait(void)
         vx_limits_set(limits, wanted, false);
     }
     double got = (double)(clients[0].units - before);
-    CHECK(got <= owed + 2 && got >= owed - 2 - owed / 10000);
+    CHECK_LE(got, owed + 2);
+    CHECK_GE(got, owed - 2 - owed / 10000);
     wanted[0].rate = 0; /* no limit: everything passes at once */
     clients[0].ends = 0;
     vx_limits_set(limits, wanted, false);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 1);
     uint64_t waiting, units;
     vx_throttle_waiting(clients[0].flow, &waiting, &units);
-    CHECK(waiting == 0 && units == 0);
+    CHECK_EQ(waiting, 0);
+    CHECK_EQ(units, 0);
     tear_down(lower, 1);
 }
 
@@ -323,13 +329,15 @@ static void the_tighter_of_several_limits_counts(void)
     vx_limits_set(limits, wanted, true);
     begin(0, lower, limits, 65536, 4, 50); /* 128 units a second by bytes */
     vx_clock_advance(clock_, vx_clock_now(clock_) + 50 * SECOND);
-    CHECK(clients[0].operations >= 799 && clients[0].operations <= 802);
+    CHECK_GE(clients[0].operations, 799);
+    CHECK_LE(clients[0].operations, 802);
     no_window_holds_too_much(128, 0, 8);
     vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND); /* the last ones come back */
     admitted = 0;
     begin(0, lower, limits, 512, 4, 50); /* 1000 by units */
     vx_clock_advance(clock_, vx_clock_now(clock_) + 50 * SECOND);
-    CHECK(admitted >= 49990 && admitted <= 50010);
+    CHECK_GE(admitted, 49990);
+    CHECK_LE(admitted, 50010);
     no_window_holds_too_much(1000, 0, 1);
     tear_down(lower, 1);
 }
@@ -343,16 +351,19 @@ static void credit_is_saved_and_spent(void)
     vx_limits_set(limits, wanted, true);
     begin(0, lower, limits, 4096, 4, 10); /* 10 s at 1000 take 9000 of credit and 1000 of rate */
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
-    CHECK(clients[0].units >= 9998 && clients[0].units <= 10004);
+    CHECK_GE(clients[0].units, 9998);
+    CHECK_LE(clients[0].units, 10004);
     vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
     admitted = 0;
     begin(0, lower, limits, 4096, 4, 10);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
-    CHECK(admitted >= 1080 && admitted <= 1110);
+    CHECK_GE(admitted, 1080);
+    CHECK_LE(admitted, 1110);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 50 * SECOND);
     int64_t levels[VX_LIMIT_KINDS];
     vx_limits_levels(limits, levels);
-    CHECK(levels[0] >= 4980 && levels[0] <= 5010);
+    CHECK_GE(levels[0], 4980);
+    CHECK_LE(levels[0], 5010);
     tear_down(lower, 1);
 }
 
@@ -380,8 +391,10 @@ static void a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group(void)
         }
         begin(1, lower, NULL, 4096, 8, 20);
         vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
-        CHECK(clients[0].units >= 195 && clients[0].units <= 205);
-        CHECK(clients[1].units >= 99500 && clients[1].units <= 100001);
+        CHECK_GE(clients[0].units, 195);
+        CHECK_LE(clients[0].units, 205);
+        CHECK_GE(clients[1].units, 99500);
+        CHECK_LE(clients[1].units, 100001);
         tear_down(lower, 2);
     }
 }
@@ -415,16 +428,17 @@ static void groups_change_while_requests_wait(void)
             for (unsigned i = 0; i < 20; i++)
                 units += clients[i].units;
             uint64_t rate = slow ? 60 : 100;
-            CHECK(units <= rate * 20 + (changes ? 40 * 20 : 1) && units >= rate * 19);
+            CHECK_LE(units, rate * 20 + (changes ? 40 * 20 : 1));
+            CHECK_GE(units, rate * 19);
             int64_t levels[VX_LIMIT_KINDS];
             vx_limits_levels(groups[1], levels);
-            CHECK(levels[0] >= -21);
+            CHECK_GE(levels[0], -21);
             tear_down(lower, 20);
         }
     }
 }
 
-static void hurry_holds_up_nothing(void)
+static void draining_holds_up_nothing(void)
 {
     set_up();
     vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
@@ -432,18 +446,18 @@ static void hurry_holds_up_nothing(void)
     vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 1}};
     vx_limits_set(limits, wanted, true);
     begin(0, lower, limits, 1u << 20, 8, 0);
-    CHECK(clients[0].operations == 0);
+    CHECK_EQ(clients[0].operations, 0);
     CHECK(clients[0].flow->operations->is_holding(clients[0].flow));
-    clients[0].flow->operations->hurry(clients[0].flow, false);
+    clients[0].flow->operations->drain(clients[0].flow, false);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 1);
-    CHECK(clients[0].operations == 8);
+    CHECK_EQ(clients[0].operations, 8);
     CHECK(!clients[0].flow->operations->is_holding(clients[0].flow));
     tear_down(lower, 1);
 }
 
 static void time_that_stood_still_lets_nothing_pass(void)
 {
-    /* Three flows of a limit of one a second, due after 1, 2 and 3 s; the process stands still. */
+    /* Three flows of a limit of one a second, due after 1, 2 and 3 s; the process is stalled. */
     static const struct {
         double from, to, at[3];
     } scenes[] = {{0, 0, {1, 2, 3}},
@@ -459,17 +473,18 @@ static void time_that_stood_still_lets_nothing_pass(void)
         vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 1}};
         vx_limits_set(group, wanted, true);
         begin(3, lower, group, UNIT, 1, 0);
-        CHECK(clients[3].operations == 1);
+        CHECK_EQ(clients[3].operations, 1);
         admitted = 0;
         for (unsigned f = 0; f < 3; f++)
             begin(f, lower, group, UNIT, 1, 0);
         vx_clock_advance(clock_, start + (uint64_t)(scenes[i].from * 1e9));
         vx_clock_skip(clock_, start + (uint64_t)(scenes[i].to * 1e9));
         vx_clock_advance(clock_, start + 200 * SECOND);
-        CHECK(admitted == 3);
+        CHECK_EQ(admitted, 3);
         for (unsigned n = 0; n < 3; n++) {
             double at = (double)(history[n].at - start) / (double)SECOND;
-            CHECK(at > scenes[i].at[n] - 1e-6 && at < scenes[i].at[n] + 1e-6);
+            CHECK_GT(at, scenes[i].at[n] - 1e-6);
+            CHECK_LT(at, scenes[i].at[n] + 1e-6);
         }
         tear_down(lower, 4);
     }
@@ -477,7 +492,7 @@ static void time_that_stood_still_lets_nothing_pass(void)
 
 static void a_standstill_saves_nothing(void)
 {
-    /* 100 a second, 1,000 saved at most; a client that always waits stands still with its server. Then
+    /* 100 a second, 1,000 saved at most; a client that always waits is stalled with its server. Then
      * what comes first is the timer, or a request. */
     for (unsigned scene = 0; scene < 8; scene++) {
         uint64_t still = scene % 2 ? 4 : 40; /* s: less than what can be saved, and more */
@@ -491,21 +506,24 @@ static void a_standstill_saves_nothing(void)
         vx_limits_set(limits, wanted, false);
         begin(0, lower, limits, UNIT, 4, 200);
         vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
-        CHECK(clients[0].units >= 1999 && clients[0].units <= 2001);
+        CHECK_GE(clients[0].units, 1999);
+        CHECK_LE(clients[0].units, 2001);
         vx_clock_skip(clock_, vx_clock_now(clock_) + still * SECOND);
         vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
-        CHECK(clients[0].units >= 2985 && clients[0].units <= 3015);
+        CHECK_GE(clients[0].units, 2985);
+        CHECK_LE(clients[0].units, 3015);
         clients[0].ends = 0; /* idle: what was saved before the standstill stays, and no more */
         vx_clock_advance(clock_, vx_clock_now(clock_) + 3 * SECOND);
         vx_clock_skip(clock_, vx_clock_now(clock_) + still * SECOND);
         uint64_t before = clients[0].units;
         if (request_first)
             begin(1, lower, limits, UNIT, 1, 0);
-        CHECK(clients[1].units == request_first);
+        CHECK_EQ(clients[1].units, request_first);
         vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
         begin(0, lower, limits, UNIT, 4, 1);
         vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
-        CHECK(clients[0].units - before >= 480 && clients[0].units - before <= 520);
+        CHECK_GE(clients[0].units - before, 480);
+        CHECK_LE(clients[0].units - before, 520);
         /* What is used just before it is used, whatever comes first. */
         vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
         begin(0, lower, limits, 1u << 20, 7, 0); /* 896 units */
@@ -515,14 +533,15 @@ static void a_standstill_saves_nothing(void)
         before = clients[0].units;
         begin(0, lower, limits, UNIT, 4, 1);
         vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
-        CHECK(clients[0].units - before >= 190 && clients[0].units - before <= 220);
+        CHECK_GE(clients[0].units - before, 190);
+        CHECK_LE(clients[0].units - before, 220);
         tear_down(lower, 2);
     }
 }
 
 static void whoever_looks_first_after_a_standstill(void)
 {
-    /* Ten a second and a burst of ten, used up; an hour later a change, a group taken away, a hurry, a
+    /* Ten a second and a burst of ten, used up; an hour later a change, a group taken away, a drain, a
      * look, or a request comes before the timer. */
     for (unsigned scene = 0; scene < 5; scene++) {
         set_up();
@@ -534,9 +553,10 @@ static void whoever_looks_first_after_a_standstill(void)
         clients[0].flow = vx_throttle_create(lower, qos, own, 0);
         vx_throttle_set_group(clients[0].flow, group);
         begin(0, lower, own, UNIT, 14, 0);
-        CHECK(clients[0].operations >= 10 && clients[0].operations < 14);
+        CHECK_GE(clients[0].operations, 10);
+        CHECK_LT(clients[0].operations, 14);
         begin(1, lower, group, UNIT, 2, 0);
-        CHECK(clients[1].operations == 0);
+        CHECK_EQ(clients[1].operations, 0);
         uint64_t passed = admitted;
         vx_clock_skip(clock_, vx_clock_now(clock_) + 3600 * SECOND);
         if (scene == 0)
@@ -544,14 +564,16 @@ static void whoever_looks_first_after_a_standstill(void)
         else if (scene == 1)
             vx_throttle_set_group(clients[0].flow, NULL);
         else if (scene == 2)
-            clients[0].flow->operations->hurry(clients[0].flow, false);
+            clients[0].flow->operations->drain(clients[0].flow, false);
         else if (scene == 3)
             begin(2, lower, group, UNIT, 1, 0);
         vx_limits_levels(group, levels);
-        CHECK(levels[0] >= -8 && levels[0] <= 2);
-        CHECK(admitted <= passed + 1);
+        CHECK_GE(levels[0], -8);
+        CHECK_LE(levels[0], 2);
+        CHECK_LE(admitted, passed + 1);
         vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
-        CHECK(clients[0].operations == 14 && clients[1].operations == 2);
+        CHECK_EQ(clients[0].operations, 14);
+        CHECK_EQ(clients[1].operations, 2);
         tear_down(lower, scene == 3 ? 3 : 2);
     }
 }
@@ -559,7 +581,7 @@ static void whoever_looks_first_after_a_standstill(void)
 static void what_is_due_in_a_standstill_comes_later(void)
 {
     for (unsigned scene = 0; scene < 4; scene++) {
-        bool credit = scene % 2, hurried = scene / 2;
+        bool credit = scene % 2, drained = scene / 2;
         set_up();
         vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
         vx_limits *group = vx_limits_create(qos, UNIT);
@@ -568,22 +590,23 @@ static void what_is_due_in_a_standstill_comes_later(void)
         for (unsigned f = 0; f < 20; f++)
             begin(f, lower, group, UNIT, 1, 0);
         uint64_t passed = admitted;
-        CHECK(passed <= 1);
+        CHECK_LE(passed, 1);
         vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND / 2);
         vx_clock_skip(clock_, vx_clock_now(clock_) + 40 * SECOND);
         vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND / 4);
-        CHECK(admitted <= passed + 1);
+        CHECK_LE(admitted, passed + 1);
         passed = admitted;
         vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
-        CHECK(admitted >= passed + 9 && admitted <= passed + 11);
-        if (hurried) { /* in either order, and beside a standstill */
+        CHECK_GE(admitted, passed + 9);
+        CHECK_LE(admitted, passed + 11);
+        if (drained) { /* in either order, and beside a stall */
             for (unsigned f = 0; f < 20; f++) {
                 vx_device *flow = clients[f * 7 % 20].flow;
-                flow->operations->hurry(flow, false);
+                flow->operations->drain(flow, false);
             }
             vx_clock_skip(clock_, vx_clock_now(clock_) + 5 * SECOND);
             vx_clock_advance(clock_, vx_clock_now(clock_) + 1);
-            CHECK(admitted == 20);
+            CHECK_EQ(admitted, 20);
         }
         tear_down(lower, 20);
     }
@@ -608,11 +631,12 @@ static void without_memory_what_waits_passes_and_limits_stay(void)
     vx_limits_set(limits, wanted, true);
     no_memory = true;
     begin(0, lower, limits, UNIT, 8, 0);
-    CHECK(clients[0].operations == 8); /* rather than never */
+    CHECK_EQ(clients[0].operations, 8); /* rather than never */
     no_memory = false;
     begin(0, lower, limits, UNIT, 8, 10);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
-    CHECK(clients[0].operations >= 8 + 990 && clients[0].operations <= 8 + 1001);
+    CHECK_GE(clients[0].operations, 8 + 990);
+    CHECK_LE(clients[0].operations, 8 + 1001);
     tear_down(lower, 1);
 }
 
@@ -620,7 +644,7 @@ static unsigned dropped;
 
 static void was_dropped(vx_request *request)
 {
-    CHECK(request->result == VX_E_CANCELLED);
+    CHECK_EQ(request->result, VX_E_CANCELLED);
     dropped++;
 }
 
@@ -634,12 +658,13 @@ static void what_is_dropped_is_neither_done_nor_paid(void)
     begin(0, lower, limits, 1u << 20, 8, 0);
     for (unsigned i = 0; i < 8; i++)
         requests[0][i].request.complete = was_dropped;
-    clients[0].flow->operations->hurry(clients[0].flow, true);
+    clients[0].flow->operations->drain(clients[0].flow, true);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 1);
-    CHECK(dropped == 8 && clients[0].operations == 0);
+    CHECK_EQ(dropped, 8);
+    CHECK_EQ(clients[0].operations, 0);
     int64_t levels[VX_LIMIT_KINDS];
     vx_limits_levels(limits, levels);
-    CHECK(levels[0] >= -1); /* the part whose time had come */
+    CHECK_GE(levels[0], -1); /* the part whose time had come */
     tear_down(lower, 1);
 
     set_up(); /* who waits behind it moves up */
@@ -652,9 +677,10 @@ static void what_is_dropped_is_neither_done_nor_paid(void)
     begin(1, lower, limits, 4096, 1, 0);
     for (unsigned i = 0; i < 2; i++)
         requests[0][i].request.complete = was_dropped;
-    clients[0].flow->operations->hurry(clients[0].flow, true);
+    clients[0].flow->operations->drain(clients[0].flow, true);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 2 * SECOND);
-    CHECK(dropped == 2 && clients[1].operations == 1);
+    CHECK_EQ(dropped, 2);
+    CHECK_EQ(clients[1].operations, 1);
     tear_down(lower, 2);
 }
 
@@ -672,14 +698,14 @@ static void a_large_trim_does_not_hold_up_others(void)
     vx_throttle_set_group(trimmer, group);
     sent trim = {.request = {.operation = VX_TRIM, .length = (uint64_t)4 << 30,
                              .flags = VX_NOWAIT | VX_MAY_PARK, .complete = was_dropped}};
-    CHECK(vx_submit(trimmer, &trim.request) == VX_PARKED);
+    CHECK_EQ(vx_submit(trimmer, &trim.request), VX_PARKED);
     begin(1, lower, own, 4096, 4, 20);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
-    CHECK(clients[1].operations >= 55); /* one between two pieces of 32 units */
+    CHECK_GE(clients[1].operations, 55); /* one between two pieces of 32 units */
     dropped = 0;
-    trimmer->operations->hurry(trimmer, true);
+    trimmer->operations->drain(trimmer, true);
     vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
-    CHECK(dropped == 1);
+    CHECK_EQ(dropped, 1);
     vx_device_release(trimmer);
     clients[0].flow = clients[1].flow;
     vx_device_release(large);
@@ -699,32 +725,33 @@ static void zero_and_trim_count_by_mebibytes(void)
     requests[0][0].client = &clients[0];
     submit(&requests[0][0]);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
-    CHECK(clients[0].operations >= 100 && clients[0].operations <= 102);
+    CHECK_GE(clients[0].operations, 100);
+    CHECK_LE(clients[0].operations, 102);
     tear_down(lower, 1);
 }
 
 int main(void)
 {
-    a_bucket_never_admits_too_much();
-    a_reservation_is_exact_for_a_day();
-    a_change_creates_and_loses_nothing();
-    a_refund_gives_back_what_was_paid();
-    busy_flows_get_their_rate();
-    flows_of_one_limit_share_it_fairly();
-    large_requests_do_not_hold_up_small_ones();
-    limits_change_while_requests_wait();
-    the_tighter_of_several_limits_counts();
-    credit_is_saved_and_spent();
-    a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group();
-    groups_change_while_requests_wait();
-    hurry_holds_up_nothing();
-    time_that_stood_still_lets_nothing_pass();
-    a_standstill_saves_nothing();
-    whoever_looks_first_after_a_standstill();
-    what_is_due_in_a_standstill_comes_later();
-    without_memory_what_waits_passes_and_limits_stay();
-    what_is_dropped_is_neither_done_nor_paid();
-    a_large_trim_does_not_hold_up_others();
-    zero_and_trim_count_by_mebibytes();
-    return 0;
+    RUN(a_bucket_never_admits_too_much);
+    RUN(a_reservation_is_exact_for_a_day);
+    RUN(a_change_creates_and_loses_nothing);
+    RUN(a_refund_gives_back_what_was_paid);
+    RUN(busy_flows_get_their_rate);
+    RUN(flows_of_one_limit_share_it_fairly);
+    RUN(large_requests_do_not_hold_up_small_ones);
+    RUN(limits_change_while_requests_wait);
+    RUN(the_tighter_of_several_limits_counts);
+    RUN(credit_is_saved_and_spent);
+    RUN(a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group);
+    RUN(groups_change_while_requests_wait);
+    RUN(draining_holds_up_nothing);
+    RUN(time_that_stood_still_lets_nothing_pass);
+    RUN(a_standstill_saves_nothing);
+    RUN(whoever_looks_first_after_a_standstill);
+    RUN(what_is_due_in_a_standstill_comes_later);
+    RUN(without_memory_what_waits_passes_and_limits_stay);
+    RUN(what_is_dropped_is_neither_done_nor_paid);
+    RUN(a_large_trim_does_not_hold_up_others);
+    RUN(zero_and_trim_count_by_mebibytes);
+    return CHECK_REPORT();
 }

@@ -16,7 +16,7 @@ def build_nbd(source: Path, target: Path) -> Path:
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", "-O1", "-fsanitize=address,undefined"]
     command += [
         "-fno-sanitize-recover=all",
-        "-DVX_NBD_PIECE=((size_t)96<<10)",
+        "-DVX_SERVICE_PIECE=((size_t)96<<10)",
         f"-I{source}",
         f"-I{ROOT / 'tests' / 'c'}",
     ]

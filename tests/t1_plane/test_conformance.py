@@ -120,12 +120,12 @@ def make(kind, tmp_path, pool):
     if kind.startswith("map"):
         lower = plane.Memory(4 << 20) if kind == "map" else plane.Callback(Bytes(4 << 20), 4 << 20)
         if kind == "map over a device that parks":
-            lower = plane.Hold(plane.Memory(4 << 20), pool)
+            lower = plane.Injector(plane.Memory(4 << 20), pool)
             lower.set(park=list(Operation)[:5], park_ns=100_000)
         handler = Pages(lower, SIZE, pool)
         return handler.map, handler
     lower = plane.Memory(SIZE)
-    device = plane.Hold(lower, pool)
+    device = plane.Injector(lower, pool)
     if kind == "hold that parks":
         device.set(park=list(Operation), park_ns=100_000)
     if kind == "hold that delays":
@@ -236,7 +236,7 @@ def test_read_into_needs_a_writable_buffer(device):
 
 
 def test_failing_lower_fails_the_request_alone(pool):
-    lower = plane.Hold(plane.Memory(4 << 20), pool)
+    lower = plane.Injector(plane.Memory(4 << 20), pool)
     handler = Pages(lower, SIZE, pool)
     handler.map.write(b"a" * 512, 0)
     lower.set(fail=[Operation.WRITE], fail_code=-3)
@@ -250,7 +250,7 @@ def test_failing_lower_fails_the_request_alone(pool):
 
 
 def test_failed_barrier_poisons(pool):
-    lower = plane.Hold(plane.Memory(4 << 20), pool)
+    lower = plane.Injector(plane.Memory(4 << 20), pool)
     handler = Pages(lower, SIZE, pool)
     handler.map.write(b"a" * 512, 0)
     lower.set(fail=[Operation.FLUSH])
@@ -311,7 +311,7 @@ def test_commit_is_asked_once_for_all_pages_and_never_without_any(pool):
 
 def test_flush_covers_only_what_came_before_it_and_groups(pool):
     """Many threads write and flush: all are committed, in fewer rounds than flushes."""
-    lower = plane.Hold(plane.Memory(4 << 20), pool)
+    lower = plane.Injector(plane.Memory(4 << 20), pool)
     lower.set(park=[Operation.FLUSH], park_ns=2_000_000)
     handler = Pages(lower, SIZE, pool)
     errors = []

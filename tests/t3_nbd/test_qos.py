@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 import vhdx
 from tests.t3_nbd.client import Client
 from vhdx import plane
-from vhdx.control.quality import change_qos
+from vhdx.control.qos import change_qos
 from vhdx.errors import Reason
 from vhdx.plane import Clock, Limit, LimitKind, Limits, MeterFacts, Pacing, Throttle
 from vhdx.qos import Domain, Policy, PolicyKind, Settings, Store

@@ -290,7 +290,7 @@ def test_one_disk_is_one_by_any_path_and_device(pool, tmp_path):
 
 def test_a_child_does_not_wait_for_turns_of_its_parent(pool):
     domain = Domain(pool, scheduling=Scheduling(keep_minimums=True, capacity_iops=1000))
-    with domain._turns._background.turn(4096):  # whose thread the child does not have
+    with domain._turns._background.slot(4096):  # whose thread the child does not have
         child = os.fork()
         if child == 0:
             signal.alarm(20)

@@ -307,7 +307,7 @@ def held(image):
     """The image served through a device that can be told to be slow."""
     pool = plane.Pool(threads=8)
     disk = vhdx.open(image, "r+")
-    slow = plane.Hold(disk._device, pool)
+    slow = plane.Injector(disk._device, pool)
     disk._device = slow
     return disk, slow
 

@@ -13,7 +13,7 @@ from vhdx.cli.output import VhdxGroup, raise_from_now
 
 __all__ = ["main"]
 
-_IMAGES, _SERVING, _QUALITY = "vhdx.cli.images", "vhdx.cli.serving", "vhdx.cli.quality"
+_IMAGES, _SERVING, _QOS = "vhdx.cli.images", "vhdx.cli.serving", "vhdx.cli.qos"
 _HOMES = {
     "create": _IMAGES,
     "info": _IMAGES,
@@ -29,8 +29,8 @@ _HOMES = {
     "serve": _SERVING,
     "ps": _SERVING,
     "stop": _SERVING,
-    "qos": _QUALITY,
-    "top": _QUALITY,
+    "qos": _QOS,
+    "top": _QOS,
 }
 _READING = {"info", "map", "dump", "ps"}
 """They change nothing, so a signal ends them at once."""

@@ -26,7 +26,7 @@ from vhdx.cli.output import (
     print_json,
     print_table,
 )
-from vhdx.cli.quality import changes_of, refuse_stuck, settings_options
+from vhdx.cli.qos import changes_of, refuse_stuck, settings_options
 from vhdx.errors import InvalidArgumentError, NotFoundError
 from vhdx.front import nbd
 from vhdx.host import Limits

@@ -72,7 +72,7 @@ class ServerInfo:
         return answer
 
     def change_qos(self, body: dict[str, Any]) -> Any:
-        """Has it change what is wanted; see :func:`vhdx.control.quality.change_qos`."""
+        """Has it change what is wanted; see :func:`vhdx.control.qos.change_qos`."""
         with transport.answer(self.socket, "POST", "/v1/qos", body, _ANSWER_SECONDS) as lines:
             answer = next(lines)
         if "error" in answer:

@@ -26,7 +26,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from vhdx.control import wire
 from vhdx.control.metrics import METRICS_TYPE, exposition
-from vhdx.control.quality import change_qos
+from vhdx.control.qos import change_qos
 from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, Reason, VhdxError
 from vhdx.front import nbd
 from vhdx.host import Limits, ServerOptions

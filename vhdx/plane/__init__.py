@@ -7,8 +7,6 @@ stand in ``csrc/core/device.h`` and ``csrc/map/map.h``.
 """
 
 from vhdx.plane.callback import Backend, Callback
-from vhdx.plane.check import E_CANCELLED as CANCELLED
-from vhdx.plane.check import E_FORKED as FORKED
 from vhdx.plane.connection import CONNECTION_BYTES, Connection, ConnectionCounters
 from vhdx.plane.device import (
     DATA,
@@ -16,7 +14,7 @@ from vhdx.plane.device import (
     ZERO,
     Device,
     File,
-    Hold,
+    Injector,
     Memory,
     Operation,
     Pool,
@@ -25,6 +23,9 @@ from vhdx.plane.device import (
     Switch,
     default_pool,
 )
+from vhdx.plane.failures import E_CANCELLED as CANCELLED
+from vhdx.plane.failures import E_FORKED as FORKED
+from vhdx.plane.gil import serving
 from vhdx.plane.map import (
     CHUNK_PAGES,
     TAG_ZERO,
@@ -61,7 +62,6 @@ from vhdx.plane.schedule import (
     Scheduler,
     Share,
 )
-from vhdx.plane.turn import serving
 
 __all__ = [
     "CANCELLED",
@@ -87,7 +87,7 @@ __all__ = [
     "Device",
     "FaultHandler",
     "File",
-    "Hold",
+    "Injector",
     "Kind",
     "Limit",
     "LimitKind",

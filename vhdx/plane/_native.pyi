@@ -3,6 +3,75 @@ from typing import Any
 ffi: Any
 
 class _Lib:
+    VX_ENTRY_LOWER_SHIFT: int
+    VX_ENTRY_KIND_SHIFT: int
+    VX_ENTRY_TAG_SHIFT: int
+    VX_CHUNK_PAGES: int
+    VX_TAG_ZERO: int
+    VX_LIMIT_KINDS: int
+    VX_METER_BINS: int
+    VX_DEEPEST: int
+    VX_LARGEST_WEIGHT: int
+    VX_PIECE: int
+    VX_NBD_CONNECTION_BYTES: int
+    VX_E_RANGE: int
+    VX_E_IO: int
+    VX_E_NOSPACE: int
+    VX_E_READONLY: int
+    VX_E_POISONED: int
+    VX_E_CLOSED: int
+    VX_E_NOMEM: int
+    VX_E_INVALID: int
+    VX_E_MISSING_PARENT: int
+    VX_E_CANCELLED: int
+    VX_E_NO_PROGRESS: int
+    VX_E_FORKED: int
+    VX_E_UNSUPPORTED: int
+    VX_E_UPCALL: int
+    VX_E_DAMAGED: int
+    VX_E_PROTOCOL: int
+    VX_READ: int
+    VX_WRITE: int
+    VX_ZERO: int
+    VX_TRIM: int
+    VX_FLUSH: int
+    VX_EXTENTS: int
+    VX_FUA: int
+    VX_NOWAIT: int
+    VX_NO_HOLE: int
+    VX_FAST: int
+    VX_EXTENT_DATA: int
+    VX_EXTENT_ZERO: int
+    VX_EXTENT_HOLE: int
+    VX_FAULT_LOAD: int
+    VX_FAULT_GRANT: int
+    VX_FAULT_GATE: int
+    VX_FAULT_RANGE: int
+    VX_FAULT_COMMIT: int
+    VX_ASK: int
+    VX_HOLE: int
+    VX_DATA: int
+    VX_SHARED: int
+    VX_MIXED: int
+    VX_MAP_IN_PLACE: int
+    VX_MAP_READ_ONLY: int
+    VX_MAP_GATED: int
+    VX_MAP_TRANSPARENT: int
+    VX_GRANT_FRESH: int
+    VX_GRANT_STALE: int
+    VX_FILE_READ_ONLY: int
+    VX_FILE_SPARSE: int
+    VX_FILE_MEMORY: int
+    VX_FILE_ALLOCATE: int
+    VX_MODEL_HDD: int
+    VX_MODEL_SSD: int
+    VX_MODEL_NVME: int
+    VX_LIMIT_UNITS: int
+    VX_LIMIT_UNITS_READ: int
+    VX_LIMIT_UNITS_WRITTEN: int
+    VX_LIMIT_BYTES: int
+    VX_LIMIT_BYTES_READ: int
+    VX_LIMIT_BYTES_WRITTEN: int
     vx_python_fault: Any
     vx_python_perform: Any
     vx_python_resize: Any
@@ -58,7 +127,7 @@ class _Lib:
     def vx_meter_create(self, unit: int, /) -> Any: ...
     def vx_meter_destroy(self, meter: Any, /) -> None: ...
     def vx_meter_switch(self, meter: Any, on: bool, /) -> None: ...
-    def vx_meter_read(self, meter: Any, facts: Any, bins: Any, /) -> None: ...
+    def vx_meter_read(self, meter: Any, facts: Any, /) -> None: ...
     def vx_meter_bin_start(self, bin: int, /) -> int: ...
     def vx_nbd_set_meter(self, connection: Any, meter: Any, /) -> None: ...
     def vx_file_create(self, fd: int, size: int, flags: int, identity: int, /) -> Any: ...
@@ -68,8 +137,8 @@ class _Lib:
         self, size: int, read_only: bool, identity: int, upcalls: Any, /
     ) -> Any: ...
     def vx_memory_create(self, size: int, capacity: int, identity: int, /) -> Any: ...
-    def vx_hold_create(self, lower: Any, pool: Any, identity: int, /) -> Any: ...
-    def vx_hold_set(self, device: Any, settings: Any, /) -> None: ...
+    def vx_injector_create(self, lower: Any, pool: Any, identity: int, /) -> Any: ...
+    def vx_injector_set(self, device: Any, settings: Any, /) -> None: ...
     def vx_map_create(
         self,
         size: int,
@@ -143,8 +212,8 @@ class _Lib:
     def vx_schedule_create(self, lower: Any, share: Any, identity: int, /) -> Any: ...
     def vx_schedule_waiting(self, device: Any, /) -> int: ...
     def vx_schedule_set_share(self, device: Any, share: Any, /) -> None: ...
-    def vx_share_take_turn(self, share: Any, size: int, /) -> Any: ...
-    def vx_turn_end(self, turn: Any, /) -> None: ...
+    def vx_share_take_slot(self, share: Any, size: int, /) -> Any: ...
+    def vx_slot_end(self, slot: Any, /) -> None: ...
     def vx_load_create(
         self, device: Any, clock: Any, pool: Any, meter: Any, terms: Any, /
     ) -> Any: ...

@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any, Protocol
 
 from vhdx.errors import HostIOError, Reason
-from vhdx.plane import check
+from vhdx.plane import failures
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.device import Device, Operation, RawExtent
 
@@ -53,9 +53,9 @@ class Callback(Device):
     """A device whose bytes live behind a :class:`Backend` (``csrc/leaf/callback.h``)."""
 
     def __init__(self, backend: Backend, size: int, *, read_only: bool = False) -> None:
-        identity = check.new_identity()
+        identity = failures.new_identity()
         self.backend = backend
-        check.register(identity, self)
+        failures.register(identity, self)
         super().__init__(lib.vx_callback_create(size, read_only, identity, upcalls()))
 
     def perform(self, request: Any) -> None:
@@ -75,7 +75,7 @@ class Callback(Device):
             backend.trim(offset, length)
         elif operation == Operation.EXTENTS:
             self._extents(request)
-        if operation == Operation.FLUSH or request.flags & 1:
+        if operation == Operation.FLUSH or request.flags & lib.VX_FUA:
             backend.flush()
 
     def _extents(self, request: Any) -> None:
@@ -102,35 +102,35 @@ def _lent(view: memoryview) -> Iterator[memoryview]:
 
 
 def _guarded(identity: int, method: str, argument: Any) -> int:
-    owner = check.lookup(identity)
+    owner = failures.lookup(identity)
     if owner is None:
-        return check.E_CLOSED
+        return failures.E_CLOSED
     try:
         getattr(owner, method)(argument)
     except BaseException as error:
-        return check.code_of(error)
+        return failures.code_of(error)
     return 0
 
 
-@ffi.def_extern(error=check.E_UPCALL)
+@ffi.def_extern(error=failures.E_UPCALL)
 def vx_python_fault(identity: int, fault: Any) -> int:
     return _guarded(identity, "answer", fault)
 
 
-@ffi.def_extern(error=check.E_UPCALL)
+@ffi.def_extern(error=failures.E_UPCALL)
 def vx_python_perform(identity: int, request: Any) -> int:
     return _guarded(identity, "perform", request)
 
 
-@ffi.def_extern(error=check.E_UPCALL)
+@ffi.def_extern(error=failures.E_UPCALL)
 def vx_python_resize(identity: int, size: int) -> int:
-    owner = check.lookup(identity)
+    owner = failures.lookup(identity)
     if owner is None:
-        return check.E_CLOSED
+        return failures.E_CLOSED
     try:
         owner.backend.resize(size)
     except BaseException as error:
-        return check.code_of(error)
+        return failures.code_of(error)
     return 0
 
 
@@ -173,7 +173,7 @@ def _begin_delegate() -> None:
     process = os.getpid()
 
     def serve() -> None:
-        check.answer_for_main_thread()
+        failures.answer_for_main_thread()
         lib.vx_delegate_serve(delegate)
 
     thread = threading.Thread(target=serve, name="vhdx-upcalls", daemon=True)

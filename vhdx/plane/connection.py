@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CONNECTION_BYTES", "Connection", "ConnectionCounters"]
 
-CONNECTION_BYTES = 4 << 20
+CONNECTION_BYTES: int = lib.VX_NBD_CONNECTION_BYTES
 """What a connection may take without asking the pool (``VX_NBD_CONNECTION_BYTES``)."""
 
 
@@ -70,7 +70,7 @@ class Connection:
         terms = ffi.new("vx_nbd_terms *")
         terms.largest_payload = largest_payload
         terms.requests_limit, terms.bytes_limit = requests_limit, bytes_limit
-        terms.slot = slot & 0xFFFFFFFF
+        terms.epoch_slot = slot & 0xFFFFFFFF
         terms.read_only, terms.structured = read_only, structured
         terms.block_status = context_id is not None
         terms.context_id = 0 if context_id is None else context_id
@@ -96,6 +96,7 @@ class Connection:
 
     def counters(self) -> ConnectionCounters:
         """A snapshot; each number is exact, their relation is not."""
-        numbers = ffi.new("uint64_t[]", 13)
-        lib.vx_nbd_counters_of(self._handle, numbers)
-        return ConnectionCounters(*numbers)
+        found = ffi.new("vx_nbd_counters *")
+        lib.vx_nbd_counters_of(self._handle, found)
+        rest = (found.bytes_read, found.bytes_written, found.errors, found.pooled, found.under_way)
+        return ConnectionCounters._make([*found.requests, *rest])

@@ -16,7 +16,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vhdx.errors import HostIOError, RangeError, Reason
-from vhdx.plane import check, turn
+from vhdx.plane import failures, gil
 from vhdx.plane._native import ffi, lib
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Device",
     "File",
-    "Hold",
+    "Injector",
     "Memory",
     "Operation",
     "Pool",
@@ -36,9 +36,9 @@ __all__ = [
 
 Buffer = bytes | bytearray | memoryview | Any
 
-DATA, ZERO, HOLE = 0, 1, 2
+DATA, ZERO, HOLE = lib.VX_EXTENT_DATA, lib.VX_EXTENT_ZERO, lib.VX_EXTENT_HOLE
 
-_FUA, _NO_HOLE, _FAST = 1, 4, 8
+_FUA, _NO_HOLE, _FAST = lib.VX_FUA, lib.VX_NO_HOLE, lib.VX_FAST
 _EXTENTS_AT_ONCE = 1024
 _POOL_THREADS = 16
 _POOL_BYTES = 512 << 20
@@ -47,16 +47,16 @@ _POOL_BYTES = 512 << 20
 class Operation(IntEnum):
     """Operations of a request (``enum vx_operation``)."""
 
-    READ = 0
-    WRITE = 1
-    ZERO = 2
-    TRIM = 3
-    FLUSH = 4
-    EXTENTS = 5
+    READ = lib.VX_READ
+    WRITE = lib.VX_WRITE
+    ZERO = lib.VX_ZERO
+    TRIM = lib.VX_TRIM
+    FLUSH = lib.VX_FLUSH
+    EXTENTS = lib.VX_EXTENTS
 
 
 class RawExtent(NamedTuple):
-    """A run of one state: 0 data, 1 zero, 2 hole; depth is -1 for holes."""
+    """A run of one state (DATA, ZERO or HOLE); depth is -1 for holes."""
 
     offset: int
     length: int
@@ -78,7 +78,7 @@ _devices: weakref.WeakSet[Device] = weakref.WeakSet()
 
 def _fail_in_child() -> None:
     for device in _devices:
-        lib.vx_device_set_state(device.handle, check.E_FORKED)
+        lib.vx_device_set_state(device.handle, failures.E_FORKED)
 
 
 os.register_at_fork(after_in_child=_fail_in_child)
@@ -148,17 +148,17 @@ class Device:
         view = ffi.from_buffer("uint8_t[]", buffer, True)
         length = len(view)
         code = lib.vx_transfer(
-            self.handle, 0, 0, view, length, _offset(offset), check.failure_buffer()
+            self.handle, 0, 0, view, length, _offset(offset), failures.failure_buffer()
         )
         if code:
-            check.raise_for(code, self.path)
+            failures.raise_for(code, self.path)
         return length
 
     def read(self, length: int, offset: int) -> bytes:
         """``length`` bytes from ``offset`` on."""
         size = self.size
         if not 0 <= offset <= size or not 0 <= length <= size - offset:
-            check.raise_for(self.state, self.path)
+            failures.raise_for(self.state, self.path)
             raise RangeError(
                 "the range is not inside the disk", path=self.path, offset=max(offset, 0)
             )
@@ -177,10 +177,10 @@ class Device:
             view,
             length,
             _offset(offset),
-            check.failure_buffer(),
+            failures.failure_buffer(),
         )
         if code:
-            check.raise_for(code, self.path)
+            failures.raise_for(code, self.path)
         return length
 
     def zero(
@@ -220,10 +220,10 @@ class Device:
             ffi.NULL,
             _offset(length),
             _offset(offset),
-            check.failure_buffer(),
+            failures.failure_buffer(),
         )
         if code:
-            check.raise_for(code, self.path)
+            failures.raise_for(code, self.path)
 
     def extents(self, offset: int, length: int) -> Iterator[RawExtent]:
         """Runs of one state that cover the range in order; neighbours may have equal states."""
@@ -236,10 +236,10 @@ class Device:
                 _offset(end - offset),
                 found,
                 _EXTENTS_AT_ONCE,
-                check.failure_buffer(),
+                failures.failure_buffer(),
             )
             if count < 0:
-                check.raise_for(count, self.path)
+                failures.raise_for(count, self.path)
             for i in range(count):
                 extent = found[i]
                 offset = extent.offset + extent.length
@@ -261,10 +261,10 @@ class Device:
                 keep.append(view)
                 slot.buffer = view
                 slot.length = len(view)
-        with turn.waiting():
-            code = lib.vx_batch(self.handle, array, len(steps), check.failure_buffer())
+        with gil.waiting():
+            code = lib.vx_batch(self.handle, array, len(steps), failures.failure_buffer())
         if code:
-            check.raise_for(code, self.path)
+            failures.raise_for(code, self.path)
 
     def freeze(self) -> None:
         """Refuses changes from now on; those under way go on."""
@@ -274,14 +274,14 @@ class Device:
         """Changes the size to ``size`` bytes."""
         code = lib.vx_device_resize(self.handle, _offset(size))
         if code:
-            check.raise_for(code, self.path)
+            failures.raise_for(code, self.path)
 
 
 def _offset(value: int) -> int:
     # cffi refuses what is not a uint64_t with OverflowError; a range error says more.
     if 0 <= value < 1 << 64:
         return value
-    raise check.CODES[check.E_RANGE][0](f"{value} is not a position in a disk", reason=Reason.RANGE)
+    raise RangeError(f"{value} is not a position in a disk", reason=Reason.RANGE)
 
 
 class File(Device):
@@ -307,9 +307,13 @@ class File(Device):
         path: str | None = None,
     ) -> None:
         memory = _is_memory_file_system(fd)
-        flags = (1 if read_only else 0) | (2 if sparse else 0) | (4 if memory else 0)
-        flags |= 8 if bulk and not memory else 0
-        super().__init__(lib.vx_file_create(fd, size, flags, check.new_identity()), path)
+        flags = lib.VX_FILE_READ_ONLY if read_only else 0
+        flags |= lib.VX_FILE_SPARSE if sparse else 0
+        flags |= lib.VX_FILE_MEMORY if memory else 0
+        flags |= lib.VX_FILE_ALLOCATE if bulk and not memory else 0
+        identity = failures.new_identity()
+        super().__init__(lib.vx_file_create(fd, size, flags, identity), path)
+        failures.register(identity, self)  # errors name this file
 
     @property
     def barriers(self) -> int:
@@ -379,11 +383,11 @@ class Switch(Device):
         lib.vx_switch_follow(self.handle)
 
 
-class Hold(Device):
-    """Parks, delays and fails requests of a lower device, for tests (``csrc/sim/hold.h``)."""
+class Injector(Device):
+    """Parks, delays and fails requests of a lower device, for tests (``csrc/sim/injector.h``)."""
 
     def __init__(self, lower: Device, pool: Pool) -> None:
-        super().__init__(lib.vx_hold_create(lower.handle, pool.handle, 0), lower.path)
+        super().__init__(lib.vx_injector_create(lower.handle, pool.handle, 0), lower.path)
         self._pool = pool
 
     def set(
@@ -396,16 +400,16 @@ class Hold(Device):
         again: Iterable[Operation] = (),
         fail: Iterable[Operation] = (),
         fail_after: int = 0,
-        fail_code: int = check.E_IO,
+        fail_code: int = failures.E_IO,
     ) -> None:
-        """Replaces all settings; see ``vx_hold_settings``."""
-        settings = ffi.new("vx_hold_settings *")
+        """Replaces all settings; see ``vx_injector_settings``."""
+        settings = ffi.new("vx_injector_settings *")
         settings.park_mask, settings.park_ns = _mask(park), park_ns
         settings.delay_mask, settings.delay_ns = _mask(delay), delay_ns
         settings.again_mask = _mask(again)
         settings.fail_mask, settings.fail_after = _mask(fail), fail_after
         settings.fail_code = fail_code
-        lib.vx_hold_set(self.handle, settings)
+        lib.vx_injector_set(self.handle, settings)
 
 
 def _mask(operations: Iterable[Operation]) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vhdx.arrays import np
 from vhdx.errors import ClosedError
-from vhdx.plane import check, turn
+from vhdx.plane import failures, gil
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.callback import upcalls
 from vhdx.plane.device import Device, Operation, Pool
@@ -30,21 +30,21 @@ __all__ = [
     "fields",
 ]
 
-CHUNK_PAGES = 512
+CHUNK_PAGES: int = lib.VX_CHUNK_PAGES
 """Pages whose entries are dropped together (``VX_CHUNK_PAGES``)."""
 
-TAG_ZERO = 256
+TAG_ZERO: int = lib.VX_TAG_ZERO
 """Bit of a tag: a hole that is reported as zeros rather than as unallocated."""
 
 
 class Kind(IntEnum):
     """Kinds of entries (``csrc/map/table.h``)."""
 
-    ASK = 0
-    HOLE = 1
-    DATA = 2
-    SHARED = 3
-    MIXED = 4
+    ASK = lib.VX_ASK
+    HOLE = lib.VX_HOLE
+    DATA = lib.VX_DATA
+    SHARED = lib.VX_SHARED
+    MIXED = lib.VX_MIXED
 
 
 def entries(
@@ -53,9 +53,9 @@ def entries(
     """Entries of kind, lower device, offset (bytes, a multiple of 512) and tag (0..511)."""
     result: npt.NDArray[np.uint64] = (
         (np.asarray(offset, np.uint64) >> np.uint64(9))
-        | (np.asarray(lower, np.uint64) << np.uint64(39))
-        | (np.asarray(kind, np.uint64) << np.uint64(51))
-        | (np.asarray(tag, np.uint64) << np.uint64(55))
+        | (np.asarray(lower, np.uint64) << np.uint64(lib.VX_ENTRY_LOWER_SHIFT))
+        | (np.asarray(kind, np.uint64) << np.uint64(lib.VX_ENTRY_KIND_SHIFT))
+        | (np.asarray(tag, np.uint64) << np.uint64(lib.VX_ENTRY_TAG_SHIFT))
     )
     return result
 
@@ -64,9 +64,9 @@ def fields(
     entry: npt.NDArray[np.uint64],
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Kind, offset (bytes) and tag of entries."""
-    kind = (entry >> np.uint64(51)) & np.uint64(15)
+    kind = (entry >> np.uint64(lib.VX_ENTRY_KIND_SHIFT)) & np.uint64(15)
     offset = (entry & np.uint64(0x7FFFFFFFFF)) << np.uint64(9)
-    return kind, offset, entry >> np.uint64(55)
+    return kind, offset, entry >> np.uint64(lib.VX_ENTRY_TAG_SHIFT)
 
 
 class Changes(NamedTuple):
@@ -166,9 +166,11 @@ class Map(Device):
         path: str | None = None,
     ) -> None:
         np.uint64  # noqa: B018 - every fault needs it: where it cannot be loaded, no map is made
-        identity = check.new_identity()
-        flags = (1 if in_place else 0) | (2 if read_only else 0)
-        flags |= (4 if gated else 0) | (8 if transparent else 0)
+        identity = failures.new_identity()
+        flags = lib.VX_MAP_IN_PLACE if in_place else 0
+        flags |= lib.VX_MAP_READ_ONLY if read_only else 0
+        flags |= lib.VX_MAP_GATED if gated else 0
+        flags |= lib.VX_MAP_TRANSPARENT if transparent else 0
         handle = lib.vx_map_create(
             size,
             largest_size,
@@ -182,12 +184,12 @@ class Map(Device):
         super().__init__(handle, path)
         self._handler: FaultHandler | None = handler
         self._keep = (pool, tuple(lowers))
-        check.register(identity, self)
+        failures.register(identity, self)
         for index, lower in enumerate(lowers):
-            check.raise_for(lib.vx_map_set_lower(self.handle, index, lower.handle))
+            failures.raise_for(lib.vx_map_set_lower(self.handle, index, lower.handle))
         if parent is not None and sectors is not None:
             shift = sectors.size.bit_length() - 1
-            check.raise_for(
+            failures.raise_for(
                 lib.vx_map_set_parent(self.handle, parent, shift, sectors.mixed_tag, sectors.full_tag)
             )
 
@@ -196,13 +198,13 @@ class Map(Device):
         kind, handler = fault.kind, self._handler
         if handler is None:
             raise ClosedError("the disk was closed", path=self.path)
-        if kind == 0:
+        if kind == lib.VX_FAULT_LOAD:
             handler.load(fault.first, fault.count)
-        elif kind == 1:
+        elif kind == lib.VX_FAULT_GRANT:
             handler.grant(fault.count)
-        elif kind == 2:
+        elif kind == lib.VX_FAULT_GATE:
             handler.open_gate()
-        elif kind == 3:
+        elif kind == lib.VX_FAULT_RANGE:
             handler.change_range(Operation(fault.operation), fault.first, fault.count, fault.size)
         else:
             count, each = fault.bitmap_count, fault.bitmap_bytes
@@ -214,19 +216,19 @@ class Map(Device):
                 bits.reshape(count, -1) if count else bits.reshape(0, 1),
                 fault.generation,
             )
-            with turn.computing():
+            with gil.computing():
                 handler.commit(changes)
 
     def install(self, first: int, new: npt.NDArray[np.uint64]) -> None:
         """Fills the pages from ``first`` on that ask; 0 leaves a page asking."""
         new = np.ascontiguousarray(new, np.uint64)
         view = ffi.from_buffer("uint64_t[]", new)
-        check.raise_for(lib.vx_map_install(self.handle, first, len(new), view), self.path)
+        failures.raise_for(lib.vx_map_install(self.handle, first, len(new), view), self.path)
 
     def set_bitmap(self, page: int, bits: bytes) -> None:
         """Sets the sector bitmap of a page (a bit a sector, 1: stored in this device)."""
         view = ffi.from_buffer("uint8_t[]", bits)
-        check.raise_for(lib.vx_map_set_bitmap(self.handle, page, view, len(view)), self.path)
+        failures.raise_for(lib.vx_map_set_bitmap(self.handle, page, view, len(view)), self.path)
 
     def read_entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
         """The entries of these pages as they stand."""
@@ -261,7 +263,7 @@ class Map(Device):
             publish,
             ffi.from_buffer("uint8_t[]", mismatched),
         )
-        check.raise_for(code, self.path)
+        failures.raise_for(code, self.path)
         return mismatched.astype(np.bool_)
 
     def quiesce(self) -> None:
@@ -273,9 +275,9 @@ class Map(Device):
     ) -> None:
         """Hands ready pages to C: at these offsets (bytes), reading zeros unless ``stale``."""
         view = ffi.from_buffer("uint64_t[]", np.ascontiguousarray(offsets, np.uint64))
-        check.raise_for(
-            lib.vx_map_grant(self.handle, lower, len(offsets), view, tag, 1 if stale else 0),
-            self.path,
+        flag = lib.VX_GRANT_STALE if stale else lib.VX_GRANT_FRESH
+        failures.raise_for(
+            lib.vx_map_grant(self.handle, lower, len(offsets), view, tag, flag), self.path
         )
 
     def revoke(self) -> npt.NDArray[np.uint64]:
@@ -294,7 +296,7 @@ class Map(Device):
 
     def poison(self) -> None:
         """Fails every further request with PoisonedError."""
-        lib.vx_device_set_state(self.handle, check.E_POISONED)
+        lib.vx_device_set_state(self.handle, failures.E_POISONED)
 
     def statistics(self) -> dict[str, int]:
         """Generations, rounds, commits, published pages, stock and faults."""
@@ -309,6 +311,6 @@ class Map(Device):
             PoisonedError: that could not be made durable.
         """
         try:
-            check.raise_for(lib.vx_map_close(self.handle), self.path)
+            failures.raise_for(lib.vx_map_close(self.handle), self.path)
         finally:
             self._handler = None  # it holds this map: nobody should wait for the collector

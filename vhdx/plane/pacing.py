@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from vhdx.errors import HostIOError, InvalidArgumentError, Reason
-from vhdx.plane import check
+from vhdx.plane import failures
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.device import Device, Pool
 
@@ -37,19 +37,19 @@ __all__ = [
 LARGEST_RATE = 10**12
 """Units or bytes a second; more is no limit that anything could reach."""
 
-_BINS, _FACTS = 128, 12
-METER_NUMBERS = _FACTS + _BINS
+_BINS: int = lib.VX_METER_BINS
+METER_NUMBERS = 12 + _BINS
 
 
 class LimitKind(IntEnum):
     """What is limited; the values are those of ``vx_limit_kind``."""
 
-    UNITS = 0
-    UNITS_READ = 1
-    UNITS_WRITTEN = 2
-    BYTES = 3
-    BYTES_READ = 4
-    BYTES_WRITTEN = 5
+    UNITS = lib.VX_LIMIT_UNITS
+    UNITS_READ = lib.VX_LIMIT_UNITS_READ
+    UNITS_WRITTEN = lib.VX_LIMIT_UNITS_WRITTEN
+    BYTES = lib.VX_LIMIT_BYTES
+    BYTES_READ = lib.VX_LIMIT_BYTES_READ
+    BYTES_WRITTEN = lib.VX_LIMIT_BYTES_WRITTEN
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Limits:
             limits: by kind; what is not named is not limited.
             fresh: limits that are new begin with all that they may save.
         """
-        wanted = ffi.new("vx_limit[6]")
+        wanted = ffi.new("vx_limit[]", lib.VX_LIMIT_KINDS)
         for kind, limit in limits.items():
             mine = wanted[kind]
             mine.rate, mine.burst = limit.rate, limit.burst
@@ -161,7 +161,7 @@ class Limits:
 
     def levels(self) -> dict[LimitKind, int]:
         """What each kind could let pass now; negative is owed, 0 where there is no limit."""
-        levels = ffi.new("int64_t[6]")
+        levels = ffi.new("int64_t[]", lib.VX_LIMIT_KINDS)
         lib.vx_limits_levels(self.handle, levels)
         return {kind: levels[kind] for kind in LimitKind}
 
@@ -178,7 +178,9 @@ class Throttle(Device):
     def __init__(
         self, lower: Device, pacing: Pacing, own: Limits, group: Limits | None = None
     ) -> None:
-        handle = lib.vx_throttle_create(lower.handle, pacing.handle, own.handle, check.new_identity())
+        handle = lib.vx_throttle_create(
+            lower.handle, pacing.handle, own.handle, failures.new_identity()
+        )
         super().__init__(handle, lower.path)
         self._pacing = (lower, pacing, own)
         self.set_group(group)
@@ -226,10 +228,9 @@ class Meter:
 
     def read(self) -> MeterFacts:
         """Each number is exact, their relation is not."""
-        facts, bins = ffi.new("uint64_t[]", _FACTS), ffi.new("uint64_t[]", _BINS)
-        lib.vx_meter_read(self.handle, facts, bins)
-        pairs: list[Any] = [(facts[i], facts[i + 1]) for i in range(0, _FACTS, 2)]
-        return MeterFacts(*[*pairs, tuple(bins)])
+        found = ffi.new("vx_meter_facts *")
+        lib.vx_meter_read(self.handle, found)
+        return MeterFacts(*(tuple(getattr(found, name)) for name in MeterFacts._fields))
 
 
 def quantile(bins: Sequence[int], share: float) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Disks as slow as models say, turns at a shared device, and clients for experiments.
+"""Disks as slow as models say, slots of a shared device, and clients for experiments.
 
 The faces of ``csrc/sim`` (``model.h``, ``delay.h``, ``load.h``) and ``csrc/qos/schedule.h``.
 """
@@ -10,12 +10,11 @@ import contextlib
 import heapq
 import os
 import random
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from vhdx.errors import ClosedError, HostIOError, InvalidArgumentError, Reason
-from vhdx.plane import check
+from vhdx.plane import failures
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.device import Device, Operation
 
@@ -32,6 +31,7 @@ __all__ = [
     "PIECE",
     "Delay",
     "Load",
+    "LoadFacts",
     "Model",
     "ModelKind",
     "Scheduled",
@@ -41,12 +41,12 @@ __all__ = [
     "ShareFacts",
 ]
 
-DEEPEST = 256
+DEEPEST: int = lib.VX_DEEPEST
 """Requests that a scheduler may let through at a time."""
 
-LARGEST_WEIGHT = 10_000
-PIECE = 256 << 10
-"""Bytes that go at a time; more of one request waits for another turn."""
+LARGEST_WEIGHT: int = lib.VX_LARGEST_WEIGHT
+PIECE: int = lib.VX_PIECE
+"""Bytes that go at a time; the rest of a request waits for another slot."""
 
 _LEAST_UNIT, _LARGEST_UNIT = 512, 1 << 30
 _LARGEST_CAPACITY = 1 << 60
@@ -66,9 +66,9 @@ def _clock_of(pool: Pool, clock: Clock | None) -> Any:
 class ModelKind(IntEnum):
     """What is modelled; the values are those of ``vx_model_kind``."""
 
-    HDD = 0
-    SSD = 1
-    NVME = 2
+    HDD = lib.VX_MODEL_HDD
+    SSD = lib.VX_MODEL_SSD
+    NVME = lib.VX_MODEL_NVME
 
 
 class Model:
@@ -127,7 +127,7 @@ class Delay(Device):
         self, lower: Device, model: Model, pool: Pool, *, base: int = 0, clock: Clock | None = None
     ) -> None:
         handle = lib.vx_delay_create(
-            lower.handle, model.handle, _clock_of(pool, clock), base, check.new_identity()
+            lower.handle, model.handle, _clock_of(pool, clock), base, failures.new_identity()
         )
         super().__init__(handle, lower.path)
         self._keep = (lower, model, pool, clock)
@@ -186,15 +186,15 @@ class Scheduler:
         lib.vx_scheduler_set_most_below(self.handle, ns)
 
     def stop(self) -> None:
-        """Nobody waits for a turn any more; before its pool is closed."""
+        """Cancels all waits for slots, now and later; call it before the pool is closed."""
         if self._process == os.getpid():  # those who wait are not in a forked child
             lib.vx_scheduler_stop(self.handle)
 
     def read(self) -> SchedulerFacts:
         """Since it was made; not after its pool was closed."""
-        facts = ffi.new("uint64_t[4]")
-        lib.vx_scheduler_read(self.handle, facts)
-        return SchedulerFacts(*facts)
+        found = ffi.new("vx_scheduler_facts *")
+        lib.vx_scheduler_read(self.handle, found)
+        return SchedulerFacts(*(getattr(found, name) for name in SchedulerFacts._fields))
 
 
 class ShareFacts(NamedTuple):
@@ -234,31 +234,31 @@ class Share:
 
     def read(self) -> ShareFacts:
         """Since it was made."""
-        facts = ffi.new("uint64_t[8]")
-        lib.vx_share_read(self.handle, facts)
-        return ShareFacts(*facts)
+        found = ffi.new("vx_share_facts *")
+        lib.vx_share_read(self.handle, found)
+        return ShareFacts(*(getattr(found, name) for name in ShareFacts._fields))
 
     @contextlib.contextmanager
-    def turn(self, size: int) -> Iterator[None]:
-        """Waits until work that does its own I/O may do ``size`` bytes of it, at most a piece.
+    def slot(self, size: int) -> Iterator[None]:
+        """Holds a slot for work that does ``size`` bytes of I/O itself, at most a piece.
 
         Raises:
             ClosedError: the scheduler has stopped.
         """
-        taken = lib.vx_share_take_turn(self.handle, size)
+        taken = lib.vx_share_take_slot(self.handle, size)
         if taken == ffi.NULL:
-            raise ClosedError("nobody takes turns any more")
+            raise ClosedError("the scheduler has stopped")
         try:
             yield
         finally:
-            lib.vx_turn_end(taken)
+            lib.vx_slot_end(taken)
 
 
 class Scheduled(Device):
-    """A disk whose requests wait for their turn in a share."""
+    """A disk whose requests wait in a share for slots of the scheduler."""
 
     def __init__(self, lower: Device, share: Share) -> None:
-        handle = lib.vx_schedule_create(lower.handle, share.handle, check.new_identity())
+        handle = lib.vx_schedule_create(lower.handle, share.handle, failures.new_identity())
         super().__init__(handle, lower.path)
         self._keep = (lower, share)
 
@@ -267,12 +267,13 @@ class Scheduled(Device):
         lib.vx_schedule_set_share(self.handle, share.handle)
 
     def waiting(self) -> int:
-        """Requests of it that wait for a turn now."""
+        """Requests of it that wait for a slot now."""
         return lib.vx_schedule_waiting(self.handle)
 
 
-@dataclass(frozen=True)
-class _Counts:
+class LoadFacts(NamedTuple):
+    """Requests of a load: answered so far, those of them that failed, and those under way."""
+
     answered: int
     failed: int
     under_way: int
@@ -339,8 +340,8 @@ class Load:
         """Sends no more, and waits for those under way; a virtual clock has to be advanced then."""
         lib.vx_load_stop(self.handle)
 
-    def read(self) -> _Counts:
-        """Requests answered so far, those of them that failed, and those under way."""
-        facts = ffi.new("uint64_t[3]")
-        lib.vx_load_read(self.handle, facts)
-        return _Counts(*facts)
+    def read(self) -> LoadFacts:
+        """Since it was made."""
+        found = ffi.new("vx_load_facts *")
+        lib.vx_load_read(self.handle, found)
+        return LoadFacts(found.answered, found.failed, found.under_way)

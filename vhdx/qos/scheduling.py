@@ -177,7 +177,7 @@ class Turns:
         if self._scheduler is None or self._background is None:
             return
         for done in range(0, size, self._scheduler.piece):
-            with self._background.turn(min(self._scheduler.piece, size - done)):
+            with self._background.slot(min(self._scheduler.piece, size - done)):
                 pass
 
     def close(self) -> None:

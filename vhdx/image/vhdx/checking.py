@@ -21,7 +21,7 @@ from vhdx.image.host import HostFile, open_host
 from vhdx.image.vhdx.allocation import Taken, bat_runs, check_entries, is_payload, survey
 from vhdx.image.vhdx.image import open_vhdx
 from vhdx.image.vhdx.overlay import Overlay
-from vhdx.image.vhdx.shifted import find_shifted_pages
+from vhdx.image.vhdx.qemu_shifted_bat import find_shifted_pages
 from vhdx.image.vhdx.structure import Structure, active_sequence, find_refusals, read_structure
 from vhdx.image.vhdx.view import View
 from vhdx.interrupts import uninterruptible

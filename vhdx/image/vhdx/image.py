@@ -33,7 +33,7 @@ from vhdx.image.vhdx.engine import Engine
 from vhdx.image.vhdx.overlay import ReplayedFile
 from vhdx.image.vhdx.parents import candidates, mismatch
 from vhdx.image.vhdx.parents import parent_info as describe_parent
-from vhdx.image.vhdx.shifted import refuse_shifted_pages
+from vhdx.image.vhdx.qemu_shifted_bat import refuse_shifted_pages
 from vhdx.image.vhdx.structure import Structure, read_structure
 from vhdx.image.vhdx.view import AS_SPECIFIED, View
 from vhdx.interrupts import caller

@@ -40,7 +40,7 @@ from vhdx.image.partial import create_partial
 from vhdx.image.replacing import rename_new, sync_directory
 from vhdx.image.vhdx import journal
 from vhdx.image.vhdx.checking import Report, examine
-from vhdx.image.vhdx.shifted import find_shifted_pages
+from vhdx.image.vhdx.qemu_shifted_bat import find_shifted_pages
 from vhdx.image.vhdx.structure import active_sequence, read_structure
 from vhdx.interrupts import uninterruptible
 

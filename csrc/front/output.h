@@ -6,41 +6,41 @@
  * Owned by one connection's thread. A piece with an owner is given back through `sent` when its last
  * byte has been handed to the kernel.
  */
-#ifndef VX_NBD_OUTPUT_H
-#define VX_NBD_OUTPUT_H
+#ifndef VX_OUTPUT_H
+#define VX_OUTPUT_H
 
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
-#define NBD_STAGING_BYTES ((size_t)1 << 20)
-#define NBD_PIECES 512u
+#define VX_OUTPUT_STAGING ((size_t)1 << 20)
+#define VX_OUTPUT_PIECES 512u
 
-typedef struct nbd_piece {
+typedef struct vx_output_piece {
     const uint8_t *bytes;
     size_t length;
     void *owner; /* NULL: staging, or more of the same owner follows */
-} nbd_piece;
+} vx_output_piece;
 
-typedef struct nbd_output {
+typedef struct vx_output {
     uint8_t *staging;
     size_t used;
-    nbd_piece pieces[NBD_PIECES]; /* [first, count) wait */
+    vx_output_piece pieces[VX_OUTPUT_PIECES]; /* [first, count) wait */
     uint32_t first, count;
     uint64_t bytes; /* waiting */
     void (*sent)(void *owner, void *context);
     void *context;
-} nbd_output;
+} vx_output;
 
-bool nbd_output_initialise(nbd_output *output, void (*sent)(void *, void *), void *context);
-void nbd_output_release(nbd_output *output); /* gives every owner back */
+bool vx_output_initialise(vx_output *output, void (*sent)(void *, void *), void *context);
+void vx_output_release(vx_output *output); /* gives every owner back */
 /* Room for `length` staged bytes and `pieces` more pieces? */
-bool nbd_output_fits(const nbd_output *output, size_t length, uint32_t pieces);
+bool vx_output_fits(const vx_output *output, size_t length, uint32_t pieces);
 /* Where the next staged bytes go; then commits them. */
-uint8_t *nbd_output_stage(nbd_output *output);
-void nbd_output_staged(nbd_output *output, size_t length);
-void nbd_output_refer(nbd_output *output, const uint8_t *bytes, size_t length, void *owner);
+uint8_t *vx_output_stage(vx_output *output);
+void vx_output_staged(vx_output *output, size_t length);
+void vx_output_refer(vx_output *output, const uint8_t *bytes, size_t length, void *owner);
 /* Sends what it can without blocking: 1 all gone, 0 the socket is full, -1 the peer is gone. */
-int nbd_output_send(nbd_output *output, int fd);
+int vx_output_send(vx_output *output, int fd);
 
 #endif

@@ -5,13 +5,13 @@
  * while it is used. A parked request is resumed by the pool, which must not be the one whose threads
  * wait for it. Operations are chosen by a mask of 1 << vx_operation.
  */
-#ifndef VX_HOLD_H
-#define VX_HOLD_H
+#ifndef VX_INJECTOR_H
+#define VX_INJECTOR_H
 
 #include "core/device.h"
 #include "core/pool.h"
 
-typedef struct vx_hold_settings {
+typedef struct vx_injector_settings {
     uint32_t park_mask;
     uint64_t park_ns;
     uint32_t delay_mask;
@@ -20,9 +20,9 @@ typedef struct vx_hold_settings {
     uint32_t fail_mask;
     uint64_t fail_after; /* so many matching requests succeed first */
     int32_t fail_code;
-} vx_hold_settings;
+} vx_injector_settings;
 
-vx_device *vx_hold_create(vx_device *lower, vx_pool *pool, uint64_t identity);
-void vx_hold_set(vx_device *device, const vx_hold_settings *settings);
+vx_device *vx_injector_create(vx_device *lower, vx_pool *pool, uint64_t identity);
+void vx_injector_set(vx_device *device, const vx_injector_settings *settings);
 
 #endif

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-#include "front/nbd_output.h"
+#include "front/output.h"
 
 #include <errno.h>
 #include <stdlib.h>
@@ -7,23 +7,23 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
-bool nbd_output_initialise(nbd_output *output, void (*sent)(void *, void *), void *context)
+bool vx_output_initialise(vx_output *output, void (*sent)(void *, void *), void *context)
 {
     memset(output, 0, sizeof *output);
-    output->staging = malloc(NBD_STAGING_BYTES);
+    output->staging = malloc(VX_OUTPUT_STAGING);
     output->sent = sent;
     output->context = context;
     return output->staging != NULL;
 }
 
-static void empty(nbd_output *output)
+static void empty(vx_output *output)
 {
     output->first = output->count = 0;
     output->used = 0;
     output->bytes = 0;
 }
 
-void nbd_output_release(nbd_output *output)
+void vx_output_release(vx_output *output)
 {
     for (uint32_t i = output->first; i < output->count; i++)
         if (output->pieces[i].owner != NULL)
@@ -33,39 +33,39 @@ void nbd_output_release(nbd_output *output)
     output->staging = NULL;
 }
 
-bool nbd_output_fits(const nbd_output *output, size_t length, uint32_t pieces)
+bool vx_output_fits(const vx_output *output, size_t length, uint32_t pieces)
 {
-    return NBD_STAGING_BYTES - output->used >= length && NBD_PIECES - output->count >= pieces;
+    return VX_OUTPUT_STAGING - output->used >= length && VX_OUTPUT_PIECES - output->count >= pieces;
 }
 
-uint8_t *nbd_output_stage(nbd_output *output)
+uint8_t *vx_output_stage(vx_output *output)
 {
     return output->staging + output->used;
 }
 
-void nbd_output_staged(nbd_output *output, size_t length)
+void vx_output_staged(vx_output *output, size_t length)
 {
     const uint8_t *bytes = output->staging + output->used;
-    nbd_piece *last = output->count > output->first ? &output->pieces[output->count - 1] : NULL;
+    vx_output_piece *last = output->count > output->first ? &output->pieces[output->count - 1] : NULL;
     if (last != NULL && last->owner == NULL && last->bytes + last->length == bytes)
         last->length += length;
     else
-        output->pieces[output->count++] = (nbd_piece){bytes, length, NULL};
+        output->pieces[output->count++] = (vx_output_piece){bytes, length, NULL};
     output->used += length;
     output->bytes += length;
 }
 
-void nbd_output_refer(nbd_output *output, const uint8_t *bytes, size_t length, void *owner)
+void vx_output_refer(vx_output *output, const uint8_t *bytes, size_t length, void *owner)
 {
-    output->pieces[output->count++] = (nbd_piece){bytes, length, owner};
+    output->pieces[output->count++] = (vx_output_piece){bytes, length, owner};
     output->bytes += length;
 }
 
-static void consume(nbd_output *output, size_t n)
+static void consume(vx_output *output, size_t n)
 {
     output->bytes -= n;
     while (n > 0 || (output->first < output->count && output->pieces[output->first].length == 0)) {
-        nbd_piece *piece = &output->pieces[output->first];
+        vx_output_piece *piece = &output->pieces[output->first];
         size_t part = n < piece->length ? n : piece->length;
         piece->bytes += part;
         piece->length -= part;
@@ -78,10 +78,10 @@ static void consume(nbd_output *output, size_t n)
     }
 }
 
-int nbd_output_send(nbd_output *output, int fd)
+int vx_output_send(vx_output *output, int fd)
 {
     while (output->first < output->count) {
-        struct iovec vector[NBD_PIECES];
+        struct iovec vector[VX_OUTPUT_PIECES];
         struct msghdr message = {.msg_iov = vector};
         for (uint32_t i = output->first; i < output->count; i++)
             vector[message.msg_iovlen++] =

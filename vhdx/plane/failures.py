@@ -15,7 +15,7 @@ import weakref
 from typing import Any
 
 from vhdx import errors
-from vhdx.plane._native import ffi
+from vhdx.plane._native import ffi, lib
 
 __all__ = [
     "CODES",
@@ -34,9 +34,13 @@ __all__ = [
     "register",
 ]
 
-E_RANGE, E_IO, E_NOSPACE, E_READONLY, E_POISONED = -1, -2, -3, -4, -5
-E_CLOSED, E_NOMEM, E_INVALID, E_MISSING_PARENT, E_CANCELLED = -6, -7, -8, -9, -10
-E_NO_PROGRESS, E_FORKED, E_UNSUPPORTED, E_UPCALL, E_DAMAGED = -11, -12, -13, -14, -15
+# csrc/core/error.h
+E_RANGE, E_IO, E_NOSPACE = lib.VX_E_RANGE, lib.VX_E_IO, lib.VX_E_NOSPACE
+E_READONLY, E_POISONED, E_CLOSED = lib.VX_E_READONLY, lib.VX_E_POISONED, lib.VX_E_CLOSED
+E_NOMEM, E_INVALID, E_CANCELLED = lib.VX_E_NOMEM, lib.VX_E_INVALID, lib.VX_E_CANCELLED
+E_MISSING_PARENT, E_NO_PROGRESS = lib.VX_E_MISSING_PARENT, lib.VX_E_NO_PROGRESS
+E_FORKED, E_UNSUPPORTED, E_UPCALL = lib.VX_E_FORKED, lib.VX_E_UNSUPPORTED, lib.VX_E_UPCALL
+E_DAMAGED, E_PROTOCOL = lib.VX_E_DAMAGED, lib.VX_E_PROTOCOL
 
 _Row = tuple[type[errors.VhdxError], errors.Reason, str, str | None]
 
@@ -101,6 +105,12 @@ CODES: dict[int, _Row] = {
         "close the image and open it again",
     ),
     E_DAMAGED: (errors.DamagedError, errors.Reason.TRUNCATED, "the image is damaged", None),
+    E_PROTOCOL: (
+        errors.ProtocolError,
+        errors.Reason.PROTOCOL,
+        "the client broke the protocol",
+        None,
+    ),
 }
 
 # The most particular class first: what a fault handler raises becomes one of these codes.
@@ -184,7 +194,7 @@ def raise_for(code: int, path: str | None = None) -> None:
 
     Args:
         code: result of a C call, its details in :func:`failure_buffer` where it has any.
-        path: the file to name in the message.
+        path: the file to name in the message where the device that failed has none.
     """
     slot = _thread.raised
     raised, slot.error = slot.error, None
@@ -208,6 +218,7 @@ def _raise(code: int, raised: BaseException | None, path: str | None) -> None:
     offset = None
     if failure.code == code:
         offset = failure.offset
+        path = getattr(lookup(failure.device), "path", None) or path
         if failure.os_error:
             message = os.strerror(failure.os_error).lower()
         failure.code = 0

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT
  *
- * Buckets of limits save by the clock, which goes on while the process is suspended. As long as a
- * limit may save for longer than LATE, a timer beats, or whoever comes before it when it is due. Where
- * that is more than LATE after, the process stood still: before anybody looks at a bucket again, what
- * was saved meanwhile goes, and what waits comes later by as much.
+ * Detects that the process was stalled (suspended, or not scheduled). Buckets save credit by the clock,
+ * which goes on during a stall. While some limit saves credit for longer than LATE, a timer checks every
+ * LATE / 4. If a check comes more than LATE after it was due, the process was stalled: the credit of that
+ * time is taken away and waiting requests are released later by as much. Whoever needs a bucket before an
+ * overdue check makes the check itself, so no bucket is used with credit from a stall.
  */
 #include <stdlib.h>
 
@@ -11,7 +12,7 @@
 
 #define INTERVAL (LATE / 4)
 
-struct pulse {
+struct stall_detector {
     pthread_mutex_t lock; /* taken before the lock of the domain */
     vx_qos *qos;          /* NULL: it has ended */
     uint32_t references;  /* of the domain, and of each run of the timer that is to come */
@@ -20,16 +21,16 @@ struct pulse {
     vx_timer timer;
 };
 
-static void stood_still(vx_limits *limits, unsigned b, uint64_t since, uint64_t now)
+static void skip_stall(vx_limits *limits, unsigned b, uint64_t since, uint64_t now)
 {
-    vx_bucket_stood_still(&limits->buckets[b], now - since, now);
+    vx_bucket_skip_stall(&limits->buckets[b], now - since, now);
     for (flow *f = limits->qos->flows; f != NULL; f = f->next)
         if (f->due_set == limits && f->due_bucket == b && f->due > since)
             throttle_retime(f, f->due + (now - since));
 }
 
-/* Whether there is anything to look after. */
-static bool look(const pulse *p, uint64_t now)
+/* Whether some limit saves credit; takes away what one saved during a stall. */
+static bool check_limits(const stall_detector *p, uint64_t now)
 {
     bool late = p->is_set && now > p->due + LATE, saves = false;
     for (vx_limits *limits = p->qos->limits; limits != NULL; limits = limits->next)
@@ -37,36 +38,36 @@ static bool look(const pulse *p, uint64_t now)
             if (throttle_saves(&limits->buckets[b])) {
                 saves = true;
                 if (late)
-                    stood_still(limits, b, p->due, now);
+                    skip_stall(limits, b, p->due, now);
             }
     return saves;
 }
 
 /* Under its lock. */
-static void beat(pulse *p)
+static void check(stall_detector *p)
 {
     vx_qos *qos = p->qos;
     pthread_mutex_lock(&qos->lock);
     uint64_t now = vx_ticks(vx_clock_now(qos->clock));
-    bool saves = look(p, now);
+    bool saves = check_limits(p, now);
     p->due = now + INTERVAL;
     p->references -= vx_clock_cancel(qos->clock, &p->timer);
     p->is_set = saves && vx_clock_set(qos->clock, &p->timer, vx_ns_of_ticks(p->due));
     p->references += p->is_set;
-    atomic_store(&qos->beat_due, p->is_set ? p->due : UINT64_MAX);
+    atomic_store(&qos->check_due, p->is_set ? p->due : UINT64_MAX);
     pthread_mutex_unlock(&qos->lock);
 }
 
-void throttle_pulse_beat(pulse *p)
+void throttle_stall_detector_check(stall_detector *p)
 {
     pthread_mutex_lock(&p->lock);
     if (p->is_set)
-        beat(p);
+        check(p);
     pthread_mutex_unlock(&p->lock);
 }
 
 /* Unlocks it, with a reference fewer. */
-static void let_go(pulse *p)
+static void let_go(stall_detector *p)
 {
     bool last = --p->references == 0;
     pthread_mutex_unlock(&p->lock);
@@ -78,35 +79,35 @@ static void let_go(pulse *p)
 
 static void on_time(vx_timer *timer)
 {
-    pulse *p = (pulse *)((char *)timer - offsetof(pulse, timer));
+    stall_detector *p = (stall_detector *)((char *)timer - offsetof(stall_detector, timer));
     pthread_mutex_lock(&p->lock);
     if (p->qos != NULL)
-        beat(p);
+        check(p);
     let_go(p);
 }
 
-pulse *throttle_pulse_create(vx_qos *qos)
+stall_detector *throttle_stall_detector_create(vx_qos *qos)
 {
-    pulse *p = calloc(1, sizeof *p);
+    stall_detector *p = calloc(1, sizeof *p);
     if (p == NULL)
         return NULL;
     pthread_mutex_init(&p->lock, NULL);
     p->qos = qos;
     p->references = 1;
     p->timer.run = on_time;
-    atomic_init(&qos->beat_due, UINT64_MAX);
+    atomic_init(&qos->check_due, UINT64_MAX);
     return p;
 }
 
-void throttle_pulse_begin(pulse *p)
+void throttle_stall_detector_begin(stall_detector *p)
 {
     pthread_mutex_lock(&p->lock);
     if (!p->is_set)
-        beat(p);
+        check(p);
     pthread_mutex_unlock(&p->lock);
 }
 
-void throttle_pulse_end(pulse *p)
+void throttle_stall_detector_end(stall_detector *p)
 {
     pthread_mutex_lock(&p->lock);
     p->qos = NULL;
