@@ -67,23 +67,24 @@ class _Watcher:
         self.others: list[float] = []
         self.changes: list[tuple[float, str]] = []
         self._server = next(s for s in servers() if s.pid == target.process.pid)
+        self._server.subscribe()
         self._end = threading.Event()
         self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
 
     def now(self) -> float:
         return time.monotonic() - self._began
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         status = "Ok"
         while not self._end.wait(0.1):
-            disks = {disk["disk"]: disk for disk in self._server.qos()["disks"]}
-            got = {name: d["windows"]["1"]["normalized_iops"] for name, d in disks.items()}
+            disks = {disk.disk: disk for disk in self._server.qos().disks}
+            got = {name: d.windows["1"].normalized_iops for name, d in disks.items()}
             self.iops.append((self.now(), got.pop("disk0")))
             self.others.append(sum(got.values()))
-            if disks["disk0"]["status"] != status:
-                status = disks["disk0"]["status"]
+            if disks["disk0"].status.value != status:
+                status = disks["disk0"].status.value
                 self.changes.append((self.now(), status))
 
     def end(self) -> None:

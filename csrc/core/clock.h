@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * Time, and what is to happen at a time. A real clock is CLOCK_MONOTONIC with a thread of its own; a
- * virtual one stands still until it is advanced, so that hours pass in seconds and always alike.
+ * virtual one advances only when it is told to, so that hours pass in seconds and always alike.
  *
  * A timer runs once, no earlier than its time, with no lock held, and must not block: the others wait
  * for it. Timers of one time run in the order in which they were set. Its memory belongs to its owner

@@ -455,7 +455,7 @@ static void draining_holds_up_nothing(void)
     tear_down(lower, 1);
 }
 
-static void time_that_stood_still_lets_nothing_pass(void)
+static void a_stall_lets_nothing_pass(void)
 {
     /* Three flows of a limit of one a second, due after 1, 2 and 3 s; the process is stalled. */
     static const struct {
@@ -490,7 +490,7 @@ static void time_that_stood_still_lets_nothing_pass(void)
     }
 }
 
-static void a_standstill_saves_nothing(void)
+static void a_stall_saves_nothing(void)
 {
     /* 100 a second, 1,000 saved at most; a client that always waits is stalled with its server. Then
      * what comes first is the timer, or a request. */
@@ -512,7 +512,7 @@ static void a_standstill_saves_nothing(void)
         vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
         CHECK_GE(clients[0].units, 2985);
         CHECK_LE(clients[0].units, 3015);
-        clients[0].ends = 0; /* idle: what was saved before the standstill stays, and no more */
+        clients[0].ends = 0; /* idle: what was saved before the stall stays, and no more */
         vx_clock_advance(clock_, vx_clock_now(clock_) + 3 * SECOND);
         vx_clock_skip(clock_, vx_clock_now(clock_) + still * SECOND);
         uint64_t before = clients[0].units;
@@ -539,7 +539,7 @@ static void a_standstill_saves_nothing(void)
     }
 }
 
-static void whoever_looks_first_after_a_standstill(void)
+static void whoever_comes_first_after_a_stall(void)
 {
     /* Ten a second and a burst of ten, used up; an hour later a change, a group taken away, a drain, a
      * look, or a request comes before the timer. */
@@ -578,7 +578,7 @@ static void whoever_looks_first_after_a_standstill(void)
     }
 }
 
-static void what_is_due_in_a_standstill_comes_later(void)
+static void what_is_due_in_a_stall_comes_later(void)
 {
     for (unsigned scene = 0; scene < 4; scene++) {
         bool credit = scene % 2, drained = scene / 2;
@@ -745,10 +745,10 @@ int main(void)
     RUN(a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group);
     RUN(groups_change_while_requests_wait);
     RUN(draining_holds_up_nothing);
-    RUN(time_that_stood_still_lets_nothing_pass);
-    RUN(a_standstill_saves_nothing);
-    RUN(whoever_looks_first_after_a_standstill);
-    RUN(what_is_due_in_a_standstill_comes_later);
+    RUN(a_stall_lets_nothing_pass);
+    RUN(a_stall_saves_nothing);
+    RUN(whoever_comes_first_after_a_stall);
+    RUN(what_is_due_in_a_stall_comes_later);
     RUN(without_memory_what_waits_passes_and_limits_stay);
     RUN(what_is_dropped_is_neither_done_nor_paid);
     RUN(a_large_trim_does_not_hold_up_others);

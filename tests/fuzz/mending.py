@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.fuzz.opening import INTERESTING, base_images, judge, mutate, second_opinion
+from tests.fuzz.opening import INTERESTING, base_images, evaluate, mutate, second_opinion
 from tests.reference import ITEMS, Reference, Refused
 from tests.unusual import MIB, generate, seal
 
@@ -328,7 +328,7 @@ def fuzz_log(seconds: float, seed: int) -> int:
     """Replays of damaged logs, in memory and into the file."""
 
     def one(path: Path, data: bytearray, rng: random.Random) -> bool:
-        return judge(path, bytes(data), len(data), rng, rng.random() < 0.5)
+        return evaluate(path, bytes(data), len(data), rng, rng.random() < 0.5)
 
     return run("log", seconds, seed, one)
 

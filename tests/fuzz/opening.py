@@ -193,7 +193,7 @@ ONLY_READ = ("reserved bits", "region tables disagree", "NUL character")
 """Of what is refused to a writer only."""
 
 
-def judge(path: Path, data: bytes, size: int, rng: random.Random, write: bool) -> bool:
+def evaluate(path: Path, data: bytes, size: int, rng: random.Random, write: bool) -> bool:
     """Whether it opened. Raises on a bug."""
     import vhdx
 
@@ -213,7 +213,7 @@ def judge(path: Path, data: bytes, size: int, rng: random.Random, write: bool) -
         if error.reason in {"internal", "no_progress", "no_memory"}:
             raise
         if write and any(words in error.message for words in ONLY_READ):
-            return judge(path, data, size, rng, False)  # what is only read must be read right
+            return evaluate(path, data, size, rng, False)  # what is only read must be read right
         no_log = not isinstance(theirs, str) and write and not theirs.has_log
         if not isinstance(theirs, str) and error.reason != "sector_bitmap" and not no_log:
             raise AssertionError("it is refused without need") from error
@@ -249,7 +249,7 @@ def fuzz_open(seconds: float, seed: int) -> int:
             write = rng.random() < 0.4
             before = None if write else (data[:size], path.stat().st_size, path.stat().st_blocks)
             began, blocks = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            opened += judge(path, data, size, rng, write)
+            opened += evaluate(path, data, size, rng, write)
             took = time.monotonic() - began
             if took > 5:
                 raise AssertionError(f"it took {took:.1f} s")

@@ -48,7 +48,7 @@ PLANTED: dict[str, list[tuple[str, str, str]]] = {
         ("front/nbd_wire.c", "nbd_put_chunk(out, last, NBD_CHUNK_HOLE, cookie, 12)", "nbd_put_chunk(out, last, NBD_CHUNK_HOLE, cookie, 8)"),
         ("front/nbd_wire.c", "!terms->block_status || request->length == 0", "!terms->block_status"),
         ("front/nbd_request.c", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length;", "if (wire->length <= present && write_inline(c, wire, payload)) {\n        c->begin += wire->length + 1;"),
-        ("front/nbd_request.c", "size_t part = present < op->wire.length ? present : op->wire.length;", "size_t part = present;"),
+        ("front/nbd_request.c", "size_t part = present < task->wire.length ? present : task->wire.length;", "size_t part = present;"),
         ("front/nbd_request.c", "wire->length <= INLINE_READ && read_inline", "read_inline"),
         ("front/nbd_reply.c", "wire->flags & NBD_FLAG_REQ_ONE ? 1 : STATUS_EXTENTS", "STATUS_EXTENTS"),
         ("front/nbd_reply.c", "bool end = stop == length;", "bool end = true;"),

@@ -12,11 +12,12 @@ import pytest
 
 from vhdx.qos import alerts
 from vhdx.qos.alerts import Alerts
-from vhdx.qos.monitor import Alert
+from vhdx.qos.monitor import Alert, Consumer, Status
 
 
 def alert(number: int, *, begins: bool = True, achieved: float = 1.0) -> Alert:
-    return Alert(float(number), f"disk{number}", begins, 100, achieved, (("other", 7.0),))
+    event = Status.INSUFFICIENT if begins else Status.OK
+    return Alert(float(number), event, f"disk{number}", 100, achieved, (Consumer("other", 7.0),))
 
 
 def eventually(condition) -> None:
@@ -30,7 +31,9 @@ def eventually(condition) -> None:
 def test_hooks_run_one_after_another_in_their_order(tmp_path):
     out = tmp_path / "out"
     # The first takes longest: started together, they would end the other way round.
-    told = Alerts(f'sleep 0.$((5 - ${{VHDX_DISK#disk}})); echo "$VHDX_DISK $VHDX_TAKERS" >> {out}')
+    told = Alerts(
+        f'sleep 0.$((5 - ${{VHDX_DISK#disk}})); echo "$VHDX_DISK $VHDX_TOP_CONSUMERS" >> {out}'
+    )
     for number in range(5):
         told.tell(alert(number))
     told.close()  # what was told is told
@@ -89,7 +92,7 @@ def test_ends_say_why(caplog):
         told.tell(alert(1, begins=False, achieved=100))
         told.tell(alert(2, begins=False, achieved=3))
     assert "disk1 gets its minimum of 100 normalised IOPS again (100)" in caplog.text
-    told.tell(Alert(3.0, "disk3", False, 0, 123.0, ()))
+    told.tell(Alert(3.0, Status.OK, "disk3", 0, 123.0, ()))
     assert "disk3 does not miss a minimum any more: it has none" in caplog.text
     assert "disk2 does not miss its minimum of 100 normalised IOPS any more: it asks for less" in (
         caplog.text
@@ -109,5 +112,5 @@ def test_a_hook_finds_its_facts(tmp_path):
         "VHDX_EVENT=InsufficientThroughput",
         f"VHDX_MESSAGE={alert(4, achieved=12.4)}",
         "VHDX_MINIMUM_IOPS=100",
-        "VHDX_TAKERS=other 7",
+        "VHDX_TOP_CONSUMERS=other 7",
     ]

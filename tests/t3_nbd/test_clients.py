@@ -118,7 +118,7 @@ def change_while_used(disk, directory, stop, done, *, grows, compacts, snapshots
             disk.pwrite(os.urandom(8 * MIB) + bytes(8 * MIB), at)
             disk.flush()
             disk.trim(at, 8 * MIB)
-            done["won"] = done.get("won", 0) + disk.compact().won
+            done["reclaimed"] = done.get("reclaimed", 0) + disk.compact().reclaimed
         else:
             disk.snapshot(directory / f"s{number}.vhdx")
         done[step] = done.get(step, 0) + 1
@@ -171,7 +171,7 @@ def verified_while_changed(image, directory, seconds, copies, **steps):
         "compact": steps["compacts"],
         "snapshot": steps["snapshots"],
     }
-    assert done["won"] > 0
+    assert done["reclaimed"] > 0
     for path in directory.glob("*.vhdx"):
         assert vhdx.check(path).errors == 0
     assert len(copies) == steps["snapshots"]

@@ -63,13 +63,13 @@ class Set:
         domain = Domain(self.pool, scheduling=scheduling, sizes=sizes, clock=clock)
         for number, settings in enumerate(self.wanted(factor)):
             domain.add_disk(str(number), f"/{number}", plane.Memory(size), settings)
-        domain.describe()
+        domain.subscribe(1e9)
         return domain, clock
 
     def _is_admitted(self, factor: float) -> bool:
         domain, _ = self.domain(factor, MIB)
         try:
-            return domain.describe()["scheduling"]["admitted"]
+            return domain.report().scheduling.admitted
         finally:
             domain.close()
 
@@ -97,7 +97,7 @@ class Set:
             load = plane.Load(
                 flow.throttle, self.pool, seed=number + 1, meter=flow.meter, clock=clock, **terms
             )
-            flow.under_way = lambda load=load: load.read().under_way
+            flow.set_under_way(lambda load=load: load.read().under_way)
             load.start()
             loads.append(load)
             flows.append(flow)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import vhdx
 from tests.t3_nbd.client import Client
 from vhdx import plane
+from vhdx.control.api import ChangeDisk, ChangePolicy, RemovePolicy, decode_request
 from vhdx.control.qos import change_qos
 from vhdx.errors import Reason
 from vhdx.plane import Clock, Limit, LimitKind, Limits, MeterFacts, Pacing, Throttle
@@ -169,7 +170,7 @@ def test_policies_change_one_at_a_time(pool):
 
     def change(name, value):
         barrier.wait()
-        change_qos(domain, {"change": "policy", "name": "gold", "settings": {name: value}})
+        change_qos(domain, ChangePolicy("gold", {name: value}))
 
     threads = [threading.Thread(target=change, args=(n, 1000)) for n in names]
     for thread in threads:
@@ -190,7 +191,7 @@ def test_minimums_of_a_group_fit_into_its_maximum(pool):
         domain.set_disk("b", {}, "all")
     domain.set_disk("b", {"minimum_iops": 40}, "all")
     with pytest.raises(vhdx.InvalidArgumentError, match="above the maximum iops of 99"):
-        change_qos(domain, {"change": "policy", "name": "all", "settings": {"maximum_iops": 99}})
+        change_qos(domain, ChangePolicy("all", {"maximum_iops": 99}))
     domain.close()
 
 
@@ -201,19 +202,19 @@ def test_what_contradicts_already_can_be_mended(pool, caplog):
     for name in "abc":
         domain.add_disk(name, f"/{name}", plane.Memory(MIB))
     for name in "ab":  # as the file would say
-        domain._disks[name].policy_id = domain.policy("all").policy_id
-        domain._disks[name].settings = Settings(minimum_iops=300)
+        domain._registry.disks[name].policy_id = domain.policy("all").policy_id
+        domain._registry.disks[name].settings = Settings(minimum_iops=300)
     domain.begin()
     assert "a minimum of 600 for the disks of policy 'all' together" in caplog.text
     domain.set_disk("c", {"maximum_iops": 1000})
     domain.set_policy(Policy("other", PolicyKind.DEDICATED, Settings(maximum_iops=10)))
     domain.set_disk("a", {"minimum_iops": 250})
-    change_qos(domain, {"change": "policy", "name": "all", "settings": {"maximum_iops": 450}})
+    change_qos(domain, ChangePolicy("all", {"maximum_iops": 450}))
     for change in ({"minimum_iops": 260}, {"minimum_iops": 400}):
         with pytest.raises(vhdx.InvalidArgumentError, match="above the maximum iops of 450"):
             domain.set_disk("a", change)
     with pytest.raises(vhdx.InvalidArgumentError, match="above the maximum iops of 440"):
-        change_qos(domain, {"change": "policy", "name": "all", "settings": {"maximum_iops": 440}})
+        change_qos(domain, ChangePolicy("all", {"maximum_iops": 440}))
     domain.close()
 
 
@@ -289,7 +290,7 @@ def test_a_change_that_cannot_be_kept_is_none(pool, tmp_path):
     domain.set_policy(gold := Policy("gold", PolicyKind.DEDICATED, Settings(maximum_iops=5)))
     domain.set_disk("a", {}, "gold")
     shutil.rmtree(tmp_path / "d")
-    before = domain.describe()
+    before = domain.report()
     for change in (
         lambda: domain.set_disk("a", {"maximum_iops": 3}),
         lambda: domain.remove_policy("gold"),
@@ -298,11 +299,11 @@ def test_a_change_that_cannot_be_kept_is_none(pool, tmp_path):
     ):
         with pytest.raises(vhdx.HostIOError):
             change()
-        after = domain.describe()
-        assert after["policies"] == before["policies"]
-        assert after["disks"][0]["effective"] == before["disks"][0]["effective"]
+        after = domain.report()
+        assert after.policies == before.policies
+        assert after.disks[0].effective == before.disks[0].effective
     domain.close()
-    for late in (domain.describe, lambda: domain.set_disk("a", {})):
+    for late in (domain.report, lambda: domain.set_disk("a", {})):
         with pytest.raises(vhdx.ClosedError):
             late()
 
@@ -342,7 +343,7 @@ def test_alerts_come_once_and_go_once():
         seconds = tick / 4
         starved = 1000 <= seconds < 2000 or (seconds > 3000 and tick % 2)  # then it flickers
         figures = Figures(normalized_iops=50 if starved else 120, offered_iops=120)
-        change = watch.judge(seconds, 100, figures, 1.0)
+        change = watch.evaluate(seconds, 100, figures, 1.0)
         if change is not None:
             found.append((change, seconds))
     (begins, began), (ends, ended) = found
@@ -355,8 +356,8 @@ def test_who_wants_little_has_no_alert():
     watch = Watch()
     for tick in range(100):
         idle = Figures(normalized_iops=20, offered_iops=20)
-        assert watch.judge(tick / 4, 100, idle, 0.3) is None
-        assert watch.judge(tick / 4, None, idle, 1.0) is None
+        assert watch.evaluate(tick / 4, 100, idle, 0.3) is None
+        assert watch.evaluate(tick / 4, None, idle, 1.0) is None
     assert not watch.insufficient
 
 
@@ -391,6 +392,8 @@ def test_a_throttle_in_virtual_time():
 
 # ---- domains ----
 
+CHANGES = ChangeDisk | ChangePolicy | RemovePolicy
+
 
 @pytest.fixture
 def pool():
@@ -400,7 +403,7 @@ def pool():
 
 
 def disk_of(domain, name):
-    return next(d for d in domain.describe()["disks"] if d["disk"] == name)
+    return next(d for d in domain.report().disks if d.disk == name)
 
 
 def test_policies_of_a_domain(pool, tmp_path):
@@ -411,27 +414,27 @@ def test_policies_of_a_domain(pool, tmp_path):
         gold = Policy("gold", PolicyKind.DEDICATED, Settings(maximum_iops=500, minimum_iops=50))
         domain.set_policy(gold)
         domain.set_disk("a", {"maximum_iops": 800}, "gold")
-        assert disk_of(domain, "a")["effective"]["maximum_iops"] == 500
-        assert disk_of(domain, "a")["effective"]["minimum_iops"] == 50
+        assert disk_of(domain, "a").effective.maximum_iops == 500
+        assert disk_of(domain, "a").effective.minimum_iops == 50
         domain.remove_policy("gold")
-        assert disk_of(domain, "a")["status"] == Status.UNKNOWN_POLICY
-        assert disk_of(domain, "a")["effective"]["maximum_iops"] == 800
+        assert disk_of(domain, "a").status == Status.UNKNOWN_POLICY
+        assert disk_of(domain, "a").effective.maximum_iops == 800
         with pytest.raises(vhdx.NotFoundError):
             domain.set_disk("b", {}, "gold")
         domain.set_policy(gold)  # it comes back
-        assert disk_of(domain, "a")["status"] == Status.OK
+        assert disk_of(domain, "a").status == Status.OK
         with pytest.raises(vhdx.ExistsError):
             domain.set_policy(Policy("gold", PolicyKind.DEDICATED, Settings()))
         with pytest.raises(vhdx.InvalidArgumentError):
             domain.set_policy(Policy("gold", PolicyKind.AGGREGATED, Settings(), gold.policy_id))
         with pytest.raises(vhdx.InvalidArgumentError):
             domain.set_disk("b", {"maximum_iops": 10, "minimum_iops": 20})
-        assert disk_of(domain, "b")["settings"] == Settings().as_dict()
+        assert disk_of(domain, "b").settings == Settings()
     finally:
         domain.close()
     again = Domain(pool, store=Store(tmp_path / "q"))  # its lock is free again
     again.add_disk("other name", "/a", plane.Memory(MIB))
-    assert disk_of(again, "other name")["effective"]["maximum_iops"] == 500
+    assert disk_of(again, "other name").effective.maximum_iops == 500
     again.close()
 
 
@@ -443,12 +446,12 @@ def test_thousands_of_policies(pool):
             kind = PolicyKind.AGGREGATED if number % 2 else PolicyKind.DEDICATED
             domain.set_policy(Policy(f"p{number}", kind, Settings(maximum_iops=number + 1)))
         domain.set_disk("a", {}, "p2999")
-        assert len(domain.describe()["policies"]) == 3000
+        assert len(domain.report().policies) == 3000
     finally:
         domain.close()
 
 
-def test_a_look_that_finds_no_thread_is_tried_again(pool, monkeypatch, caplog):
+def test_a_subscription_that_finds_no_thread_is_tried_again(pool, monkeypatch, caplog):
     domain = Domain(pool)
     domain.add_disk("a", "/a", plane.Memory(MIB))
     flow = domain.connect("a", "me")
@@ -458,14 +461,16 @@ def test_a_look_that_finds_no_thread_is_tried_again(pool, monkeypatch, caplog):
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", none_left)
-        assert domain.describe()["disks"][0]["windows"]["1"]["iops"] == 0
+        domain.subscribe()
+        assert domain.report().disks[0].windows["1"].iops == 0
         assert "nothing is measured" in caplog.text
-        assert domain._sampler is None
-    domain.describe()
-    assert domain._sampler.is_alive()
+        assert domain.report().sampled_seconds == 0
+        assert domain._sampler._thread is None
+    domain.subscribe()
+    assert domain._sampler._thread.is_alive()
     domain.disconnect(flow)
     domain.close()
-    assert not domain._sampler or not domain._sampler.is_alive()
+    assert not domain._sampler._thread or not domain._sampler._thread.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -483,16 +488,18 @@ def test_a_look_that_finds_no_thread_is_tried_again(pool, monkeypatch, caplog):
         {"change": "policy", "name": "x", "kind": []},
         {"change": "policy", "name": "x", "policy_id": "1"},
         {"change": "fly", "name": "a"},
+        {"change": "disk", "name": "a", "settings": {"maximum_iops": True}},
+        {"change": "disk", "name": "a", "setting": {"maximum_iops": 5}},
     ],
 )
 def test_hostile_changes(pool, body):
     domain = Domain(pool)
     try:
         domain.add_disk("a", "/a", plane.Memory(MIB))
-        before = domain.describe()["disks"][0]["settings"]
+        before = domain.report().disks[0].settings
         with pytest.raises(vhdx.VhdxError):
-            change_qos(domain, body)
-        assert domain.describe()["disks"][0]["settings"] == before
+            change_qos(domain, decode_request(json.dumps(body).encode(), CHANGES))
+        assert domain.report().disks[0].settings == before
     finally:
         domain.close()
 
@@ -524,8 +531,7 @@ def test_limited_clients_lose_nothing(image):
         server.qos.set_disk("disk", {"maximum_iops": 100000})
         for thread in threads:
             thread.join()
-        described = server.qos.describe()
-        assert len(described["flows"]) == 3
+        assert len(server.qos.report().flows) == 3
         for client in clients:
             client.close()
     with vhdx.open(image) as disk:
@@ -542,7 +548,7 @@ def test_a_server_ends_although_requests_wait(image):
     for number in range(50):
         data = bytes([number + 1]) * 4096
         client.send(1, number, number * 4096, len(data), payload=data)
-    while server.qos.describe()["flows"][0]["waiting"] < 48:
+    while server.qos.report().flows[0].waiting < 48:
         pass
     server.close()
     with vhdx.open(image) as disk:
@@ -556,10 +562,10 @@ def test_what_a_dead_client_left_waiting_is_dropped(image):
         client = Client(server.socket_path)
         for number in range(60):
             client.send(1, number, number * MIB, 4096, payload=b"x" * 4096)
-        while server.qos.describe()["flows"][0]["waiting"] < 40:
+        while server.qos.report().flows[0].waiting < 40:
             pass
         client.close()
-        while server.qos.describe()["flows"]:
+        while server.qos.report().flows:
             pass
         late = Client(server.socket_path)
         assert late.ask(1, offset=0, payload=b"y" * 4096)[0] == 0

@@ -44,18 +44,18 @@ class Experiment:
             flow.throttle, self.pool, length=length, depth=depth, seed=len(self.loads) + 1,
             meter=flow.meter, clock=self.clock,
         )  # fmt: skip
-        flow.under_way = lambda: load.read().under_way
+        flow.set_under_way(lambda: load.read().under_way)
         self.loads[name] = load
         load.start()
 
     def iops(self, name: str, window: str = "300") -> float:
-        for disk in self.domain.describe()["disks"]:
-            if disk["disk"] == name:
-                return disk["windows"][window]["normalized_iops"]
+        for disk in self.domain.report().disks:
+            if disk.disk == name:
+                return disk.windows[window].normalized_iops
         raise AssertionError(name)
 
     def status(self, name: str) -> str:
-        return next(d["status"] for d in self.domain.describe()["disks"] if d["disk"] == name)
+        return next(d.status for d in self.domain.report().disks if d.disk == name)
 
     def alerts(self) -> list:
         with self.domain.listening(lambda _: None) as before:
@@ -94,7 +94,7 @@ def noisy(experiment, *, keep):
     """One disk that is to get 40, and seven that take what they can."""
     wanted = {"quiet": HDD_40} | {f"greedy{n}": Settings() for n in range(GREEDY)}
     made = experiment(Scheduling(keep_minimums=keep, model=ModelKind.HDD), wanted)
-    made.domain.describe()
+    made.domain.subscribe(1e9)
     for n in range(GREEDY):
         made.begin(f"greedy{n}", length=(8192, 65536, 262144)[n % 3], depth=32)
     made.begin("quiet", depth=4)
@@ -121,7 +121,7 @@ def test_without_scheduling_the_alert_comes_and_goes(experiment):
         assert made.clock.now - began < 60e9
     assert made.clock.now - began <= 2e9
     (alert,) = made.alerts()
-    assert (alert.disk, alert.begins, len(alert.takers)) == ("quiet", True, 3)
+    assert (alert.disk, alert.begins, len(alert.top_consumers)) == ("quiet", True, 3)
     assert made.status("quiet") == "InsufficientThroughput"
     for n in range(GREEDY):
         made.loads[f"greedy{n}"].stop()
@@ -143,7 +143,7 @@ def test_weights_and_groups(experiment):
     made.domain.set_policy(Policy("group", PolicyKind.AGGREGATED, Settings(weight=200)))
     for name in "cd":
         made.domain.set_disk(name, {}, "group")
-    made.domain.describe()
+    made.domain.subscribe(1e9)
     for name in "abcd":
         made.begin(name, depth=64)
     made.domain.advance(20)
@@ -169,14 +169,14 @@ def test_what_the_device_cannot_carry_is_refused(experiment):
     made.domain.set_policy(group)  # of no disk yet
     with pytest.raises(InvalidArgumentError, match="cannot be kept"):
         made.domain.set_disk("c", {}, "g")
-    assert made.domain.describe()["scheduling"]["reserved_iops"] == 900
+    assert made.domain.report().scheduling.reserved_iops == 900
     made.domain.set_disk("a", {"minimum_iops": 300}, "g")
     made.domain.set_disk("a", {"minimum_iops": None})
     bigger = Policy("g", PolicyKind.AGGREGATED, Settings(minimum_iops=501), group.policy_id)
     with pytest.raises(InvalidArgumentError, match="cannot be kept"):
         made.domain.set_policy(bigger)
-    said = made.domain.describe()["scheduling"]
-    assert (said["reserved_iops"], said["admitted"], said["capacity_measured"]) == (409, True, False)
+    device = made.domain.report().scheduling
+    assert (device.reserved_iops, device.admitted, device.capacity_measured) == (409, True, False)
 
 
 def test_what_stands_in_a_file_is_flagged(experiment, caplog):
@@ -185,14 +185,14 @@ def test_what_stands_in_a_file_is_flagged(experiment, caplog):
     assert not caplog.text
     made.domain.begin()
     assert "1200 normalised IOPS in all cannot be kept" in caplog.text
-    assert not made.domain.describe()["scheduling"]["admitted"]
+    assert not made.domain.report().scheduling.admitted
     made.domain.set_disk("a", {"minimum_iops": 400})  # better than before
 
 
 def test_more_than_there_is_starves_nobody(experiment):
     wanted = {"a": Settings(minimum_iops=500), "b": Settings(), "c": Settings()}
     made = experiment(Scheduling(keep_minimums=True, model=ModelKind.HDD), wanted)
-    made.domain.describe()
+    made.domain.subscribe(1e9)
     for name in "abc":
         made.begin(name, depth=32)
     made.domain.advance(60)
@@ -214,7 +214,7 @@ def test_the_minimum_of_a_group_is_watched(experiment):
     made.begin("c", depth=64)
     made.domain.advance(10)
     (alert,) = made.alerts()
-    assert (alert.disk, [name for name, _ in alert.takers]) == ("policy pair", ["c"])
+    assert (alert.disk, [each.disk for each in alert.top_consumers]) == ("policy pair", ["c"])
     assert [made.status(name) for name in "abcd"] == ["InsufficientThroughput"] * 2 + ["Ok"] * 2
 
 
@@ -247,14 +247,14 @@ def test_one_disk_under_two_names(experiment):
     for name in "ab":
         made.domain.add_disk(name, "/one", memory, Settings())
     made.domain.set_disk("a", {"maximum_iops": 300, "minimum_iops": 200})
-    made.domain.describe()
+    made.domain.subscribe(1e9)
     for name in "ab":
         made.begin(name)
     made.domain.advance(60)
     assert made.iops("a", "60") + made.iops("b", "60") == pytest.approx(300, rel=0.01)
     assert made.iops("a", "60") == pytest.approx(150, rel=0.05)
     assert made.status("b") == "Ok"
-    assert [d["settings"]["maximum_iops"] for d in made.domain.describe()["disks"]] == [300, 300]
+    assert [d.settings.maximum_iops for d in made.domain.report().disks] == [300, 300]
 
 
 def test_a_disk_with_its_own_minimum_takes_none_of_its_policys(pool):
@@ -264,7 +264,7 @@ def test_a_disk_with_its_own_minimum_takes_none_of_its_policys(pool):
         domain.add_disk(name, f"/{name}", plane.Memory(MIB), Settings(minimum_iops=least))
     domain.set_policy(Policy("group", PolicyKind.AGGREGATED, Settings(minimum_iops=40)))
     domain.set_disk("b", {}, "group")  # 110 are reserved, of 112
-    assert domain.describe()["scheduling"]["reserved_iops"] == 110
+    assert domain.report().scheduling.reserved_iops == 110
     with pytest.raises(vhdx.InvalidArgumentError, match="of 120 normalised"):
         domain.set_disk("b", {"minimum_iops": None})  # then it has a part of the group's 40
     domain.close()
@@ -279,18 +279,18 @@ def test_one_disk_is_one_by_any_path_and_device(pool, tmp_path):
     domain = Domain(pool, scheduling=scheduling, sizes=[16 * MIB])
     domain.add_disk("a", str(real), plane.Memory(16 * MIB), {"minimum_iops": 40})
     domain.add_disk("b", str(link), plane.Memory(16 * MIB))
-    first, second = (domain._disks[name] for name in "ab")
-    assert second.share is first.share
-    assert second.place.base == first.place.base == 0
-    assert second.device is not first.device
-    assert domain.describe()["scheduling"]["reserved_iops"] == 40
-    assert {d["settings"]["minimum_iops"] for d in domain.describe()["disks"]} == {40}
+    first, second = (domain._registry.disks[name] for name in "ab")
+    assert second.attachment.share is first.attachment.share
+    assert second.attachment.base == first.attachment.base == 0
+    assert second.attachment.device is not first.attachment.device
+    assert domain.report().scheduling.reserved_iops == 40
+    assert {d.settings.minimum_iops for d in domain.report().disks} == {40}
     domain.close()
 
 
 def test_a_child_does_not_wait_for_turns_of_its_parent(pool):
     domain = Domain(pool, scheduling=Scheduling(keep_minimums=True, capacity_iops=1000))
-    with domain._turns._background.slot(4096):  # whose thread the child does not have
+    with domain._device._background.slot(4096):  # whose thread the child does not have
         child = os.fork()
         if child == 0:
             signal.alarm(20)
@@ -302,17 +302,18 @@ def test_a_child_does_not_wait_for_turns_of_its_parent(pool):
 
 def test_capacity_is_seen(experiment):
     made = experiment(Scheduling(keep_minimums=True, depth=8), {"a": Settings(), "b": Settings()})
-    assert made.domain.describe()["scheduling"]["capacity_iops"] is None
+    assert made.domain.report().scheduling.capacity_iops is None
     model = plane.Model(ModelKind.SSD, 32 * MIB)
-    for disk in made.domain._disks.values():
+    for disk in made.domain._registry.disks.values():
         lower = plane.Delay(plane.Memory(16 * MIB), model, made.pool, clock=made.clock)
-        disk.device = plane.Scheduled(lower, disk.share)
+        scheduled = plane.Scheduled(lower, disk.attachment.share)
+        disk.attachment = disk.attachment._replace(device=scheduled, scheduled=scheduled)
     for name in "ab":
         made.begin(name, depth=32)
     made.domain.advance(3)
-    said = made.domain.describe()["scheduling"]
-    assert said["capacity_measured"]
-    assert said["capacity_iops"] == pytest.approx(model.capacity_iops(8), rel=0.1)
+    device = made.domain.report().scheduling
+    assert device.capacity_measured
+    assert device.capacity_iops == pytest.approx(model.capacity_iops(8), rel=0.1)
     assert "has done" in (made.domain.set_disk("a", {"minimum_iops": 10**9}) or "")
     assert made.domain.set_disk("a", {"minimum_iops": 100}) is None
 
@@ -390,7 +391,7 @@ def test_what_a_client_that_is_gone_asked_for_is_dropped(fast_path, keep):
         while server.connections:
             time.sleep(0.01)
             assert time.monotonic() - began < 60  # all of it would take eight seconds and more
-        waiting = server.qos.describe()["scheduling"]["waiting"]
+        waiting = server.qos.report().scheduling.waiting
         assert waiting == 0
 
 
@@ -406,9 +407,9 @@ def test_a_compaction_takes_turns(fast_path):
         client = Client(server.socket_path)
         for n in range(8):
             assert client.ask(4, offset=n * MIB, length=MIB)[0] == 0
-        taken = server.qos._turns._background.read().units
-        assert vhdx.compact(image).won >= 8 * MIB
-        moved = server.qos._turns._background.read().units - taken
+        taken = server.qos._device._background.read().units
+        assert vhdx.compact(image).reclaimed >= 8 * MIB
+        moved = server.qos._device._background.read().units - taken
         assert moved >= 8 * MIB // 8192
         assert client.read(15 * MIB, MIB) == bytes([15]) * MIB
         client.close()

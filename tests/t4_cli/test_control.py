@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -16,55 +15,19 @@ import threading
 import time
 
 import pytest
+from aiohttp import web
 
 import vhdx
+from tests.t4_cli.command import VHDX, run, suspend
 from vhdx import control
+from vhdx.control import operations
+from vhdx.control.api import NoArguments
+from vhdx.control.operations import Operation
+from vhdx.errors import ProtocolError
 from vhdx.host import runtime as places
 from vhdx.units import GIB, MIB
 
-VHDX = [sys.executable, "-m", "vhdx.cli"]
-
-
-@pytest.fixture(autouse=True)
-def runtime(tmp_path, monkeypatch):
-    """A runtime directory of the test's own; unix socket paths are short."""
-    base = tmp_path / "run"
-    base.mkdir()
-    if len(str(base)) > 60:
-        base = os.path.realpath(f"/tmp/v{os.getpid()}")
-        os.makedirs(base, exist_ok=True)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
-    yield str(base)
-    shutil.rmtree(base, ignore_errors=True)
-
-
-def run(*arguments, code=0):
-    done = subprocess.run([*VHDX, *map(str, arguments)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == code, done.stderr
-    return done.stdout if code == 0 else done.stderr
-
-
-def suspend(process):
-    """Returns when it stands still; the signal alone takes its time."""
-    process.send_signal(signal.SIGSTOP)
-    os.waitid(os.P_PID, process.pid, os.WSTOPPED)
-
-
-@pytest.fixture
-def image(tmp_path):
-    path = tmp_path / "disk.vhdx"
-    vhdx.create(path, 64 * MIB, block_size=MIB)
-    return path
-
-
-@pytest.fixture
-def served(image):
-    """The image, served by the command in a process of its own."""
-    with subprocess.Popen([*VHDX, "serve", image], stdout=subprocess.PIPE, text=True) as process:
-        process.stdout.readline()
-        yield process
-        if process.poll() is None:
-            process.kill()
+pytestmark = pytest.mark.usefixtures("runtime")
 
 
 def test_the_command_line_reaches_a_served_image(image, served, peer):
@@ -73,7 +36,7 @@ def test_the_command_line_reaches_a_served_image(image, served, peer):
     assert before["virtual_size"] == 64 * MIB
     run("resize", image, "80M")
     [server] = control.servers()
-    uri = server.exports[0]["uri"]
+    uri = server.exports[0].uri
     size = subprocess.run(["nbdinfo", "--size", uri], capture_output=True, text=True, check=True)
     assert int(size.stdout) == 80 * MIB
     assert json.loads(run("map", image, "--json")) == [
@@ -174,7 +137,7 @@ def test_other_users_are_refused(image, runtime):
         ask = (
             "import os, socket, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
             "s = socket.socket(socket.AF_UNIX);"
-            "s.connect(sys.argv[1]); s.sendall(b'GET /v1/server HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n');"
+            "s.connect(sys.argv[1]); s.sendall(b'GET /v2/server HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n');"
             "print(s.recv(4096).decode())"
         )
         done = subprocess.run(
@@ -236,7 +199,7 @@ def test_garbage_is_refused_and_changes_nothing(image, body):
             client.connect(str(found.socket))
             client.settimeout(30)
             client.sendall(
-                b"POST /v1/operations/resize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+                b"POST /v2/operations/resize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
                 b"Content-Type: application/json\r\n"
                 + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
             )
@@ -251,7 +214,7 @@ def post(found, operation, body):
     client.connect(str(found.socket))
     data = json.dumps(body).encode()
     client.sendall(
-        f"POST /v1/operations/{operation} HTTP/1.1\r\nHost: x\r\n"
+        f"POST /v2/operations/{operation} HTTP/1.1\r\nHost: x\r\n"
         f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n".encode()
         + data
     )
@@ -273,8 +236,8 @@ def test_what_is_not_begun_has_a_status(image, body, status):
     [
         b"GET / HTTP/9.9",
         b"\x00\xff" * 100,
-        b"POST /v1/qos HTTP/1.1\r\nContent-Length: -5",
-        b"POST /v1/qos HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz",
+        b"POST /v2/qos HTTP/1.1\r\nContent-Length: -5",
+        b"POST /v2/qos HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz",
         b"GET /" + b"x" * 100_000 + b" HTTP/1.1",
     ],
     ids=["version", "bytes", "length", "chunk", "long"],
@@ -311,7 +274,7 @@ def test_operations_that_take_long_do_not_hold_up_qos(image, monkeypatch):
         begun.release()
         go.wait(60)
 
-    monkeypatch.setattr(control.service, "_OPERATIONS", {"info": long})
+    monkeypatch.setattr(operations, "OPERATIONS", {"info": Operation(NoArguments, long)})
     with vhdx.serve({"disk": image}) as server, contextlib.ExitStack() as stack:
         [found] = control.servers()
         for _ in range(20):
@@ -319,9 +282,8 @@ def test_operations_that_take_long_do_not_hold_up_qos(image, monkeypatch):
         for _ in range(control.service._WORKERS):
             assert begun.acquire(timeout=30)
         try:
-            change = {"change": "disk", "name": "disk", "settings": {"maximum_iops": 77}}
-            found.change_qos(change)
-            assert server.qos.describe()["disks"][0]["settings"]["maximum_iops"] == 77
+            found.set_disk("disk", {"maximum_iops": 77})
+            assert server.qos.report().disks[0].settings.maximum_iops == 77
             assert "vhdx_" in found.metrics()
         finally:
             go.set()
@@ -329,7 +291,7 @@ def test_operations_that_take_long_do_not_hold_up_qos(image, monkeypatch):
 
 @pytest.mark.parametrize("operation", ["map", "compact"])
 def test_clients_that_do_not_listen_do_not_hold_a_server(tmp_path, operation, monkeypatch):
-    monkeypatch.setattr(control.service, "_PROGRESS_SECONDS", 0)
+    monkeypatch.setattr(operations, "_PROGRESS_SECONDS", 0)
     path = tmp_path / "many.vhdx"
     vhdx.create(path, 64 * GIB, block_size=MIB)
     with vhdx.open(path, "r+") as disk:
@@ -428,3 +390,35 @@ def test_a_server_of_another_environment_is_found_by_its_image(tmp_path, monkeyp
         assert [owner.export for owner in control.owners(image)] == ["disk"]
         vhdx.resize(image, 8 * MIB)
     assert vhdx.info(image)["virtual_size"] == 8 * MIB
+
+
+def test_a_client_of_another_version_is_refused_with_both(image):
+    with vhdx.serve({"disk": image}):
+        [found] = control.servers()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(found.socket))
+            client.settimeout(30)
+            client.sendall(b"GET /v1/server HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            answer = b"".join(iter(lambda: client.recv(4096), b"")).decode()
+    assert answer.startswith("HTTP/1.1 404")
+    assert "speaks version 2 of the control interface, and the client version 1" in answer
+
+
+@pytest.mark.parametrize("knows_versions", [True, False], ids=["later", "first"])
+def test_a_server_of_another_version_is_refused_with_both(image, monkeypatch, knows_versions):
+    if not knows_versions:  # as the first one, which could not be asked
+        monkeypatch.setattr(control.service.Control, "_version", not_found)
+    with vhdx.serve({"disk": image}):
+        monkeypatch.setattr(control.client.api, "VERSION", 3)
+        [found] = control.servers()
+        theirs = 2 if knows_versions else 1
+        wanted = f"speaks version {theirs} of the control interface .*, and this vhdx version 3"
+        assert not found.answers
+        for ask in (found.qos, found.stop, lambda: vhdx.resize(image, 80 * MIB)):
+            with pytest.raises(ProtocolError, match=wanted):
+                ask()
+    assert vhdx.info(image)["virtual_size"] == 64 * MIB
+
+
+async def not_found(self, request):
+    raise web.HTTPNotFound

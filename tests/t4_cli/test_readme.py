@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 import vhdx
-from tests.t4_cli.test_control import runtime  # noqa: F401 - a fixture that counts by itself
 from vhdx.units import GIB
 
 README = Path(__file__).parents[2] / "README.md"

@@ -259,7 +259,7 @@ def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
         click.echo(
             f"{format_size(done.file_size_before)} became {format_size(done.file_size_after)}: "
             f"{done.zeroed} blocks were zeros, {done.moved} moved down; "
-            f"it takes {format_size(done.won)} less of the host's disk"
+            f"it takes {format_size(done.reclaimed)} less of the host's disk"
         )
 
 

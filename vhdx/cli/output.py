@@ -282,9 +282,15 @@ def _what_is_left(error: BaseException) -> str | None:
     return DONE_NOTE if DONE_NOTE in getattr(error, "__notes__", ()) else None
 
 
-def print_json(value: object) -> None:
-    """Prints ``value`` for programs."""
-    click.echo(json.dumps(value, indent=2, default=str))
+def print_json(value: object, *, indent: int | None = 2) -> None:
+    """Prints ``value`` for programs; reports become objects by the names of their fields."""
+    click.echo(json.dumps(value, indent=indent, default=_plain))
+
+
+def _plain(value: object) -> Any:
+    import msgspec
+
+    return msgspec.to_builtins(value, enc_hook=str)
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

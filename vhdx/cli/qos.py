@@ -4,32 +4,47 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, fields, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 from rich.console import Console, Group
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
-from vhdx import control
+from vhdx import control, lazy
 from vhdx.cli.output import DONE, SECONDS, SIZE, json_option, print_json, print_table
 from vhdx.errors import InUseError, InvalidArgumentError, NotFoundError, VhdxError
-from vhdx.qos import PolicyKind, Settings
+from vhdx.qos import DiskReport, Policy, PolicyKind, QosReport, Settings
+from vhdx.qos.monitor import Status
 from vhdx.units import MIB, format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    from vhdx.control import api
     from vhdx.control.client import ServerInfo
+    from vhdx.qos import DeviceReport, FlowReport
+else:
+    api = lazy.Module("vhdx.control.api")
 
 __all__ = ["changes_of", "qos", "refuse_stuck", "settings_options", "top"]
 
 _WINDOWS = ("1", "60", "300")
 _OF_BYTES = ("bandwidth", "bytes")
 _WIDE = 160  # columns, where the output is no terminal
-_FIGURES = ("normalized_iops", "bandwidth", "latency", "latency_p99", "queue_time")
+_SAMPLED_SECONDS = 1.25  # a second, and the time between two samples
+_SETTLING_SECONDS = 5.0
+_COLORS = {Status.OK: "green", Status.INSUFFICIENT: "red", Status.UNKNOWN_POLICY: "yellow"}
+
+
+class _Seen(NamedTuple):
+    """A disk at a moment, seconds from the beginning."""
+
+    moment: float
+    disk: DiskReport
 
 
 class _Number(click.ParamType):  # type: ignore[type-arg]
@@ -112,12 +127,9 @@ def _server_of(path: str) -> tuple[ServerInfo, str]:
 
 def refuse_stuck(servers: list[ServerInfo]) -> None:
     """Says so where what is not known may be a server's that does not answer."""
-    stuck = [str(server.pid) for server in servers if not server.answers]
-    if stuck:
-        raise InUseError(
-            f"process {', '.join(stuck)} does not answer: it is stopped, or stuck",
-            hint="continue or end it",
-        )
+    for server in servers:
+        if server.problem is not None:
+            raise InUseError(f"process {server.pid} {server.problem}", hint="continue or end it")
 
 
 def _chosen(pid: int | None) -> list[ServerInfo]:
@@ -152,13 +164,12 @@ def set_(path: str, policy: str | None, **given: Any) -> None:
     if not changes and policy is None:
         raise click.UsageError("say what to change; --max-iops none takes a limit away")
     server, name = _server_of(path)
-    body = {"change": "disk", "name": name, "settings": changes, "policy": policy}
-    _warn(server.change_qos(body))
+    _warn(server.set_disk(name, changes, policy).warning)
 
 
-def _warn(answer: dict[str, Any]) -> None:
-    if answer["warning"] is not None:
-        click.echo(f"vhdx: {answer['warning']}", err=True)
+def _warn(warning: str | None) -> None:
+    if warning is not None:
+        click.echo(f"vhdx: {warning}", err=True)
 
 
 @qos.command()
@@ -171,52 +182,56 @@ def show(path: str | None, as_json: bool) -> None:
     """
     if path is not None:
         server, name = _server_of(path)
+        server.subscribe()
         found = [_only(server.qos(), name)]
     else:
         servers = control.servers()
         refuse_stuck(servers)
+        for server in servers:
+            server.subscribe()
         found = [server.qos() for server in servers]
     if as_json:
         print_json(found if path is None else found[0])
         return
-    rows = [_row(disk, each["policies"]) for each in found for disk in each["disks"]]
+    rows = [_row(disk, each.policies) for each in found for disk in each.disks]
     if not rows:
         click.echo("nothing is served")
         return
     print_table(("disk", "status", "min", "max", "bandwidth", "policy", "iops", "mean ms"), rows)
     for each in found:
-        for disk in each["disks"]:
-            if more := _in_words(disk["effective"], _IN_COLUMNS):
-                click.echo(f"{disk['disk']}: {more}")
-        named = {disk["policy_id"] for disk in each["disks"]}
-        for policy in each["policies"]:
-            if policy["kind"] == PolicyKind.AGGREGATED.value and policy["policy_id"] in named:
-                wanted = _in_words(policy["settings"]) or "nothing"
-                click.echo(f"policy {policy['name']}, its disks together: {wanted}")
-        for line in _scheduling(each["scheduling"]):
+        for disk in each.disks:
+            if more := _in_words(disk.effective, _IN_COLUMNS):
+                click.echo(f"{disk.disk}: {more}")
+        named = {disk.policy_id for disk in each.disks}
+        for policy in each.policies:
+            if policy.kind is PolicyKind.AGGREGATED and policy.policy_id in named:
+                wanted = _in_words(policy.settings) or "nothing"
+                click.echo(f"policy {policy.name}, its disks together: {wanted}")
+        for line in _scheduling(each.scheduling):
             click.echo(line)
 
 
-def _only(found: dict[str, Any], name: str) -> dict[str, Any]:
-    return found | {
-        "disks": [disk for disk in found["disks"] if disk["disk"] == name],
-        "flows": [flow for flow in found["flows"] if flow["disk"] == name],
-    }
+def _only(found: QosReport, name: str) -> QosReport:
+    return replace(
+        found,
+        disks=[disk for disk in found.disks if disk.disk == name],
+        flows=[flow for flow in found.flows if flow.disk == name],
+    )
 
 
-def _scheduling(facts: dict[str, Any]) -> list[str]:
-    """What a server says of the device that its disks share; nothing where they take no turns."""
-    if not facts["keeps_minimums"]:
+def _scheduling(device: DeviceReport) -> list[str]:
+    """What a server says of the device that its disks share; nothing without a scheduler."""
+    if not device.keeps_minimums:
         return []
-    capacity, kind = facts["capacity_iops"], facts["model"]
+    capacity, kind = device.capacity_iops, device.model
     does = "is not known yet" if capacity is None else f"does {capacity:.0f}"
-    seen = ", as seen lately" if facts["capacity_measured"] else ""
+    seen = ", as seen lately" if device.capacity_measured else ""
     worst = " at worst" if kind is not None and capacity is not None else ""
-    device = "device" if kind is None else f"modelled {kind}"
-    state = "are kept" if facts["admitted"] else "cannot all be kept, so lower one"
+    called = "device" if kind is None else f"modelled {kind}"
+    state = "are kept" if device.admitted else "cannot all be kept, so lower one"
     return [
-        f"minimums {state}: {facts['reserved_iops']} normalised IOPS are reserved, the {device} "
-        f"{does}{worst}{seen} ({facts['depth']} requests at a time)"
+        f"minimums {state}: {device.reserved_iops} normalised IOPS are reserved, the {called} "
+        f"{does}{worst}{seen} ({device.depth} requests at a time)"
     ]
 
 
@@ -224,7 +239,7 @@ def _or_none(value: int | None) -> str:
     return "-" if value is None else str(value)
 
 
-_SAID = {
+_TEXTS = {
     "minimum_iops": "at least {} IOPS",
     "maximum_iops": "at most {} IOPS",
     "maximum_bandwidth": "at most {}/s",
@@ -242,28 +257,30 @@ _SAID = {
 _IN_COLUMNS = 3
 
 
-def _in_words(settings: dict[str, Any], skipped: int = 0) -> str:
+def _in_words(settings: Settings, skipped: int = 0) -> str:
     """Settings but the first ``skipped``; nothing where there are none."""
+    values = {name: getattr(settings, name) for name in list(_TEXTS)[skipped:]}
     return ", ".join(
-        text.format(format_size(settings[name]) if name.endswith(_OF_BYTES) else settings[name])
-        for name, text in list(_SAID.items())[skipped:]
-        if settings[name]
+        _TEXTS[name].format(format_size(value) if name.endswith(_OF_BYTES) else value)
+        for name, value in values.items()
+        if value
     )
 
 
-def _row(disk: dict[str, Any], policies: list[dict[str, Any]]) -> tuple[str, ...]:
-    wanted, now = disk["effective"], disk["windows"]["1"]
-    bandwidth = wanted["maximum_bandwidth"]
-    names = {policy["policy_id"]: policy["name"] for policy in policies}
+def _row(disk: DiskReport, policies: list[Policy]) -> tuple[str, ...]:
+    wanted, now = disk.effective, disk.windows["1"]
+    bandwidth = wanted.maximum_bandwidth
+    names = {policy.policy_id: policy.name for policy in policies}
+    policy = "-" if disk.policy_id is None else names.get(disk.policy_id, str(disk.policy_id))
     return (
-        disk["disk"],
-        disk["status"],
-        _or_none(wanted["minimum_iops"]),
-        _or_none(wanted["maximum_iops"]),
+        disk.disk,
+        disk.status.value,
+        _or_none(wanted.minimum_iops),
+        _or_none(wanted.maximum_iops),
         "-" if bandwidth is None else f"{format_size(bandwidth)}/s",
-        names.get(disk["policy_id"], disk["policy_id"] or "-"),
-        f"{now['normalized_iops']:.0f}",
-        f"{now['latency']:.2f}",
+        policy,
+        f"{now.normalized_iops:.0f}",
+        f"{now.latency:.2f}",
     )
 
 
@@ -294,19 +311,17 @@ def policy_set(
     """
     made_id = policy_id
     failures: list[VhdxError] = []
-    made: dict[str, Any] | None = None
     for server in (servers := _chosen(pid)):
-        body = {"change": "policy", "name": name, "kind": kind, "policy_id": made_id}
         try:
-            made = server.change_qos(body | {"settings": changes_of(given)})
+            made = server.set_policy(api.ChangePolicy(name, changes_of(given), kind, made_id))
         except VhdxError as error:  # the others follow nevertheless
             if len(servers) > 1:
                 click.echo(f"vhdx: process {server.pid} refuses it", err=True)
             failures.append(error)
             continue
-        made_id = made["policy_id"]  # the same in every server
-        _warn(made)
-    if made is not None:
+        made_id = made.policy_id  # the same in every server
+        _warn(made.warning)
+    if len(failures) < len(servers):
         click.echo(made_id)
     if failures:
         raise failures[0]
@@ -322,19 +337,19 @@ def policy_list(pid: int | None, as_json: bool) -> None:
     """
     found = [server.qos() for server in _chosen(pid)]
     if as_json:
-        print_json([{"pid": each["pid"], "policies": each["policies"]} for each in found])
+        print_json([{"pid": each.pid, "policies": each.policies} for each in found])
         return
     rows = [
         (
-            each["name"],
-            each["kind"],
-            _or_none(each["settings"]["minimum_iops"]),
-            _or_none(each["settings"]["maximum_iops"]),
-            ", ".join(d["disk"] for d in one["disks"] if d["policy_id"] == each["policy_id"]) or "-",
-            each["policy_id"],
+            each.name,
+            each.kind.value,
+            _or_none(each.settings.minimum_iops),
+            _or_none(each.settings.maximum_iops),
+            ", ".join(d.disk for d in one.disks if d.policy_id == each.policy_id) or "-",
+            str(each.policy_id),
         )
         for one in found
-        for each in one["policies"]
+        for each in one.policies
     ]
     if not rows:
         click.echo("there are no policies")
@@ -353,8 +368,7 @@ def policy_remove(name: str, pid: int | None) -> None:
     failures = []
     for server in (servers := _chosen(pid)):
         try:
-            done = server.change_qos({"change": "remove_policy", "name": name})
-            for disk in done["disks"]:
+            for disk in server.remove_policy(name):
                 click.echo(f"vhdx: {disk} runs on without it", err=True)
         except NotFoundError as error:
             failures.append(error)
@@ -376,7 +390,7 @@ def watch(seconds: float, plot: str | None, as_json: bool) -> None:
     """
     if plot is not None:
         _draw([], plot)  # what cannot be written is said now
-    seen: list[tuple[float, str, dict[str, Any]]] = []
+    seen: list[_Seen] = []
     try:
         _watch(seconds, seen, as_json=as_json)
     finally:
@@ -384,41 +398,36 @@ def watch(seconds: float, plot: str | None, as_json: bool) -> None:
             _draw(seen, plot)
 
 
-def _watch(seconds: float, seen: list[tuple[float, str, dict[str, Any]]], *, as_json: bool) -> None:
+def _watch(seconds: float, seen: list[_Seen], *, as_json: bool) -> None:
     _chosen(None)
     began = time.monotonic()
     due = began
     while time.monotonic() - began < seconds:
         due += 1
         time.sleep(max(0.0, due - time.monotonic()))
-        found = _described()
+        found = _reports()
         if not found:
             _chosen(None)
-        for disk in (d for each in found for d in each["disks"]):
-            now, moment = disk["windows"]["1"], time.monotonic() - began
-            seen.append((moment, disk["disk"], disk))
+        for disk in (d for each in found for d in each.disks):
+            now, moment = disk.windows["1"], time.monotonic() - began
+            seen.append(_Seen(moment, disk))
             if as_json:
-                click.echo(_line(moment, disk))
+                facts = {"time": time.time(), "moment": round(moment, 3), "disk": disk.disk}
+                print_json(facts | {"status": disk.status} | asdict(now), indent=None)
             else:
                 click.echo(
-                    f"{moment:6.1f} s  {disk['disk']:<16} {now['normalized_iops']:9.1f} IOPS  "
-                    f"{format_size(int(now['bandwidth']))}/s  {now['latency']:.2f} ms  "
-                    f"{disk['status']}"
+                    f"{moment:6.1f} s  {disk.disk:<16} {now.normalized_iops:9.1f} IOPS  "
+                    f"{format_size(int(now.bandwidth))}/s  {now.latency:.2f} ms  {disk.status}"
                 )
 
 
-def _line(moment: float, disk: dict[str, Any]) -> str:
-    import json
-
-    facts = {"time": time.time(), "moment": round(moment, 3), "disk": disk["disk"]}
-    return json.dumps(facts | {"status": disk["status"]} | disk["windows"]["1"])
-
-
-def _described() -> list[dict[str, Any]]:
+def _reports() -> list[QosReport]:
+    """What every server reports that answers; their figures go on being sampled."""
     found = []
     for server in control.servers():
         if server.answers:
             try:
+                server.subscribe()
                 found.append(server.qos())
             except VhdxError:
                 continue  # it ended just now
@@ -438,19 +447,18 @@ def _plotting() -> Any:
     return pyplot
 
 
-def _draw(seen: list[tuple[float, str, dict[str, Any]]], path: str | Path) -> None:
+def _draw(seen: list[_Seen], path: str | Path) -> None:
     """Achieved IOPS of each disk over time, its limits dashed, and latencies below."""
     pyplot = _plotting()
     figure, (upper, lower) = pyplot.subplots(2, sharex=True, figsize=(10, 6))
-    for name in sorted({name for _, name, _ in seen}):
-        mine = [(moment, disk) for moment, each, disk in seen if each == name]
-        moments = [moment for moment, _ in mine]
-        line = upper.plot(
-            moments, [d["windows"]["1"]["normalized_iops"] for _, d in mine], label=name
-        )[0]
-        lower.plot(moments, [d["windows"]["1"]["latency_p99"] for _, d in mine])
+    for name in sorted({each.disk.disk for each in seen}):
+        mine = [each for each in seen if each.disk.disk == name]
+        moments = [each.moment for each in mine]
+        figures = [each.disk.windows["1"] for each in mine]
+        line = upper.plot(moments, [now.normalized_iops for now in figures], label=name)[0]
+        lower.plot(moments, [now.latency_p99 for now in figures])
         for which, style in (("maximum_iops", "--"), ("minimum_iops", ":")):
-            values = [d["effective"][which] for _, d in mine]
+            values = [getattr(each.disk.effective, which) for each in mine]
             if any(value is not None for value in values):
                 plain = [float("nan") if v is None else v for v in values]
                 upper.plot(moments, plain, style, color=line.get_color(), linewidth=1)
@@ -489,56 +497,60 @@ def top(window: str, once: bool, as_json: bool) -> int:
         console.print(_screen(_settled(), window))
         return DONE
     try:
-        with Live(_screen(_described(), window), console=console, screen=True) as live:
+        with Live(_screen(_reports(), window), console=console, screen=True) as live:
             while True:
                 time.sleep(1)
-                live.update(_screen(_described(), window))
+                live.update(_screen(_reports(), window))
     except KeyboardInterrupt:
         return DONE
 
 
-def _settled() -> list[dict[str, Any]]:
-    """With figures of a second that was measured: looking is what begins it."""
+def _settled() -> list[QosReport]:
+    """With figures over a second: a server that was not sampling needs that long."""
     refuse_stuck(control.servers())
-    _described()
-    time.sleep(1.3)
-    return _described()
+    deadline = time.monotonic() + _SETTLING_SECONDS
+    while True:
+        found = _reports()
+        wait = max((_SAMPLED_SECONDS - each.sampled_seconds for each in found), default=0.0)
+        if wait <= 0 or time.monotonic() > deadline:
+            return found
+        time.sleep(wait + 0.01)
 
 
-def _screen(found: list[dict[str, Any]], window: str) -> Group:
-    tables = []
-    for title, key in (("disks", "disks"), ("flows", "flows")):
-        table = Table(title=title, title_justify="left", box=None, header_style="bold")
-        table.add_column("disk", no_wrap=True)
-        table.add_column("status" if key == "disks" else "initiator", no_wrap=True)
-        for name in ("IOPS", "offered", "MiB/s", "mean ms", "p99 ms", "queue ms"):
-            table.add_column(name, justify="right")
-        extra = ("min", "max", "waiting") if key == "disks" else ("waiting",)
-        for name in extra:
-            table.add_column(name, justify="right")
-        for each in (row for one in found for row in one[key]):
-            table.add_row(*_cells(each, window, key))
-        tables.append(table)
-    lines = [line for one in found for line in _scheduling(one["scheduling"])]
-    return Group(*tables, *lines)
+def _screen(found: list[QosReport], window: str) -> Group:
+    disks, flows = _table("disks", "status", "min", "max"), _table("flows", "initiator")
+    for each in found:
+        for disk in each.disks:
+            color = _COLORS[disk.status]
+            wanted = (disk.effective.minimum_iops, disk.effective.maximum_iops)
+            status = f"[{color}]{disk.status}[/]"
+            disks.add_row(*_cells(disk, status, window, *map(_or_none, wanted)))
+        for flow in each.flows:
+            flows.add_row(*_cells(flow, escape(flow.initiator), window))
+    lines = [line for one in found for line in _scheduling(one.scheduling)]
+    return Group(disks, flows, *lines)
 
 
-def _cells(each: dict[str, Any], window: str, key: str) -> list[str]:
-    from rich.markup import escape
+def _table(title: str, second: str, *more: str) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="bold")
+    table.add_column("disk", no_wrap=True)
+    table.add_column(second, no_wrap=True)
+    for name in ("IOPS", "offered", "MiB/s", "mean ms", "p99 ms", "queue ms", *more, "waiting"):
+        table.add_column(name, justify="right")
+    return table
 
-    now = each["windows"][window]
-    color = {"Ok": "green", "InsufficientThroughput": "red"}.get(each["status"], "yellow")
-    cells = [
-        escape(each["disk"]),
-        f"[{color}]{each['status']}[/]" if key == "disks" else escape(each["initiator"]),
-        f"{now['normalized_iops']:.0f}",
-        f"{now['offered_iops']:.0f}",
-        f"{now['bandwidth'] / MIB:.1f}",
-        f"{now['latency']:.2f}",
-        f"{now['latency_p99']:.2f}",
-        f"{now['queue_time']:.2f}",
+
+def _cells(each: DiskReport | FlowReport, second: str, window: str, *more: str) -> list[str]:
+    now = each.windows[window]
+    return [
+        escape(each.disk),
+        second,
+        f"{now.normalized_iops:.0f}",
+        f"{now.offered_iops:.0f}",
+        f"{now.bandwidth / MIB:.1f}",
+        f"{now.latency:.2f}",
+        f"{now.latency_p99:.2f}",
+        f"{now.queue_time:.2f}",
+        *more,
+        str(each.waiting),
     ]
-    if key == "disks":
-        wanted = each["effective"]
-        cells += [_or_none(wanted["minimum_iops"]), _or_none(wanted["maximum_iops"])]
-    return [*cells, str(each["waiting"])]

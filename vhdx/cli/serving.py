@@ -202,6 +202,7 @@ def ps(as_json: bool) -> None:
                     "exports": server.exports,
                     "connections": server.connections,
                     "answers": server.answers,
+                    "problem": server.problem,
                 }
                 for server in found
             ]
@@ -215,20 +216,20 @@ def ps(as_json: bool) -> None:
         [
             (
                 str(server.pid),
-                export["name"],
-                format_size(export["virtual_size"]),
-                "r" if export["read_only"] else "r+",
-                str(export["connections"]),
-                export["path"],
-                export["uri"],
+                export.name,
+                format_size(export.virtual_size),
+                "r" if export.read_only else "r+",
+                str(export.connections),
+                export.path,
+                export.uri,
             )
             for server in found
             for export in server.exports
         ],
     )
     for server in found:
-        if not server.answers:
-            click.echo(f"{server.pid} does not answer: it is stopped, or stuck")
+        if server.problem is not None:
+            click.echo(f"{server.pid} {server.problem}")
 
 
 @click.command()

@@ -8,24 +8,33 @@ served. One that another program holds is refused with who it is.
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from vhdx import image
+from vhdx import image, lazy
 from vhdx.control.client import Owner, find_owner
 from vhdx.errors import InUseError
 from vhdx.image.contract import Compacted
-from vhdx.image.disk import Extent, ExtentState
+from vhdx.image.disk import Extent
 from vhdx.interrupts import uninterruptible
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from vhdx.control import api
+
     StrPath = str | os.PathLike[str]
+else:
+    api = lazy.Module("vhdx.control.api")
 
 __all__ = ["compact", "extents", "info", "resize", "snapshot"]
 
 
 _Result = TypeVar("_Result")
+
+
+class _Info(NamedTuple):
+    facts: dict[str, Any]
+    chain: list[dict[str, Any]]
 
 
 def _either(
@@ -57,16 +66,18 @@ def info(
             it.
     """
 
-    def idle() -> dict[str, Any]:
+    def idle() -> _Info:
         search = parent_search
         with image.open(path, format=format, parent_search=search, chain=chain, view=view) as disk:
-            return {"facts": disk.describe(), "chain": disk.chain}
+            return _Info(disk.describe(), disk.chain)
 
-    if view not in {None, image.View()}:
-        found = idle()  # its server does not look at it that way
-    else:
-        found = _either(path, idle, lambda owner: owner.ask("info"))
-    return {**found["facts"], "path": os.fsdecode(path), "chain": found["chain"]}
+    def served(owner: Owner) -> _Info:
+        found = api.decode_reply(owner.ask("info"), api.Info)
+        return _Info(found.facts, found.chain)
+
+    # A server does not look at its image by a view.
+    found = idle() if view not in {None, image.View()} else _either(path, idle, served)
+    return {**found.facts, "path": os.fsdecode(path), "chain": found.chain}
 
 
 @uninterruptible
@@ -82,8 +93,8 @@ def extents(
     def served(owner: Owner) -> list[Extent]:
         found: list[Extent] = []
 
-        def take(some: list[Any]) -> None:
-            found.extend(Extent(a, b, ExtentState(state), depth) for a, b, state, depth in some)
+        def take(some: Any) -> None:
+            found.extend(Extent(*each) for each in api.decode_reply(some, api.ExtentItems))
 
         owner.ask("map", item=take)
         return found
@@ -123,8 +134,8 @@ def resize(
                 path=path,
                 hint="stop the server first (vhdx stop), or let the guest move it",
             )
-        note = owner.ask("resize", size=size, shrink=shrink, unsafe=unsafe)
-        return None if note is None else str(note)
+        arguments = api.ResizeArguments(size, shrink, unsafe)
+        return api.decode_reply(owner.ask("resize", arguments), api.Resized).note
 
     return _either(path, idle, served)
 
@@ -146,8 +157,7 @@ def compact(
         return image.compact(path, parent_search=parent_search, progress=progress, cancel=cancel)
 
     def served(owner: Owner) -> Compacted:
-        found = owner.ask("compact", progress=progress, cancel=cancel)
-        return Compacted(**{name: value for name, value in found.items() if name != "won"})
+        return api.decode_reply(owner.ask("compact", progress=progress, cancel=cancel), Compacted)
 
     return _either(path, idle, served)
 
@@ -167,6 +177,7 @@ def snapshot(path: StrPath, checkpoint: StrPath | None = None, *, force: bool = 
 
     def served(owner: Owner) -> str:
         name = None if checkpoint is None else os.path.abspath(os.fsdecode(checkpoint))
-        return str(owner.ask("snapshot", checkpoint=name))
+        taken = owner.ask("snapshot", api.SnapshotArguments(name))
+        return api.decode_reply(taken, api.SnapshotTaken).checkpoint
 
     return _either(path, lambda: image.snapshot(path, checkpoint, force=force), served)

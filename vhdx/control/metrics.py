@@ -10,6 +10,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from vhdx.qos.monitor import Status
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
@@ -60,34 +62,37 @@ class _Server(Collector):
         yield from (count, requests, moved)
 
     def _disks(self) -> Iterable[Metric]:
-        found = self._server.qos.describe()
-        described, device = found["disks"], found["scheduling"]
+        self._server.qos.subscribe()  # the next scrape finds figures of the last minute
+        found = self._server.qos.report()
+        device = found.scheduling
         for which, what in (
             ("capacity_iops", "Normalised I/Os a second that the shared device does."),
             ("reserved_iops", "The sum of minimums."),
-            ("waiting", "Requests that wait for their turn at the shared device."),
+            ("waiting", "Requests that wait for a slot of the shared device."),
         ):
-            if device["keeps_minimums"] and device[which] is not None:
-                yield GaugeMetricFamily(f"vhdx_device_{which}", what, value=device[which])
+            value = getattr(device, which)
+            if device.keeps_minimums and value is not None:
+                yield GaugeMetricFamily(f"vhdx_device_{which}", what, value=value)
         for name, (what, factor) in _FIGURES.items():
             gauge = GaugeMetricFamily(
                 f"vhdx_disk_{name}", f"Over the last minute: {what}.", labels=["disk"]
             )
-            for disk in described:
-                gauge.add_metric([disk["disk"]], disk["windows"][_WINDOW][name] * factor)
+            for disk in found.disks:
+                gauge.add_metric([disk.disk], getattr(disk.windows[_WINDOW], name) * factor)
             yield gauge
         for which in ("minimum_iops", "maximum_iops", "maximum_bandwidth"):
             gauge = GaugeMetricFamily(f"vhdx_disk_{which}", "What is wanted.", labels=["disk"])
-            for disk in described:
-                if disk["effective"][which] is not None:
-                    gauge.add_metric([disk["disk"]], disk["effective"][which])
+            for disk in found.disks:
+                wanted = getattr(disk.effective, which)
+                if wanted is not None:
+                    gauge.add_metric([disk.disk], wanted)
             yield gauge
         status = GaugeMetricFamily(
             "vhdx_disk_status", "1 for the status that a disk has.", labels=["disk", "status"]
         )
-        for disk in described:
-            for each in ("Ok", "InsufficientThroughput", "UnknownPolicyId"):
-                status.add_metric([disk["disk"], each], float(disk["status"] == each))
+        for disk in found.disks:
+            for each in Status:
+                status.add_metric([disk.disk, each.value], float(disk.status is each))
         yield status
 
 

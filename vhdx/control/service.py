@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import json
 import logging
 import os
 import secrets
@@ -18,16 +17,18 @@ import socket
 import struct
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from vhdx.control import wire
+from vhdx.control import api
 from vhdx.control.metrics import METRICS_TYPE, exposition
+from vhdx.control.operations import Operation, Stream, chosen, refusal
 from vhdx.control.qos import change_qos
-from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, Reason, VhdxError
+from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.front import nbd
 from vhdx.host import Limits, ServerOptions
 from vhdx.host.runtime import listen_unix, runtime_directory
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
     from vhdx.image import Disk
     from vhdx.qos.monitor import Alert
 
-    Progress = Callable[[int, int], None]
-    Operation = Callable[["_Stream", Disk, dict[str, Any]], Any]
 
 __all__ = ["Control", "serve"]
 
@@ -48,11 +47,9 @@ _log = logging.getLogger(__name__)
 _http_log = logging.getLogger(f"{__name__}.http")
 _WORKERS = 8
 _LARGEST_REQUEST = 64 << 10
-_EXTENTS_AT_ONCE = 1000
-_PROGRESS_SECONDS = 0.1
 _LAST_ANSWER_SECONDS = 2.0
 _MOST_EVENTS, _EVENT_POLL_SECONDS, _MOST_LISTENERS = 1000, 0.5, 100
-_PATIENCE_SECONDS, _POLL_SECONDS = 60.0, 0.2
+_LONGEST_SUBSCRIPTION = 86_400.0
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
@@ -78,16 +75,16 @@ class Control:
         self._started = time.time()
         self._lock = threading.Lock()
         self._closing = False
-        self._streams: set[_Stream] = set()
+        self._streams: set[Stream] = set()
         self._listeners: list[web.Request] = []  # of the loop's thread
         directory = runtime_directory()
-        self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}{wire.SUFFIX}"
+        self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}{api.SUFFIX}"
         self._loop = asyncio.new_event_loop()
         self._runner: web.AppRunner | None = None
         self._executor = ThreadPoolExecutor(_WORKERS, "vhdx-control")
-        # Not held up by operations; looks not by changes, which wait for the file.
+        # Threads of their own: changes wait for the QoS file, and operations take long.
         self._changes = ThreadPoolExecutor(1, "vhdx-qos-change")
-        self._looks = ThreadPoolExecutor(1, "vhdx-qos-look")
+        self._reports = ThreadPoolExecutor(1, "vhdx-qos-report")
         ready = threading.Event()
         self._failures: list[BaseException] = []
         self._thread = threading.Thread(
@@ -118,15 +115,19 @@ class Control:
 
     async def _listen(self) -> None:
         application = web.Application(middlewares=[_only_the_owner], client_max_size=_LARGEST_REQUEST)
+        ours = f"/v{api.VERSION}"
         application.add_routes(
             [
-                web.get("/v1/server", self._describe),
-                web.post("/v1/stop", self._stop),
-                web.get("/v1/qos", self._describe_qos),
-                web.post("/v1/qos", self._change_qos),
+                web.get("/version", self._version),
                 web.get("/metrics", self._metrics),
                 web.get("/events", self._events),
-                web.post("/v1/operations/{operation}", self._operate),
+                web.get(f"{ours}/server", self._describe),
+                web.post(f"{ours}/stop", self._stop),
+                web.get(f"{ours}/qos", self._report_qos),
+                web.post(f"{ours}/qos", self._change_qos),
+                web.post(f"{ours}/qos/subscription", self._subscribe),
+                web.post(f"{ours}/operations/{{operation}}", self._operate),
+                web.route("*", r"/v{version:\d+}/{rest:.*}", self._refuse_version),
             ]
         )
         runner = web.AppRunner(
@@ -169,225 +170,169 @@ class Control:
             self._thread.join()
         self._executor.shutdown(wait=False)
         self._changes.shutdown(wait=False)
-        self._looks.shutdown(wait=False)
+        self._reports.shutdown(wait=False)
 
     # ---- answers ----
 
+    async def _version(self, request: web.Request) -> web.Response:
+        del request
+        return _reply(api.VersionReport(api.VERSION, metadata.version("vhdx"), os.getpid()))
+
+    async def _refuse_version(self, request: web.Request) -> web.Response:
+        """Says which versions do not fit together."""
+        theirs = request.match_info["version"]
+        if theirs == str(api.VERSION):
+            raise web.HTTPNotFound(text=f"there is nothing at {request.path}")
+        raise web.HTTPNotFound(
+            text=f"process {os.getpid()} speaks version {api.VERSION} of the control interface, and "
+            f"the client version {theirs}: use the vhdx that started it ({metadata.version('vhdx')})"
+        )
+
     async def _describe(self, request: web.Request) -> web.Response:
         del request
-        exports = self._server.exports()
         connections = self._server.counters()
         uris = self._server.uris
-        return web.json_response(
-            {
-                "pid": os.getpid(),
-                "started": self._started,
-                "exports": [
-                    {
-                        "name": name,
-                        "uri": uris[name],
-                        "path": os.path.abspath(disk.path),
-                        "key": list(disk.key),
-                        "format": disk.format,
-                        "virtual_size": disk.size,
-                        "read_only": disk.read_only,
-                        "connections": sum(export == name for export, _ in connections),
-                    }
-                    for name, disk in exports.items()
-                ],
-                "connections": [
-                    {"export": export, **counters._asdict()} for export, counters in connections
-                ],
-            }
-        )
+        exports = [
+            api.ExportReport(
+                name=name,
+                uri=uris[name],
+                path=os.path.abspath(disk.path),
+                key=disk.key,
+                format=disk.format,
+                virtual_size=disk.size,
+                read_only=disk.read_only,
+                connections=sum(export == name for export, _ in connections),
+            )
+            for name, disk in self._server.exports().items()
+        ]
+        clients = [api.ConnectionReport(export, *counters) for export, counters in connections]
+        return _reply(api.ServerReport(os.getpid(), self._started, exports, clients))
 
     async def _stop(self, request: web.Request) -> web.Response:
         del request
         threading.Thread(target=self._on_stop, name="vhdx-stop", daemon=True).start()
-        return web.json_response({"result": None})
+        return _reply(api.Done())
 
-    async def _describe_qos(self, request: web.Request) -> web.Response:
+    async def _report_qos(self, request: web.Request) -> web.Response:
         del request
         try:
-            found = await self._loop.run_in_executor(self._looks, self._server.qos.describe)
+            return _reply(await self._loop.run_in_executor(self._reports, self._server.qos.report))
         except ClosedError as error:
-            return _refusal(error)
-        return web.json_response({"pid": os.getpid(), **found})
+            return refusal(error)
+
+    async def _subscribe(self, request: web.Request) -> web.Response:
+        try:
+            wanted = api.decode_request(await _body(request), api.Subscribe)
+            if not 0 < wanted.seconds <= _LONGEST_SUBSCRIPTION:
+                raise InvalidArgumentError(
+                    f"a subscription for {wanted.seconds} s", hint="choose up to a day"
+                )
+        except VhdxError as error:
+            return refusal(error)
+        self._server.qos.subscribe(wanted.seconds)
+        return _reply(api.Done())
 
     async def _change_qos(self, request: web.Request) -> web.Response:
-        """One change of what is wanted; it may write a file, so it is a thread's."""
+        """One change of what is wanted; it may write a file, so it runs on a thread."""
         try:
-            body = await _body(request)
-            change = functools.partial(change_qos, self._server.qos, body)
-            result = await self._loop.run_in_executor(self._changes, change)
+            kinds = api.ChangeDisk | api.ChangePolicy | api.RemovePolicy
+            change = api.decode_request(await _body(request), kinds)
+            run = functools.partial(change_qos, self._server.qos, change)
+            return _reply(await self._loop.run_in_executor(self._changes, run))
         except VhdxError as error:
-            return _refusal(error)
-        return web.json_response({"result": result})
+            return refusal(error)
 
     async def _metrics(self, request: web.Request) -> web.Response:
         del request
         try:
-            text = await self._loop.run_in_executor(self._looks, exposition, self._server)
+            text = await self._loop.run_in_executor(self._reports, exposition, self._server)
         except ClosedError as error:
             raise web.HTTPServiceUnavailable(text=str(error)) from error
         return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
         """Alerts, one JSON object a line: those of before, then each as it comes."""
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue(_MOST_EVENTS)
-
-        def put(event: dict[str, Any]) -> None:
-            with contextlib.suppress(asyncio.QueueFull):  # a client that does not read loses some
-                queue.put_nowait(event)
-
-        domain = self._server.qos
         if len(self._listeners) >= _MOST_LISTENERS:
             raise web.HTTPServiceUnavailable(text=f"{_MOST_LISTENERS} listen to events already")
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+        queue: asyncio.Queue[Alert] = asyncio.Queue(_MOST_EVENTS)
+
+        def put(alert: Alert) -> None:
+            with contextlib.suppress(asyncio.QueueFull):  # a client that does not read loses some
+                queue.put_nowait(alert)
 
         def note(alert: Alert) -> None:
-            self._loop.call_soon_threadsafe(put, alert.as_dict())
+            self._loop.call_soon_threadsafe(put, alert)
 
         self._listeners.append(request)
-        with domain.listening(note) as before, contextlib.ExitStack() as stack:
+        with self._server.qos.listening(note) as before, contextlib.ExitStack() as stack:
             stack.callback(self._listeners.remove, request)
             await response.prepare(request)
             with contextlib.suppress(ConnectionError):
                 for alert in before:
-                    await response.write(json.dumps(alert.as_dict()).encode() + b"\n")
+                    await response.write(api.encode(alert) + b"\n")
                 while not self._closing:
                     try:
-                        event = await asyncio.wait_for(queue.get(), _EVENT_POLL_SECONDS)
+                        alert = await asyncio.wait_for(queue.get(), _EVENT_POLL_SECONDS)
                     except TimeoutError:
                         continue
-                    await response.write(json.dumps(event).encode() + b"\n")
+                    await response.write(api.encode(alert) + b"\n")
         return response
 
     async def _operate(self, request: web.Request) -> web.StreamResponse:
         try:
-            work, disk, arguments = self._asked(request, await _body(request))
+            work, disk, arguments = self._wanted(request, await _body(request))
         except VhdxError as error:
-            return _refusal(error)
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        await response.prepare(request)
-        stream = _Stream(request, response, self._loop, self._server.qos.pace)
+            return refusal(error)
+        stream = Stream(request, self._loop, self._server.qos.pace)
         with self._lock:
-            refused = self._closing
-            if not refused:
-                self._streams.add(stream)
+            if self._closing:
+                return refusal(ClosedError("the server is closing"))
+            self._streams.add(stream)
         try:
-            if refused:
-                raise ClosedError("the server is closing")
-            done = self._loop.run_in_executor(self._executor, work, stream, disk, arguments)
-            try:
-                result = await asyncio.shield(done)
-            except asyncio.CancelledError:
-                stream.cancelled.set()  # the client has left
-                await asyncio.wait([done])
-                raise
-            await stream.send({"result": result})
-        except asyncio.CancelledError:
-            raise
+            return await self._carry_out(stream, work, disk, arguments)
         except ConnectionError:
             stream.cancelled.set()
-        except Exception as error:
-            if not isinstance(error, VhdxError):
-                _log.exception("an operation on %s failed", disk.path)
-            with contextlib.suppress(ConnectionError):
-                await stream.send({"error": wire.object_of(error)})
+            return web.Response()  # nobody takes it
         finally:
             with self._lock:
                 self._streams.discard(stream)
-        with contextlib.suppress(ConnectionError):
-            await response.write_eof()
-        return response
 
-    def _asked(self, request: web.Request, body: Any) -> tuple[Operation, Disk, dict[str, Any]]:
+    async def _carry_out(
+        self, stream: Stream, work: Operation, disk: Disk, arguments: Any
+    ) -> web.StreamResponse:
+        done = self._loop.run_in_executor(self._executor, work.run, stream, disk, arguments)
+        try:
+            result = await asyncio.shield(done)
+        except asyncio.CancelledError:
+            stream.cancelled.set()  # the client has left
+            await asyncio.wait([done])
+            raise
+        except Exception as error:
+            if not isinstance(error, VhdxError):
+                _log.exception("an operation on %s failed", disk.path)
+            return await stream.fail(error)
+        return await stream.finish(result)
+
+    def _wanted(self, request: web.Request, body: bytes) -> tuple[Operation, Disk, Any]:
         """What is to be done, on which disk, and how."""
-        operation = request.match_info["operation"]
-        if not isinstance(body, dict) or not isinstance(body.get("arguments", {}), dict):
-            raise InvalidArgumentError("a request is a JSON object")
-        if operation not in _OPERATIONS:
-            raise InvalidArgumentError(f"there is no operation {operation!r}")
-        disk = self._server.exports().get(str(body.get("export")))
+        operation = chosen(request.match_info["operation"])
+        found = api.decode_request(body, api.OperationRequest)
+        disk = self._server.exports().get(found.export)
         if disk is None:
-            raise NotFoundError(f"there is no export {body.get('export')!r}")
-        return _OPERATIONS[operation], disk, body.get("arguments", {})
+            raise NotFoundError(f"there is no export {found.export!r}")
+        return operation, disk, api.convert_request(found.arguments, operation.arguments)
 
 
-_STATUS = {
-    Reason.NOT_FOUND: 404,
-    Reason.IN_USE: 409,
-    Reason.INTERNAL: 500,
-    Reason.CLOSED: 503,
-    Reason.NO_SPACE: 507,
-}
+def _reply(value: object) -> web.Response:
+    return web.Response(body=api.encode(value), content_type="application/json")
 
 
-def _refusal(error: VhdxError) -> web.Response:
-    """What is said of a request before anything was done for it."""
-    return web.json_response({"error": wire.object_of(error)}, status=_STATUS.get(error.reason, 400))
-
-
-async def _body(request: web.Request) -> Any:
+async def _body(request: web.Request) -> bytes:
     try:
-        return await request.json()
-    except (ValueError, LookupError, RecursionError, web.HTTPRequestEntityTooLarge) as error:
-        raise InvalidArgumentError(f"the request is no JSON that can be read: {error!r}") from error
-
-
-class _Stream:
-    """The answer to one operation; its thread sends lines through the event loop."""
-
-    def __init__(
-        self,
-        request: web.Request,
-        response: web.StreamResponse,
-        loop: asyncio.AbstractEventLoop,
-        pace: Callable[[int], None],
-    ) -> None:
-        self._request, self._response, self._loop = request, response, loop
-        self.pace = pace
-        self._next_progress = 0.0
-        self._underway: Future[None] | None = None
-        self.cancelled = threading.Event()
-
-    def abort(self) -> None:
-        """Ends the operation, and cuts its client off."""
-        self.cancelled.set()
-        transport = self._request.transport
-        if transport is not None:
-            self._loop.call_soon_threadsafe(transport.abort)
-
-    async def send(self, line: dict[str, Any]) -> None:
-        await self._response.write(json.dumps(line, default=str).encode() + b"\n")
-
-    def emit(self, line: dict[str, Any]) -> None:
-        """From the operation's thread; waits until the client takes it, but not for ever."""
-        sent = asyncio.run_coroutine_threadsafe(self.send(line), self._loop)
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        while True:
-            try:
-                sent.result(_POLL_SECONDS)
-            except TimeoutError:
-                if not self.cancelled.is_set() and time.monotonic() < deadline:
-                    continue
-            except ConnectionError:
-                pass
-            else:
-                return
-            self.abort()
-            raise VhdxError("the client has left, or does not listen", reason=Reason.CANCELLED)
-
-    def progress(self, done: int, total: int) -> None:
-        """Sends a line of progress now and then, and none while the last one is on its way."""
-        now = time.monotonic()
-        if self._underway is not None and not self._underway.done():
-            return
-        if now >= self._next_progress or done == total:
-            self._next_progress = now + _PROGRESS_SECONDS
-            line = self.send({"progress": [done, total]})
-            self._underway = asyncio.run_coroutine_threadsafe(line, self._loop)
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise InvalidArgumentError(f"the request is larger than {_LARGEST_REQUEST} bytes") from error
 
 
 @web.middleware
@@ -401,69 +346,6 @@ async def _only_the_owner(
     if _CREDENTIALS.unpack(found)[1] != os.geteuid():
         raise web.HTTPForbidden(text="this server belongs to another user")
     return await handler(request)
-
-
-# ---- operations: on a thread of the executor ----
-
-
-def _option(body: dict[str, Any], name: str, kind: type, default: Any) -> Any:
-    value = body.get(name, default)
-    if value != default and type(value) is not kind:
-        raise InvalidArgumentError(f"{name} must be of type {kind.__name__}")
-    return value
-
-
-def _info(stream: _Stream, disk: Disk, body: dict[str, Any]) -> Any:
-    del stream, body
-    return {"facts": disk.describe(), "chain": disk.chain}
-
-
-def _map(stream: _Stream, disk: Disk, body: dict[str, Any]) -> None:
-    del body
-    some = []
-    for extent in disk.extents():
-        some.append(extent.as_tuple())
-        if len(some) == _EXTENTS_AT_ONCE:
-            stream.emit({"item": some})
-            some = []
-    stream.emit({"item": some})
-
-
-def _resize(stream: _Stream, disk: Disk, body: dict[str, Any]) -> str | None:
-    del stream
-    if body.get("size") is None:
-        raise InvalidArgumentError("size is missing")
-    return disk.resize(
-        _option(body, "size", int, None),
-        shrink=_option(body, "shrink", bool, False),
-        unsafe=_option(body, "unsafe", bool, False),
-    )
-
-
-def _compact(stream: _Stream, disk: Disk, body: dict[str, Any]) -> Any:
-    del body
-    done = disk.compact(progress=stream.progress, cancel=stream.cancelled.is_set, pace=stream.pace)
-    return done.as_dict()
-
-
-def _snapshot(stream: _Stream, disk: Disk, body: dict[str, Any]) -> str:
-    del stream
-    checkpoint = _option(body, "checkpoint", str, None)
-    if checkpoint is not None and not os.path.isabs(checkpoint):
-        raise InvalidArgumentError("the checkpoint's path must be absolute")
-    try:
-        return disk.snapshot(checkpoint)
-    except UnicodeError as error:
-        raise InvalidArgumentError("no file can have this name") from error
-
-
-_OPERATIONS: Mapping[str, Operation] = {
-    "info": _info,
-    "map": _map,
-    "resize": _resize,
-    "compact": _compact,
-    "snapshot": _snapshot,
-}
 
 
 def serve(

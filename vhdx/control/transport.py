@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HTTP and JSON over a server's control socket."""
+"""HTTP and JSON over a server's control socket, the client's side."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vhdx.errors import ProtocolError, VhdxError
+from vhdx.control import api
+from vhdx.errors import NotFoundError, ProtocolError, VhdxError
 
-__all__ = ["answer", "get_text"]
+__all__ = ["ask", "get_text", "lines_of"]
 
 _LONGEST_LINE = 16 << 20
 _JSON = "application/json"
+_NOT_FOUND = 404
 
 
 class _Connection(http.client.HTTPConnection):
@@ -34,22 +36,30 @@ class _Connection(http.client.HTTPConnection):
 
 
 @contextlib.contextmanager
-def answer(
-    path: Path, method: str, target: str, body: dict[str, Any] | None, seconds: float | None
+def lines_of(
+    path: Path, method: str, target: str, body: object, seconds: float | None
 ) -> Iterator[Iterator[dict[str, Any]]]:
-    """The lines of the answer to one request; ``seconds`` of silence are an error, None waits."""
+    """The lines of the answer to one request.
+
+    Args:
+        path: of the control socket.
+        method, target: of the request.
+        body: what is encoded as its body; None for nothing.
+        seconds: of silence that are an error; None waits.
+
+    Raises:
+        NotFoundError: the server has nothing at ``target``.
+        ProtocolError: it does not answer, or with what is no JSON.
+        VhdxError: what the server failed with.
+    """
     connection = _Connection(path, seconds)
     try:
-        data = None if body is None else json.dumps(body)
+        data = None if body is None else api.encode(body)
         connection.request(method, target, data, {"Content-Type": _JSON})
         response = connection.getresponse()
-        if (
-            response.status != 200
-            and response.getheader("Content-Type", "").partition(";")[0] != _JSON
-        ):
-            text = response.read(200).decode(errors="replace")
-            raise ProtocolError(f"the server answered {response.status}: {text}", path=path)
-        yield _lines(response)
+        if response.status != 200:
+            raise _failure(response, path)
+        yield (json.loads(line) for line in iter(lambda: response.readline(_LONGEST_LINE), b""))
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, VhdxError):
             raise
@@ -58,9 +68,22 @@ def answer(
         connection.close()
 
 
-def _lines(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    while line := response.readline(_LONGEST_LINE):
-        yield json.loads(line)
+def _failure(response: http.client.HTTPResponse, path: Path) -> VhdxError:
+    if response.getheader("Content-Type", "").partition(";")[0] == _JSON:
+        found = json.loads(response.read(_LONGEST_LINE))
+        return api.decode_reply(found.get("error"), api.ErrorReport).exception()
+    text = response.read(1000).decode(errors="replace")
+    kind = NotFoundError if response.status == _NOT_FOUND else ProtocolError
+    return kind(f"the server answered {response.status}: {text}", path=path)
+
+
+def ask(path: Path, method: str, target: str, body: object, seconds: float | None) -> Any:
+    """The only line of an answer; raises as :func:`lines_of` does."""
+    with lines_of(path, method, target, body, seconds) as lines:
+        found = next(lines, None)
+    if found is None:
+        raise ProtocolError("the server ended before its answer", path=path)
+    return found
 
 
 def get_text(path: Path, target: str, seconds: float) -> str:

@@ -35,13 +35,13 @@ class Compacted:
     moved: int = 0
 
     @property
-    def won(self) -> int:
+    def reclaimed(self) -> int:
         """Bytes that the host got back."""
         return max(0, self.allocated_before - self.allocated_after)
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
-        return asdict(self) | {"won": self.won}
+        return asdict(self) | {"reclaimed": self.reclaimed}
 
 
 class Format(Protocol):

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Whose turn the GIL is, while C waits for Python.
+"""The interpreter's switch interval, while C waits for Python.
 
-A thread that wants the GIL asks for it after the interpreter's switch interval. A server makes it
-short, so that an answer begins soon beside a thread that computes without end. But then that thread
-asks back as soon, and every hand-over costs more than the turn. So while a commit is computed the
-interval is long, and where it waits for the disk it is short again: figures in docs/performance.md.
+A thread that wants the GIL requests it after the switch interval. A server makes the interval short,
+so that an upcall begins soon beside a thread that computes without end. But that thread then requests
+the GIL back just as soon, and each hand-over costs more than the work between two of them. So the
+interval is long while a commit is computed, and short again while the commit waits for the disk.
+Figures are in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ _SHORT, _LONG = 10e-6, 1e-3  # seconds
 
 _lock = threading.Lock()
 _servers = 0
-_base = _own = sys.getswitchinterval()  # what it is outside of turns; what the program had
+_base = _own = sys.getswitchinterval()  # outside of commits; and what the program had
 _thread = threading.local()
 
 
 @contextlib.contextmanager
 def serving() -> Iterator[None]:
-    """Answers begin soon, until the last that asked for it leaves."""
+    """Makes the switch interval short until the last block that asked for it ends."""
     global _servers, _base, _own
     with _lock:
         if _servers == 0:
@@ -49,23 +50,24 @@ def serving() -> Iterator[None]:
 
 @contextlib.contextmanager
 def computing() -> Iterator[None]:
-    """What others wait for is computed, without handing the GIL back and forth."""
+    """Makes the interval long while something is computed that others wait for."""
     if _servers == 0:
         yield
         return
-    _thread.computes = True
+    _thread.depth = depth = getattr(_thread, "depth", 0) + 1
     sys.setswitchinterval(_LONG)
     try:
         yield
     finally:
-        _thread.computes = False
-        sys.setswitchinterval(_base)
+        _thread.depth = depth - 1
+        if depth == 1:  # a commit inside another one leaves the interval to that one
+            sys.setswitchinterval(_base)
 
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """A call into C that lets go of the GIL, and wants it back soon."""
-    if not getattr(_thread, "computes", False):
+    """Makes the interval short around a call into C that releases the GIL."""
+    if not getattr(_thread, "depth", 0):
         yield
         return
     sys.setswitchinterval(_base)

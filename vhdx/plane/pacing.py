@@ -90,7 +90,7 @@ def _made(handle: Any) -> Any:
 
 
 class Clock:
-    """A clock that stands still until it is advanced; for tests and experiments."""
+    """A clock whose time passes only when it is advanced; for tests and experiments."""
 
     def __init__(self) -> None:
         self.handle = ffi.gc(_made(lib.vx_clock_create(True)), lib.vx_clock_destroy)

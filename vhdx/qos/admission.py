@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     _Seconds = np.ndarray[Any, np.dtype[np.float64]]
 
 
-__all__ = ["USABLE", "Load", "Verdict", "best_depth", "judge", "most_below", "most_together"]
+__all__ = ["USABLE", "Load", "Verdict", "best_depth", "evaluate", "most_below", "most_together"]
 
 USABLE = 0.9
 """Of the device: a tenth is for what nobody has reserved."""
@@ -79,7 +79,7 @@ class Verdict(NamedTuple):
     used: float
 
 
-def judge(
+def evaluate(
     reservations: Sequence[Reservation], depth: int, load: Load, blocking: float = 0.0
 ) -> Verdict:
     """Whether all of them are kept with so many below at a time, or as many as take ``blocking``."""
@@ -118,11 +118,11 @@ def _in_time(every: _Seconds, costs: _Seconds, blocking: float, used: float, sla
 def best_depth(reservations: Sequence[Reservation], most: int, load: Load) -> Verdict:
     """The deepest at which all are kept; where there is none, ``most`` as it is."""
     for depth in range(most, 0, -1):
-        found = judge(reservations, depth, load)
+        found = evaluate(reservations, depth, load)
         if found.kept:
             return found
-    shallow = judge(reservations, 1, load)
-    asked = judge(reservations, most, load)
+    shallow = evaluate(reservations, 1, load)
+    asked = evaluate(reservations, most, load)
     return asked if asked.capacity > shallow.capacity else shallow
 
 
@@ -133,11 +133,11 @@ def most_below(reservations: Sequence[Reservation], most: int, load: Load) -> fl
     if not found.kept:
         return None
     high = max(low, sum(load.piece(others) for others in range(most)))
-    if judge(reservations, found.depth, load, high).kept:
+    if evaluate(reservations, found.depth, load, high).kept:
         return high
     for _ in range(12):
         middle = (low + high) / 2
-        if judge(reservations, found.depth, load, middle).kept:
+        if evaluate(reservations, found.depth, load, middle).kept:
             low = middle
         else:
             high = middle

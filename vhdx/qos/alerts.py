@@ -99,11 +99,13 @@ class Alerts:
 
 def _run_hook(hook: str, alert: Alert) -> None:
     facts = {
-        "VHDX_EVENT": "InsufficientThroughput" if alert.begins else "Ok",
+        "VHDX_EVENT": alert.event.value,
         "VHDX_DISK": alert.disk,
         "VHDX_MINIMUM_IOPS": str(alert.minimum_iops),
         "VHDX_ACHIEVED_IOPS": f"{alert.achieved_iops:.0f}",
-        "VHDX_TAKERS": ", ".join(f"{name} {iops:.0f}" for name, iops in alert.takers),
+        "VHDX_TOP_CONSUMERS": ", ".join(
+            f"{each.disk} {each.iops:.0f}" for each in alert.top_consumers
+        ),
         "VHDX_MESSAGE": str(alert),
     }
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What the domain knows of a flow, and of a disk under one name. Its lock guards all of it."""
+"""What is known of a flow, and of a disk under one name. The registry's lock guards all of it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from uuid import UUID
 
-    from vhdx.qos.scheduling import Place, Turns
+    from vhdx.qos.shared_device import Attachment
 
 __all__ = ["TICK_SECONDS", "DiskState", "Flow"]
 
 TICK_SECONDS = 0.05
-"""Who is busy is looked at so often."""
+"""The time between two checks of which disks are busy."""
 
 
 class Flow:
@@ -37,31 +37,39 @@ class Flow:
     ) -> None:
         self.disk, self.initiator = disk, initiator
         self.throttle, self.meter = throttle, meter
-        self.under_way: Callable[[], int] = lambda: 0
         self.history = History()
+        self._under_way: Callable[[], int] | None = None
+
+    def set_under_way(self, count: Callable[[], int]) -> None:
+        """Tells how to count its requests that are under way; any thread may call ``count``."""
+        self._under_way = count
+
+    def under_way(self) -> int:
+        """Its requests that are under way now; 0 until :meth:`set_under_way`."""
+        return 0 if self._under_way is None else self._under_way()
 
 
 class DiskState:
-    """A disk under one name, and what is wanted of it: of all its names together."""
+    """A disk under one name. All names of one image share what is wanted of it.
+
+    Attributes:
+        path: the real path of the image.
+        attachment: its place on the shared device.
+        limits: what its flows pay; shared by all its names.
+        settings, policy_id: what is wanted of it.
+        watch: whether it gets its minimum; shared by all its names.
+        busy: for each check of the last second, whether enough requests were under way.
+        history: figures of this name.
+        departed: what flows did that have left.
+    """
 
     def __init__(
-        self,
-        path: str,
-        device: plane.Device,
-        turns: Turns,
-        limits: plane.Limits,
-        twin: DiskState | None,
+        self, path: str, attachment: Attachment, limits: plane.Limits, alias: DiskState | None
     ) -> None:
-        self.path, self.lower, self.limits = path, device, limits
-        self.settings: Settings = Settings() if twin is None else twin.settings
-        self.policy_id: UUID | None = None if twin is None else twin.policy_id
-        self.watch: Watch = Watch() if twin is None else twin.watch
-        self.place: Place = (
-            twin.place
-            if twin is not None and twin.lower is device
-            else turns.attach(device, None if twin is None else twin.place)
-        )
-        self.device, self.share = self.place.device, self.place.share
+        self.path, self.attachment, self.limits = path, attachment, limits
+        self.settings: Settings = Settings() if alias is None else alias.settings
+        self.policy_id: UUID | None = None if alias is None else alias.policy_id
+        self.watch: Watch = Watch() if alias is None else alias.watch
         self.busy: deque[bool] = deque(maxlen=round(1 / TICK_SECONDS))
         self.history = History()
-        self.departed = [0] * plane.METER_NUMBERS  # what flows did that have left
+        self.departed = [0] * plane.METER_NUMBERS

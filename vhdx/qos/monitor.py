@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""What flows and disks get: figures over windows, statuses, and alerts with hysteresis.
+"""Figures over windows, statuses, and alerts with hysteresis; arithmetic only.
 
-Pure: it is fed samples with their times, so an hour is tested in a second. Vocabulary and statuses
-are those of Get-StorageQosFlow: a disk has InsufficientThroughput when it has a minimum, wants at
-least as much, and gets less.
+Samples come in with their times, so an hour is tested in a second. The statuses are those of
+Get-StorageQosFlow: a disk has InsufficientThroughput when it has a minimum, asks for at least as
+much, and gets less.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,7 +20,7 @@ from vhdx.plane import quantile
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["WINDOWS", "Alert", "Figures", "Sampled", "Status", "Watch"]
+__all__ = ["WINDOWS", "Alert", "Consumer", "Figures", "History", "Status", "Watch"]
 
 WINDOWS = (1.0, 60.0, 300.0)
 """Seconds over which figures are given."""
@@ -142,34 +143,50 @@ class History:
 
 
 @dataclass(frozen=True)
+class Consumer:
+    """A disk that had much of the throughput: its name, and its normalised IOPS."""
+
+    disk: str
+    iops: float
+
+
+@dataclass(frozen=True)
 class Alert:
     """A disk has begun, or ceased, to get less than its minimum.
 
     Attributes:
-        seconds: when, since 1970.
+        time: seconds since 1970.
+        event: INSUFFICIENT where it begins, OK where it ends.
         disk: its name.
-        begins: else it ends.
         minimum_iops, achieved_iops: normalised.
-        takers: who had most of the throughput then: names and normalised IOPS.
+        top_consumers: the other disks with most of the throughput then, largest first.
     """
 
-    seconds: float
+    time: float
+    event: Status
     disk: str
-    begins: bool
     minimum_iops: int
     achieved_iops: float
-    takers: tuple[tuple[str, float], ...]
+    top_consumers: tuple[Consumer, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "time": self.seconds,
-            "event": "InsufficientThroughput" if self.begins else "Ok",
-            "disk": self.disk,
-            "minimum_iops": self.minimum_iops,
-            "achieved_iops": self.achieved_iops,
-            "takers": [{"disk": name, "iops": iops} for name, iops in self.takers],
-        }
+    @classmethod
+    def now(
+        cls,
+        disk: str,
+        *,
+        begins: bool,
+        minimum_iops: int,
+        achieved_iops: float,
+        top_consumers: tuple[Consumer, ...],
+    ) -> Alert:
+        """An alert of this moment."""
+        event = Status.INSUFFICIENT if begins else Status.OK
+        return cls(time.time(), event, disk, minimum_iops, achieved_iops, top_consumers)
+
+    @property
+    def begins(self) -> bool:
+        """Whether the disk misses its minimum from now on; else it does not any more."""
+        return self.event is Status.INSUFFICIENT
 
     def __str__(self) -> str:
         if not self.begins and self.minimum_iops == 0:
@@ -184,7 +201,7 @@ class Alert:
                 f"{self.disk} gets its minimum of {self.minimum_iops} normalised IOPS again "
                 f"({self.achieved_iops:.0f})"
             )
-        who = ", ".join(f"{name} {iops:.0f}" for name, iops in self.takers)
+        who = ", ".join(f"{each.disk} {each.iops:.0f}" for each in self.top_consumers)
         return (
             f"{self.disk} gets {self.achieved_iops:.0f} of its minimum of {self.minimum_iops} "
             f"normalised IOPS; " + (f"most of the rest: {who}" if who else "no other disk takes any")
@@ -199,7 +216,7 @@ class Watch:
     insufficient: bool = False
     _since: float | None = field(default=None, repr=False)  # it has been otherwise
 
-    def judge(
+    def evaluate(
         self,
         seconds: float,
         minimum: int | None,

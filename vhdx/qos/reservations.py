@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What disks want together: the sum of their minimums, and where that contradicts their policies."""
+"""The sum of what disks want, and where it contradicts their policies; arithmetic only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 __all__ = [
+    "DesiredQos",
     "Reservation",
-    "Wish",
     "contradictions",
-    "group_of",
+    "effective_settings",
     "reservations",
-    "together_with_policy",
+    "shared_policy",
 ]
 
 
@@ -34,7 +34,7 @@ class Reservation(NamedTuple):
     depth: int
 
 
-class Wish(NamedTuple):
+class DesiredQos(NamedTuple):
     """What is wanted of a disk.
 
     Attributes:
@@ -46,22 +46,23 @@ class Wish(NamedTuple):
     policy_id: UUID | None
 
 
-def together_with_policy(
-    settings: Settings, policy_id: UUID | None, policies: Mapping[UUID, Policy]
-) -> Settings:
-    """Settings of a disk, and of its policy where that is dedicated, the tighter of each."""
-    policy = None if policy_id is None else policies.get(policy_id)
+def effective_settings(desired: DesiredQos, policies: Mapping[UUID, Policy]) -> Settings:
+    """What counts for a disk: its own settings and its dedicated policy's, the tighter of each."""
+    policy = None if desired.policy_id is None else policies.get(desired.policy_id)
     if policy is None or policy.kind is PolicyKind.AGGREGATED:
-        return settings
-    return settings.within(policy.settings)
+        return desired.settings
+    return desired.settings.within(policy.settings)
 
 
-def group_of(
-    wanted: Settings, policy_id: UUID | None, policies: Mapping[UUID, Policy]
+def shared_policy(
+    settings: Settings, policy_id: UUID | None, policies: Mapping[UUID, Policy]
 ) -> Policy | None:
-    """The aggregated policy whose minimum and weight a disk shares; one of its own comes before."""
+    """The aggregated policy whose minimum and weight a disk shares.
+
+    A disk with a minimum of its own shares none.
+    """
     policy = None if policy_id is None else policies.get(policy_id)
-    if policy is None or policy.kind is not PolicyKind.AGGREGATED or wanted.minimum_iops:
+    if policy is None or policy.kind is not PolicyKind.AGGREGATED or settings.minimum_iops:
         return None
     return policy
 
@@ -70,29 +71,29 @@ def _reservation(settings: Settings) -> Reservation:
     return Reservation(settings.minimum_iops or 0, settings.minimum_depth or 1)
 
 
-def reservations(wishes: Iterable[Wish], policies: Mapping[UUID, Policy]) -> list[Reservation]:
-    """Of disks, and of aggregated policies that have disks."""
-    found, groups = [], {}
-    for settings, policy_id in wishes:
-        wanted = together_with_policy(settings, policy_id, policies)
-        found.append(_reservation(wanted))
-        policy = group_of(wanted, policy_id, policies)
+def reservations(desired: Iterable[DesiredQos], policies: Mapping[UUID, Policy]) -> list[Reservation]:
+    """The minimums of disks, and of aggregated policies that have disks."""
+    found, shared = [], {}
+    for each in desired:
+        settings = effective_settings(each, policies)
+        found.append(_reservation(settings))
+        policy = shared_policy(settings, each.policy_id, policies)
         if policy is not None:
-            groups[policy.policy_id] = policy
-    found += [_reservation(policy.settings) for policy in groups.values()]
+            shared[policy.policy_id] = policy
+    found += [_reservation(policy.settings) for policy in shared.values()]
     return [each for each in found if each.iops]
 
 
 def contradictions(
-    wishes: Iterable[Wish], policies: Mapping[UUID, Policy]
+    desired: Iterable[DesiredQos], policies: Mapping[UUID, Policy]
 ) -> dict[UUID, tuple[int, InvalidArgumentError]]:
-    """Disks of an aggregated policy cannot have minimums above what it lets pass in all.
+    """Aggregated policies whose disks have minimums above what the policy allows in all.
 
     Returns:
-        By policy how much they are above it, and the error that says so.
+        For each such policy the excess in IOPS, and the error that describes it.
     """
     sums: dict[UUID, int] = {}
-    for settings, policy_id in wishes:
+    for settings, policy_id in desired:
         if policy_id is not None:
             sums[policy_id] = sums.get(policy_id, 0) + (settings.minimum_iops or 0)
     found = {}

@@ -31,14 +31,19 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.image.attributes import copy_attributes
+from vhdx.qos.policy import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from vhdx.qos.policy import Policy
+    from vhdx.qos.reservations import DesiredQos
 
 __all__ = ["Store"]
 
 _FORMAT, _VERSION = "vhdx qos", 1
 _LARGEST = 64 << 20
+_NOTHING_WANTED = {"settings": Settings().as_dict(), "policy": None}
 
 
 class Store:
@@ -112,11 +117,11 @@ class Store:
         self._guard = -1
 
     @contextlib.contextmanager
-    def believed(self) -> Iterator[None]:
-        """What the content says is no good where this fails: the file is at fault.
+    def content_errors(self) -> Iterator[None]:
+        """Turns an error of code that applies the content into one that blames the file.
 
         Raises:
-            DamagedError: instead of whatever came up.
+            DamagedError: in place of the error in the block.
         """
         try:
             yield
@@ -159,6 +164,24 @@ class Store:
         ):
             raise self._refuse("its content is not as it should be")
         self.content, self.generation = content, generation
+
+    def update(self, disks: Mapping[str, DesiredQos], policies: Iterable[Policy]) -> None:
+        """Saves what is wanted of these disks, by real path, and all policies.
+
+        Other disks stay as they are. Nothing is written where nothing changes.
+
+        Raises:
+            HostIOError, NoSpaceError: it cannot be written; the old file stays.
+        """
+        kept = dict(self.content["disks"])
+        for path, (settings, policy_id) in disks.items():
+            policy = None if policy_id is None else str(policy_id)
+            entry = {"settings": settings.as_dict(), "policy": policy}
+            if path in kept or entry != _NOTHING_WANTED:
+                kept[path] = entry
+        content = {"disks": kept, "policies": [policy.as_dict() for policy in policies]}
+        if content != self.content:
+            self.save(content)
 
     def save(self, content: dict[str, Any]) -> None:
         """Replaces the content, durably.

@@ -288,7 +288,7 @@ class Server:
                 bytes_limit=self._limits.connection_bytes,
                 meter=flow.meter,
             )
-        flow.under_way = lambda: connection.counters().under_way
+        flow.set_under_way(lambda: connection.counters().under_way)
         code = connection.serve()
         if code == plane.CANCELLED:
             _log.warning(

@@ -1,28 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""Turns of the disks of a server at the device that they share, and what it can carry.
+"""The device that all disks of a server share: its scheduler, its model, and what it can carry.
 
-With scheduling, minimums are kept and not only watched: a disk, or an aggregated policy, has a share
-of the device, and dmclock gives it its minimum first. That can be kept only where the sum of minimums
-is less than what the device does; a tenth is left for what nobody has reserved.
+With scheduling, minimums are kept and not only watched. A disk, or an aggregated policy, has a share
+of the device, and dmclock serves its minimum first. That works only where the sum of minimums is less
+than what the device does; a tenth is left for work that nobody has reserved.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from vhdx import plane
 from vhdx.errors import InvalidArgumentError
 from vhdx.qos.admission import USABLE, Load, Verdict, best_depth, most_below, most_together
+from vhdx.qos.report import DeviceReport
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from uuid import UUID
 
-    from vhdx.qos.policy import Settings
+    from vhdx.qos.policy import Policy, Settings
     from vhdx.qos.reservations import Reservation
 
-__all__ = ["Admission", "Scheduling", "Turns"]
+__all__ = ["Admission", "Attachment", "Scheduling", "SharedDevice"]
 
 DEFAULT_WEIGHT = 100
 _OVERHEAD = 20e-6  # seconds: between the end of one piece and the next one
@@ -36,13 +37,13 @@ class Scheduling:
     """How the disks of a server share their device.
 
     Attributes:
-        keep_minimums: dmclock chooses whose turn it is; else minimums are watched only, as in Windows
-            Server 2012 R2.
-        depth: requests that are let through at a time, 1 to 256. A request waits for those before
-            it, so a deep one gives a hard disk more to choose from, and minimums more to wait for.
-        capacity_iops: normalised IOPS that the device does; what the model does, or is seen, when
-            None.
-        model: the disks are as slow as such a device.
+        keep_minimums: dmclock chooses which request is served next. Otherwise minimums are only
+            watched, as in Windows Server 2012 R2.
+        depth: requests that are let through at a time, 1 to 256. A larger depth lets a hard disk
+            choose among more requests, but each request waits for more others.
+        capacity_iops: normalised IOPS that the device does. When None it is what the model does, or
+            what is measured.
+        model: simulate all disks sharing one such device.
     """
 
     keep_minimums: bool = False
@@ -67,7 +68,7 @@ class Admission:
 
     Attributes:
         capacity_iops: of the device, normalised; None while it is not known.
-        measured: it was seen, and not given or modelled.
+        measured: the capacity was measured, and not given or modelled.
         reserved_iops: the sum of minimums.
         admitted: it is at most nine tenths of the capacity, as far as that is known.
     """
@@ -79,25 +80,33 @@ class Admission:
     verdict: Verdict | None = None
 
 
-class Place(NamedTuple):
-    """Of a disk on the shared device.
+class Attachment(NamedTuple):
+    """A disk on the shared device.
 
     Attributes:
         device: what its flows go to.
+        lower: the disk's own device.
         share: its own; None where there is no scheduler.
+        scheduled: the part of ``device`` that waits for slots; None where there is no scheduler.
         base: where it begins on the device that is modelled, bytes.
     """
 
     device: plane.Device
+    lower: plane.Device
     share: plane.Share | None
+    scheduled: plane.Scheduled | None
     base: int
 
+    def waiting(self) -> int:
+        """Its requests that wait for a slot."""
+        return 0 if self.scheduled is None else self.scheduled.waiting()
 
-class Turns:
+
+class SharedDevice:
     """The scheduler, the model and the shares of one server.
 
-    Who calls it holds the lock of the domain, but for :meth:`pace`, and for what only asks: samples
-    are replaced as a whole.
+    Callers hold the lock of the registry, except for :meth:`pace`, :meth:`close`, and methods that
+    only read: the list of samples is replaced as a whole.
     """
 
     def __init__(
@@ -113,9 +122,9 @@ class Turns:
         self._scheduler: plane.Scheduler | None = None
         self._background: plane.Share | None = None
         self._base = 0
-        self._groups: dict[UUID, plane.Share] = {}
+        self._policy_shares: dict[UUID, plane.Share] = {}
         self._last = (0, 0)
-        self._seen: list[tuple[int, int]] = []
+        self._contended: list[tuple[int, int]] = []  # ns, units
         self._capacity: float | None = scheduling.capacity_iops
         self._most_depth = scheduling.depth
         self._bounds: Load | None = None
@@ -140,39 +149,39 @@ class Turns:
             most = 0 if does is None else max(_BACKGROUND_IOPS, round(does / 2))
             self._background.set(reservation=_BACKGROUND_IOPS, limit=most, weight=10)
 
-    @property
-    def keeps_minimums(self) -> bool:
-        """Whether there is a scheduler."""
-        return self._scheduler is not None
-
-    def attach(self, device: plane.Device, twin: Place | None = None) -> Place:
-        """Puts a disk on the shared device, or opens its ``twin`` a second time there."""
-        if twin is None:
+    def attach(self, lower: plane.Device, alias: Attachment | None = None) -> Attachment:
+        """Puts a disk on the shared device; ``alias``: it is there already, under another name."""
+        if alias is not None and alias.lower is lower:
+            return alias
+        share, base = (None, self._base) if alias is None else (alias.share, alias.base)
+        if alias is None:
             share = None if self._scheduler is None else plane.Share(self._scheduler)
-            twin = Place(device, share, self._base)
-            self._base += device.size
+            self._base += lower.size
+        device = lower
         if self._model is not None:
-            device = plane.Delay(device, self._model, self._pool, base=twin.base, clock=self._clock)
-        if twin.share is not None:
-            device = plane.Scheduled(device, twin.share)
-        return twin._replace(device=device)
+            device = plane.Delay(device, self._model, self._pool, base=base, clock=self._clock)
+        scheduled = None if share is None else plane.Scheduled(device, share)
+        return Attachment(scheduled or device, lower, share, scheduled, base)
 
-    def share_of(self, policy_id: UUID, settings: Settings) -> plane.Share | None:
-        """The share of an aggregated policy, as its settings want it now."""
-        if self._scheduler is None:
-            return None
-        share = self._groups.get(policy_id)
-        if share is None:  # kept for good: requests may wait in it
-            share = self._groups[policy_id] = plane.Share(self._scheduler)
-        set_share(share, settings)
-        return share
+    def assign(self, attached: Attachment, settings: Settings, policy: Policy | None) -> None:
+        """Gives a disk's share what its settings want; with a policy it waits in that one's share."""
+        if attached.share is None or attached.scheduled is None:
+            return
+        _set_share(attached.share, settings)
+        share = attached.share
+        if policy is not None and self._scheduler is not None:
+            found = self._policy_shares.get(policy.policy_id)
+            if found is None:  # kept for good: requests may wait in it
+                found = self._policy_shares[policy.policy_id] = plane.Share(self._scheduler)
+            _set_share(found, policy.settings)
+            share = found
+        attached.scheduled.set_share(share)
 
     def pace(self, size: int) -> None:
-        """Waits until work in the background may do ``size`` bytes; at once where no order is kept.
+        """Blocks until background work may do ``size`` bytes; at once where there is no scheduler.
 
-        It has a small reservation, so that it goes on, and where the capacity was given or is a
-        model's at most half of it. Only the beginning is paced: what it does then takes no place of
-        the depth.
+        Background work has a small reservation, so that it goes on, and at most half of a capacity
+        that is given or modelled. Only its beginning is paced: the work itself takes no slot.
         """
         if self._scheduler is None or self._background is None:
             return
@@ -181,32 +190,35 @@ class Turns:
                 pass
 
     def close(self) -> None:
-        """Nobody waits for a turn any more."""
+        """Cancels all waits for slots."""
         if self._scheduler is not None:
             self._scheduler.stop()
 
     # ---- what the device can carry ----
 
-    def late(self, share: plane.Share | None) -> float:
-        """Seconds by which a deadline is missed; infinite where none are kept."""
+    def lateness(self, share: plane.Share | None) -> float:
+        """Seconds by which a share's deadline is missed; infinite where minimums are not kept."""
         return float("inf") if share is None else share.read().late_ns / 1e9
 
-    def group(self, policy_id: UUID) -> plane.Share | None:
+    def policy_share(self, policy_id: UUID) -> plane.Share | None:
         """The share of an aggregated policy, if it has one."""
-        return self._groups.get(policy_id)
+        return self._policy_shares.get(policy_id)
 
     def sample(self) -> None:
-        """Looks how much was done while somebody had to wait."""
+        """Measures how much was served while some request waited for a slot."""
         if self._scheduler is None:
             return
         facts = self._scheduler.read()
         ns = facts.contended_ns - self._last[0]
         if ns >= _LEAST_CONTENDED_NS:
-            self._seen = [*self._seen[1 - _REMEMBERED :], (ns, facts.contended_units - self._last[1])]
+            self._contended = [
+                *self._contended[1 - _REMEMBERED :],
+                (ns, facts.contended_units - self._last[1]),
+            ]
             self._last = facts.contended_ns, facts.contended_units
 
     def adapt(self, reservations: Sequence[Reservation]) -> None:
-        """Lets as many through at a time as these allow."""
+        """Limits how many pieces are below at a time so that these minimums are kept."""
         if self._bounds is not None and self._scheduler is not None:
             most = None
             if reservations:
@@ -220,14 +232,14 @@ class Turns:
             verdict = best_depth(reservations, self._most_depth, self._bounds)
             return Admission(verdict.capacity, False, reserved, verdict.kept, verdict)
         capacity, measured = self._capacity, False
-        if capacity is None and self._seen:
-            capacity, measured = min(u * 1e9 / n for n, u in self._seen), True
+        if capacity is None and self._contended:
+            capacity, measured = min(u * 1e9 / n for n, u in self._contended), True
         return Admission(
             capacity, measured, reserved, capacity is None or reserved <= USABLE * capacity
         )
 
     def warning(self, reservations: Sequence[Reservation]) -> str | None:
-        """What to say where these minimums cannot be kept; None where they can."""
+        """A warning where these minimums cannot be kept; None where they can."""
         found = self.admission(reservations)
         reserved = found.reserved_iops
         if self._scheduler is None or found.admitted:
@@ -250,37 +262,37 @@ class Turns:
         """Refuses a change of the sum of minimums that a known capacity cannot carry.
 
         Returns:
-            What to say where it is done although the capacity, as it was seen, cannot carry it.
+            A warning where the measured capacity cannot carry it; the change is made all the same.
 
         Raises:
             InvalidArgumentError: with the figures.
         """
-        said = self.warning(after)
+        warning = self.warning(after)
         worse = sum(each.iops for each in after) > sum(each.iops for each in before) or (
             self.admission(before).admitted
         )
-        if said is not None and worse and not self.admission(after).measured:
-            raise InvalidArgumentError(said, hint="lower a minimum")
-        return said
+        if warning is not None and worse and not self.admission(after).measured:
+            raise InvalidArgumentError(warning, hint="lower a minimum")
+        return warning
 
-    def describe(self, reservations: Sequence[Reservation]) -> dict[str, Any]:
-        """For JSON."""
+    def report(self, reservations: Sequence[Reservation]) -> DeviceReport:
+        """What it is, what it can carry, and what waits for it."""
         found = self.admission(reservations)
         facts = None if self._scheduler is None else self._scheduler.read()
-        return {
-            "keeps_minimums": self.keeps_minimums,
-            "depth": None if self._scheduler is None else self._scheduler.depth,
-            "model": None if self._model is None else self._model.kind.name.lower(),
-            "capacity_iops": found.capacity_iops,
-            "capacity_measured": found.measured,
-            "reserved_iops": found.reserved_iops,
-            "admitted": found.admitted,
-            "waiting": 0 if facts is None else facts.waiting,
-            "below": 0 if facts is None else facts.below,
-        }
+        return DeviceReport(
+            keeps_minimums=self._scheduler is not None,
+            depth=None if self._scheduler is None else self._scheduler.depth,
+            model=None if self._model is None else self._model.kind.name.lower(),
+            capacity_iops=found.capacity_iops,
+            capacity_measured=found.measured,
+            reserved_iops=found.reserved_iops,
+            admitted=found.admitted,
+            waiting=0 if facts is None else facts.waiting,
+            below=0 if facts is None else facts.below,
+        )
 
 
-def set_share(share: plane.Share, settings: Settings) -> None:
+def _set_share(share: plane.Share, settings: Settings) -> None:
     """Gives a share what settings want."""
     weight = DEFAULT_WEIGHT if settings.weight is None else settings.weight
     share.set(reservation=settings.minimum_iops or 0, weight=weight)

@@ -1,0 +1,358 @@
+# SPDX-License-Identifier: MIT
+"""The disks, policies and flows of a server, and what is wanted of them.
+
+Locks. ``_change_lock`` makes changes one at a time; it is held while the QoS file is written.
+``lock``, taken inside it, guards every public attribute here and all :class:`DiskState` and
+:class:`Flow`; it is held for moments only. A change is in the file before it counts, so a failure
+leaves everything as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+from uuid import UUID
+
+from vhdx import plane
+from vhdx.errors import ClosedError, ExistsError, InvalidArgumentError, NotFoundError
+from vhdx.qos.flows import DiskState, Flow
+from vhdx.qos.monitor import Status, Watch
+from vhdx.qos.policy import Policy, PolicyKind, Settings
+from vhdx.qos.reservations import (
+    DesiredQos,
+    Reservation,
+    contradictions,
+    effective_settings,
+    reservations,
+    shared_policy,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from vhdx.qos.shared_device import SharedDevice
+    from vhdx.qos.store import Store
+
+__all__ = ["Registry", "Watched"]
+
+_log = logging.getLogger(__name__)
+_NO_CHANGE: Mapping[str, DesiredQos] = {}
+
+
+class Watched(NamedTuple):
+    """A disk or an aggregated policy whose minimum is watched.
+
+    Attributes:
+        title: in alerts.
+        names: of its disks.
+        minimum: None where it has none, or none any more.
+        watch: its state.
+        share: of the shared device; None where minimums are not kept.
+    """
+
+    title: str
+    names: list[str]
+    minimum: int | None
+    watch: Watch
+    share: plane.Share | None
+
+
+class Registry:
+    """What is wanted of the disks of one server.
+
+    Args:
+        pacing: where the limits belong.
+        unit: bytes of a normalised I/O.
+        store: where settings are kept, and where they are taken from.
+        device: what the disks share.
+
+    Attributes:
+        disks: by name. Guarded by ``lock``.
+        policies: by id. Guarded by ``lock``.
+        flows: of all disks. Guarded by ``lock``.
+    """
+
+    def __init__(
+        self, pacing: plane.Pacing, unit: int, store: Store | None, device: SharedDevice
+    ) -> None:
+        self._pacing, self._unit, self._store, self._device = pacing, unit, store, device
+        self.lock = threading.RLock()
+        self.disks: dict[str, DiskState] = {}
+        self.policies: dict[UUID, Policy] = {}
+        self.flows: list[Flow] = []
+        self._change_lock = threading.Lock()
+        self._closed = False  # under _change_lock
+        # Kept for good once they are made, because flows may be using them; guarded by lock.
+        self._group_limits: dict[UUID, plane.Limits] = {}
+        self._group_watches: dict[UUID, Watch] = {}
+        if store is not None:
+            with store.content_errors():
+                for each in store.content["policies"]:
+                    policy = Policy.of(each)
+                    self._check_name(policy)
+                    if policy.policy_id in self.policies:
+                        raise InvalidArgumentError(f"two policies are {policy.policy_id}")
+                    self._keep(policy)
+
+    # ---- disks ----
+
+    def add_disk(
+        self,
+        name: str,
+        path: str,
+        device: plane.Device,
+        changes: Settings | Mapping[str, Any] | None,
+    ) -> None:
+        """Adds a disk; see :meth:`Domain.add_disk`."""
+        with self.lock:
+            path = os.path.realpath(path)
+            alias = next(iter(self._aliases(path)), None)
+            limits = plane.Limits(self._pacing, self._unit) if alias is None else alias.limits
+            attachment = self._device.attach(device, None if alias is None else alias.attachment)
+            disk = DiskState(path, attachment, limits, alias)
+            if self._store is not None and alias is None:
+                with self._store.content_errors():
+                    kept = self._store.content["disks"].get(disk.path, {})
+                    disk.settings = Settings().changed(kept.get("settings", {}))
+                    if kept.get("policy"):
+                        disk.policy_id = UUID(kept["policy"])
+            if isinstance(changes, Settings):
+                changes = {k: v for k, v in changes.as_dict().items() if v}
+            disk.settings = disk.settings.changed(changes or {})
+            self.disks[name] = disk
+            for each in self._aliases(path):
+                each.settings = disk.settings
+                self._apply(each, fresh=alias is None)
+
+    def begin(self) -> None:
+        """Saves what was given for the disks, and logs what cannot be kept."""
+        with self._change_lock:
+            self._save({}, self.policies)
+        for name, disk in self.disks.items():
+            if disk.policy_id is not None and disk.policy_id not in self.policies:
+                _log.warning("QoS: %s has a policy that is not known: %s", name, disk.policy_id)
+        warning = self._device.warning(self.reservations())
+        if warning is not None:
+            _log.warning("QoS: %s", warning)
+        for _, error in contradictions(self._desired(), self.policies).values():
+            _log.warning("QoS: %s", error)
+
+    def set_disk(self, name: str, changes: Mapping[str, Any], policy: str | None) -> str | None:
+        """Changes what is wanted of a disk; see :meth:`Domain.set_disk`."""
+        with self._change_lock:
+            disk = self.disk(name)
+            settings = disk.settings.changed(changes)
+            policy_id = disk.policy_id
+            if policy is not None:
+                policy_id = self.policy(policy).policy_id if policy else None
+            changed = {disk.path: DesiredQos(settings, policy_id)}
+            warning = self._admit(changed, self.policies)
+            self._save(changed, self.policies)
+            with self.lock:
+                for each in self._aliases(disk.path):
+                    each.settings, each.policy_id = settings, policy_id
+                    self._apply(each)
+            return warning
+
+    def disk(self, name: str) -> DiskState:
+        """The disk of that name.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        disk = self.disks.get(name)
+        if disk is None:
+            raise NotFoundError(f"there is no disk {name!r}")
+        return disk
+
+    def effective(self, disk: DiskState) -> Settings:
+        """What counts for a disk, with its policy."""
+        return effective_settings(DesiredQos(disk.settings, disk.policy_id), self.policies)
+
+    def status(self, disk: DiskState) -> Status:
+        """Whether a disk, or the aggregated policy that it shares, gets its minimum."""
+        if disk.policy_id is not None and disk.policy_id not in self.policies:
+            return Status.UNKNOWN_POLICY
+        policy = shared_policy(disk.settings, disk.policy_id, self.policies)
+        group = None if policy is None else self._group_watches.get(policy.policy_id)
+        short = disk.watch.insufficient or (group is not None and group.insufficient)
+        return Status.INSUFFICIENT if short else Status.OK
+
+    def _aliases(self, path: str) -> list[DiskState]:
+        return [disk for disk in self.disks.values() if disk.path == path]
+
+    def _desired(self, changed: Mapping[str, DesiredQos] = _NO_CHANGE) -> list[DesiredQos]:
+        """What is wanted of each image, with changes by path."""
+        disks = {each.path: each for each in self.disks.values()}.values()
+        return [changed.get(d.path, DesiredQos(d.settings, d.policy_id)) for d in disks]
+
+    def reservations(self) -> list[Reservation]:
+        """The minimums that are to be kept now."""
+        return reservations(self._desired(), self.policies)
+
+    def _admit(
+        self, changed: Mapping[str, DesiredQos], policies: Mapping[UUID, Policy]
+    ) -> str | None:
+        desired = self._desired(changed)
+        before = contradictions(self._desired(), self.policies)
+        for policy_id, (excess, error) in contradictions(desired, policies).items():
+            if policy_id not in before or excess > before[policy_id][0]:
+                raise error
+        warning = self._device.admit(self.reservations(), reservations(desired, policies))
+        if warning is not None:
+            _log.warning("QoS: %s", warning)
+        return warning
+
+    def _apply(self, disk: DiskState, *, fresh: bool = False) -> None:
+        """Gives C what counts for a disk; ``fresh``: limits that are new may save at once."""
+        effective = self.effective(disk)
+        disk.limits.set(effective.limits(), fresh=fresh)
+        # A disk waits in its policy's share where that is aggregated, and it has no minimum itself.
+        policy = shared_policy(effective, disk.policy_id, self.policies)
+        self._device.assign(disk.attachment, effective, policy)
+        group = None if disk.policy_id is None else self._group_limits.get(disk.policy_id)
+        for flow in self.flows:
+            if self.disks.get(flow.disk) is disk:
+                flow.throttle.set_group(group)
+        self._device.adapt(self.reservations())
+
+    # ---- policies ----
+
+    def policy(self, name: str) -> Policy:
+        """By its name or id.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        with self.lock:
+            for policy in self.policies.values():
+                if name in {policy.name, str(policy.policy_id)}:
+                    return policy
+        raise NotFoundError(f"there is no policy {name!r}", hint="see vhdx qos policy list")
+
+    def change_policy(
+        self, name: str, change: Callable[[Policy | None], Policy]
+    ) -> tuple[Policy, str | None]:
+        """Replaces a policy by what ``change`` makes of it; see :meth:`Domain.change_policy`."""
+        with self._change_lock:
+            try:
+                found = self.policy(name)
+            except NotFoundError:
+                found = None
+            policy = change(found)
+            old = self.policies.get(policy.policy_id)
+            if old is not None and old.kind is not policy.kind:
+                raise InvalidArgumentError(
+                    f"policy {old.name!r} is {old.kind}, and that cannot change",
+                    hint="make another policy",
+                )
+            self._check_name(policy)
+            policies = self.policies | {policy.policy_id: policy}
+            warning = self._admit({}, policies)
+            self._save({}, policies)
+            with self.lock:
+                self._keep(policy)
+                self._apply_policy(policy.policy_id)
+            return policy, warning
+
+    def remove_policy(self, name: str) -> list[str]:
+        """Removes a policy; see :meth:`Domain.remove_policy`."""
+        with self._change_lock:
+            policy = self.policy(name)
+            left = {key: each for key, each in self.policies.items() if each is not policy}
+            warning = self._device.warning(reservations(self._desired(), left))
+            if warning is not None:  # its maximum kept minimums small; it is removed all the same
+                _log.warning("QoS: %s", warning)
+            self._save({}, left)
+            with self.lock:
+                del self.policies[policy.policy_id]
+                group = self._group_limits.get(policy.policy_id)
+                if group is not None:
+                    group.set({})
+                self._apply_policy(policy.policy_id)
+                names = [n for n, d in self.disks.items() if d.policy_id == policy.policy_id]
+            for name in names:
+                _log.warning("QoS: %s runs on without policy %r", name, policy.name)
+            return names
+
+    def _check_name(self, policy: Policy) -> None:
+        for other in self.policies.values():
+            if other.name == policy.name and other.policy_id != policy.policy_id:
+                raise ExistsError(f"there is a policy {policy.name!r} already")
+
+    def _keep(self, policy: Policy) -> None:
+        self.policies[policy.policy_id] = policy
+        if policy.kind is PolicyKind.AGGREGATED:
+            limits = self._group_limits.get(policy.policy_id)
+            if limits is None:
+                limits = self._group_limits[policy.policy_id] = plane.Limits(self._pacing, self._unit)
+            self._group_watches.setdefault(policy.policy_id, Watch()).title = f"policy {policy.name}"
+            limits.set(policy.settings.limits())
+
+    def _apply_policy(self, policy_id: UUID) -> None:
+        for disk in self.disks.values():
+            if disk.policy_id == policy_id:
+                self._apply(disk)
+
+    def _save(self, changed: Mapping[str, DesiredQos], policies: Mapping[UUID, Policy]) -> None:
+        """Writes the file with these changes, by path, and these policies."""
+        if self._closed:
+            raise ClosedError("the server is closing")
+        if self._store is not None:
+            desired = {d.path: DesiredQos(d.settings, d.policy_id) for d in self.disks.values()}
+            self._store.update(desired | dict(changed), policies.values())
+
+    # ---- flows ----
+
+    def connect(self, name: str, initiator: str) -> Flow:
+        """Makes a flow of an initiator to a disk, until :meth:`disconnect`."""
+        with self.lock:
+            disk = self.disk(name)
+            group = None if disk.policy_id is None else self._group_limits.get(disk.policy_id)
+            device = disk.attachment.device
+            throttle = plane.Throttle(device, self._pacing, disk.limits, group)
+            flow = Flow(name, initiator, throttle, plane.Meter(self._unit))
+            self.flows.append(flow)
+            return flow
+
+    def disconnect(self, flow: Flow) -> None:
+        """Removes a flow whose initiator has left; what it did still counts for its disk."""
+        with self.lock:
+            self.flows.remove(flow)
+            disk = self.disks[flow.disk]
+            did = flow.meter.read().numbers()
+            disk.departed = [a + b for a, b in zip(disk.departed, did, strict=True)]
+
+    # ---- for the sampler, under the lock ----
+
+    def watched(self) -> Iterator[Watched]:
+        """Each disk and aggregated policy.
+
+        One that has no minimum or no disks any more is watched on, so that its alert ends.
+        """
+        paths: dict[str, list[str]] = {}
+        for name, disk in self.disks.items():
+            paths.setdefault(disk.path, []).append(name)
+        for names in paths.values():
+            disk = self.disks[names[0]]
+            minimum = self.effective(disk).minimum_iops
+            yield Watched(names[0], names, minimum, disk.watch, disk.attachment.share)
+        for policy_id, watch in self._group_watches.items():
+            policy = self.policies.get(policy_id)
+            mine = [
+                name
+                for name, disk in self.disks.items()
+                if disk.policy_id == policy_id
+                and shared_policy(disk.settings, policy_id, self.policies) is not None
+            ]
+            minimum = policy.settings.minimum_iops if policy is not None and mine else None
+            yield Watched(watch.title, mine, minimum, watch, self._device.policy_share(policy_id))
+
+    def close(self) -> None:
+        """Refuses every further change; the file may be another server's."""
+        with self._change_lock:
+            self._closed = True
+            if self._store is not None:
+                self._store.close()
