@@ -367,6 +367,31 @@ def test_file_that_shrank_is_an_error_not_zeros(tmp_path):
     assert caught.value.offset == 100
 
 
+class _Second:
+    """Puts every page at the second lower device."""
+
+    def __init__(self, lowers, pool):
+        self.map = plane.Map(self, SIZE, SIZE, PAGE, lowers, read_only=True, pool=pool, path="top")
+
+    def load(self, first, count):
+        where = np.arange(first, first + count, dtype=np.uint64) * np.uint64(PAGE)
+        self.map.install(first, plane.entries(plane.Kind.DATA, 1, where, 0))
+
+
+def test_an_error_names_the_file_that_failed(tmp_path, pool):
+    (tmp_path / "other").mkdir()
+    first = file_device(tmp_path, path="first")
+    pages = _Second([first, file_device(tmp_path / "other", path="second")], pool)
+    assert pages.map.read(10, 0) == bytes(10)
+    os.truncate(tmp_path / "other" / "leaf", PAGE)
+    with pytest.raises(HostIOError) as caught:
+        pages.map.read(10, 3 * PAGE)
+    assert (caught.value.path, caught.value.offset) == ("second", 3 * PAGE)
+    with pytest.raises(RangeError) as caught:
+        pages.map.read(10, SIZE)
+    assert caught.value.path == "top"
+
+
 def test_fast_zero_refuses_to_write(pool):
     class Slow(Bytes):
         def zero(self, offset, length):

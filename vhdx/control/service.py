@@ -14,7 +14,6 @@ import logging
 import os
 import secrets
 import socket
-import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +30,7 @@ from vhdx.control.qos import change_qos
 from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.front import nbd
 from vhdx.host import Limits, ServerOptions
-from vhdx.host.runtime import listen_unix, runtime_directory
+from vhdx.host.runtime import listen_unix, process_of, runtime_directory
 from vhdx.qos import NORMALISED_UNIT, Scheduling, Settings
 
 if TYPE_CHECKING:
@@ -50,7 +49,6 @@ _LARGEST_REQUEST = 64 << 10
 _LAST_ANSWER_SECONDS = 2.0
 _MOST_EVENTS, _EVENT_POLL_SECONDS, _MOST_LISTENERS = 1000, 0.5, 100
 _LONGEST_SUBSCRIPTION = 86_400.0
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
 
 def _is_a_fault(record: logging.LogRecord) -> bool:
@@ -342,8 +340,7 @@ async def _only_the_owner(
     peer = None if request.transport is None else request.transport.get_extra_info("socket")
     if peer is None:
         raise web.HTTPForbidden
-    found = peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    if _CREDENTIALS.unpack(found)[1] != os.geteuid():
+    if process_of(peer).uid != os.geteuid():
         raise web.HTTPForbidden(text="this server belongs to another user")
     return await handler(request)
 

@@ -8,15 +8,19 @@ import os
 import secrets
 import socket
 import stat
+import struct
 from pathlib import Path
+from typing import NamedTuple
 
 from vhdx.errors import HostIOError, InUseError, Reason
 
 __all__ = [
     "BACKLOG",
     "LONGEST_SOCKET_PATH",
+    "Peer",
     "is_alive",
     "listen_unix",
+    "process_of",
     "runtime_directories",
     "runtime_directory",
 ]
@@ -29,6 +33,27 @@ BACKLOG = 128
 
 # Of a login, of somebody without one, and of root's services; their owner is checked.
 _OTHER_DIRECTORIES = ["/run/user/{}/vhdx", "/tmp/vhdx-{}", "/run/vhdx"]  # noqa: S108
+
+
+_CREDENTIALS = struct.Struct("3i")  # struct ucred
+
+
+class Peer(NamedTuple):
+    """The process at the other end of a unix socket (unix(7), SO_PEERCRED)."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def process_of(connected: socket.socket) -> Peer:
+    """Which process is at the other end, as the kernel noted it when the socket was connected.
+
+    Raises:
+        OSError: it is no unix socket.
+    """
+    found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    return Peer(*_CREDENTIALS.unpack(found))
 
 
 def runtime_directory() -> Path:

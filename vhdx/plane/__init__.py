@@ -25,6 +25,7 @@ from vhdx.plane.device import (
 )
 from vhdx.plane.failures import E_CANCELLED as CANCELLED
 from vhdx.plane.failures import E_FORKED as FORKED
+from vhdx.plane.failures import describe as describe_failure
 from vhdx.plane.gil import serving
 from vhdx.plane.map import (
     CHUNK_PAGES,
@@ -111,6 +112,7 @@ __all__ = [
     "Switch",
     "Throttle",
     "default_pool",
+    "describe_failure",
     "entries",
     "fields",
     "quantile",

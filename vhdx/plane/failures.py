@@ -27,6 +27,7 @@ __all__ = [
     "E_UPCALL",
     "answer_for_main_thread",
     "code_of",
+    "describe",
     "failure_buffer",
     "lookup",
     "new_identity",
@@ -169,6 +170,11 @@ def register(identity: int, owner: object) -> None:
 def lookup(identity: int) -> Any:
     """The object of ``identity``, or None when it is gone."""
     return _objects.get(identity)
+
+
+def describe(code: int) -> str:
+    """What a negative code says."""
+    return CODES[code][2] if code in CODES else f"error {code}"
 
 
 def failure_buffer() -> Any:

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import os
 import socket
-import struct
 import threading
 import time
 from pathlib import Path
@@ -20,11 +19,12 @@ from typing import TYPE_CHECKING, Self
 from vhdx import plane
 from vhdx.errors import ProtocolError, VhdxError
 from vhdx.front.nbd.address import address_of, bind, parse_address, private_address, uri_of
+from vhdx.front.nbd.client import Client, name_of, negotiate, terms_of
 from vhdx.front.nbd.handshake import ExportTerms, Handshake, Negotiated
 from vhdx.host import Export, ServerOptions, Session
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
     from vhdx.image.disk import Disk
@@ -33,20 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Server"]
 
 _log = logging.getLogger(__name__)
-_SEND_BUFFER = 2 << 20
-_KEEPALIVE_SECONDS = 60
 _NOTHING = [0] * len(plane.ConnectionCounters._fields)
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
-
-
-class _Client:
-    """One accepted socket and its thread."""
-
-    def __init__(self, peer: socket.socket) -> None:
-        self.socket: socket.socket | None = peer
-        self.connection: plane.Connection | None = None
-        self.thread: threading.Thread | None = None
-        self.export = ""
 
 
 class Server:
@@ -77,7 +64,7 @@ class Server:
         options = ServerOptions() if options is None else options
         self._limits = options.limits
         self._lock = threading.Lock()
-        self._clients: set[_Client] = set()
+        self._clients: set[Client] = set()
         self._closing, self._closed = False, threading.Event()
         self._failures: list[BaseException] = []
         self._slots = 0
@@ -165,7 +152,7 @@ class Server:
         if name == "" and len(self.session.exports) == 1:
             name = next(iter(self.session.exports))
         export = self.session.exports.get(name)
-        return None if export is None else _terms(name, export)
+        return None if export is None else terms_of(name, export)
 
     def _accept(self) -> None:
         while True:
@@ -177,7 +164,7 @@ class Server:
                 _log.warning("cannot accept a connection: %s", error)
                 time.sleep(0.1)  # out of descriptors: they come back when clients leave
                 continue
-            client = _Client(peer)
+            client = Client(peer)
             thread = threading.Thread(
                 target=self._serve, args=(client,), name="nbd-connection", daemon=True
             )
@@ -196,7 +183,7 @@ class Server:
                     _log.warning("a client was refused: %d are connected", self._limits.connections)
                 peer.close()
 
-    def _forget(self, client: _Client) -> None:
+    def _forget(self, client: Client) -> None:
         with self._lock:
             if client.connection is not None:
                 before = self._ended.get(client.export, _NOTHING)
@@ -208,9 +195,9 @@ class Server:
         if peer is not None:
             peer.close()
 
-    def _serve(self, client: _Client) -> None:
+    def _serve(self, client: Client) -> None:
         try:
-            negotiated = self._handshake(client)
+            negotiated = self._negotiate(client)
             if negotiated is not None:
                 self._transmit(client, negotiated)
         except (OSError, ProtocolError) as error:
@@ -220,42 +207,21 @@ class Server:
         finally:
             self._forget(client)
 
-    def _handshake(self, client: _Client) -> Negotiated | None:
-        peer = client.socket
-        assert peer is not None
-        if peer.family != socket.AF_UNIX:
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A client whose host went down says no goodbye: it is gone after about two minutes.
-            peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_SECONDS // 6)
-            peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 6)
-        peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        deadline = time.monotonic() + self._limits.handshake_seconds
+    def _negotiate(self, client: Client) -> Negotiated | None:
+        assert client.socket is not None
         handshake = Handshake(
             self._lookup,
-            lambda: {name: _terms(name, export) for name, export in self.session.exports.items()},
+            lambda: {name: terms_of(name, each) for name, each in self.session.exports.items()},
             largest_payload=self._limits.payload,
             most_options=self._limits.options,
             option_bytes=self._limits.option_bytes,
         )
-        answers: Iterable[bytes] = (handshake.greeting(),)
-        while True:
-            for answer in answers:
-                peer.settimeout(_until(deadline))
-                peer.sendall(answer)
-            if handshake.negotiated is not None or handshake.finished:
-                return handshake.negotiated
-            peer.settimeout(_until(deadline))
-            data = peer.recv(64 << 10)
-            if not data:
-                return None
-            handshake.shutting_down = self._closing
-            answers = handshake.receive(data)
+        seconds = self._limits.handshake_seconds
+        return negotiate(client.socket, handshake, seconds, lambda: self._closing)
 
-    def _transmit(self, client: _Client, negotiated: Negotiated) -> None:
+    def _transmit(self, client: Client, negotiated: Negotiated) -> None:
         export = self.session.exports[negotiated.export]
-        initiator = _name_of(client.socket)
+        initiator = name_of(client.socket)
         flow = self.qos.connect(negotiated.export, initiator)
         try:
             self._run(client, negotiated, export, flow)
@@ -265,7 +231,7 @@ class Server:
         with contextlib.suppress(VhdxError):
             export.disk.reclaim()
 
-    def _run(self, client: _Client, negotiated: Negotiated, export: Export, flow: Flow) -> None:
+    def _run(self, client: Client, negotiated: Negotiated, export: Export, flow: Flow) -> None:
         with self._lock:
             if self._closing or client.socket is None:
                 return
@@ -297,7 +263,8 @@ class Server:
                 negotiated.export,
             )
         elif code < 0:
-            _log.info("connection of export %r ended: code %d", negotiated.export, code)
+            reason = plane.describe_failure(code)
+            _log.info("connection of export %r ended: %s", negotiated.export, reason)
 
     # ---- the end ----
 
@@ -378,39 +345,3 @@ class Server:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _terms(name: str, export: Export) -> ExportTerms:
-    """What the handshake says of an export."""
-    disk = export.disk
-    description = f"{disk.format} {Path(disk.path).name}"
-    return ExportTerms(name, description, export.device.size, disk.read_only)
-
-
-def _until(deadline: float) -> float:
-    """Seconds until ``deadline`` (monotonic).
-
-    Raises:
-        ProtocolError: it has passed.
-    """
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise ProtocolError("the handshake took too long")
-    return remaining
-
-
-def _name_of(peer: socket.socket | None) -> str:
-    """Who connects, as far as the kernel tells."""
-    if peer is None:
-        return "?"
-    try:
-        if peer.family != socket.AF_UNIX:
-            host, port, *_ = peer.getpeername()
-            return f"{host}:{port}"
-        pid, _, _ = _CREDENTIALS.unpack(
-            peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
-        name = Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
-    except OSError:
-        return "?"
-    return f"{name}[{pid}]"
