@@ -20,6 +20,8 @@ README = Path(__file__).parents[2] / "README.md"
 QOS = README.parent / "docs" / "qos.md"
 REFUSED = 2
 
+pytestmark = pytest.mark.usefixtures("runtime")
+
 
 def blocks(text):
     """The commands of each block, without what is said about them."""
