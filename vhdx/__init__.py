@@ -9,7 +9,7 @@
     with vhdx.serve({"disk": "disk.vhdx"}) as server:
         print(server.uri)
 
-Sizes and offsets are bytes; buffers are anything with the buffer protocol. Every failure is a
+Sizes and offsets are in bytes. A buffer is any object with the buffer protocol. Every failure is a
 :class:`VhdxError` with ``path``, ``offset`` and ``reason``.
 """
 
@@ -112,7 +112,7 @@ _PARTS = {"cli", "control", "errors", "format", "front", "host", "image", "plane
 
 
 def __getattr__(name: str) -> Any:
-    """What is used is loaded when it is first used: few programs need all of it."""
+    """Imports a name at its first use: few programs need the whole package."""
     return importlib.import_module(f"vhdx.{name}") if name in _PARTS else _find(name)
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """numpy, loaded when it is first used: ``from vhdx.arrays import np``.
 
-Importing numpy takes longer than most commands run, and many of them look at no table.
+Importing numpy takes longer than most commands run, and many commands read no table.
 """
 
 from typing import TYPE_CHECKING

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Every failure that vhdx reports, each with a stable reason, the file and the offset.
 
-All derive from :class:`VhdxError` and, where Python has the notion, from the built-in class too.
+Every class derives from :class:`VhdxError` and, where one matches, from a built-in exception, too.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _rebuild(
 
 
 class _HostError(VhdxError, OSError):
-    """A failure that the operating system also has a number for."""
+    """A failure that also has an errno value."""
 
     error_number: ClassVar[int] = errno.EIO
 
@@ -180,7 +180,7 @@ class ClosedError(VhdxError, ValueError):
 
 
 class ReadOnlyError(_HostError, PermissionError):
-    """A change was asked of what is open for reading only."""
+    """A change was requested, but the image can only be read."""
 
     default_reason = Reason.READ_ONLY
     error_number = errno.EROFS
@@ -201,14 +201,14 @@ class ExistsError(_HostError, FileExistsError):
 
 
 class InUseError(_HostError, BlockingIOError):
-    """Somebody else has the image open in a way that excludes this."""
+    """The image is in use in a way that excludes this operation."""
 
     default_reason = Reason.IN_USE
     error_number = errno.EAGAIN
 
 
 class NoSpaceError(_HostError):
-    """The host has no space; the image is usable as soon as there is some."""
+    """The host is out of space; the image is usable again as soon as there is space."""
 
     default_reason = Reason.NO_SPACE
     error_number = errno.ENOSPC
@@ -221,13 +221,13 @@ class HostIOError(_HostError):
 
 
 class PoisonedError(_HostError):
-    """An earlier barrier or commit failed; only reopening tells what is durable."""
+    """An earlier barrier or commit failed; only reopening the image shows what is durable."""
 
     default_reason = Reason.POISONED
 
 
 class DamagedError(VhdxError, ValueError):
-    """The image breaks its specification in a way that must be refused."""
+    """The image violates its specification so badly that it must be refused."""
 
     default_reason = Reason.TRUNCATED
 

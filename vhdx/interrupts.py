@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Work that signal handlers never interrupt in the middle.
+"""Operations that a signal handler never interrupts in the middle.
 
 Python runs signal handlers on the main thread, between any two instructions, and Ctrl-C raises
-KeyboardInterrupt there. An operation that moves data or changes a file must not be cut off there.
-So an operation that is called on the main thread is done on a thread of its own. The main thread only
-waits, and calls the caller's functions (progress, cancel) for it. When a handler raises, the
-operation is asked to stop as by its ``cancel``, and awaited; then the exception goes on. An operation
-that is called on any other thread, where no handler runs, is done there.
+KeyboardInterrupt there. Such an exception must not cut off an operation that moves data or changes
+a file. So an operation that is called on the main thread runs on a worker thread. The main thread
+waits for it and calls the caller's callbacks (progress, cancel). When a handler raises, the
+operation is asked to stop as if ``cancel`` had returned True. The main thread waits until the
+operation has ended, then re-raises the exception. Handlers run on no other thread, so an operation
+that is called on another thread runs there directly.
 """
 
 from __future__ import annotations
@@ -39,36 +40,38 @@ _P = ParamSpec("_P")
 _Result = TypeVar("_Result")
 
 DONE_NOTE = "the operation was done by then"
-"""Note of an interruption that came too late to stop anything."""
+"""Note on the exception of an interruption that came after the operation had succeeded."""
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes done and the bytes in all."""
+"""Called with the bytes done and the total bytes."""
 
 Cancel = Callable[[], bool]
-"""Answers whether the operation is to stop."""
+"""Returns whether the operation must stop."""
 
 Work = Callable[[Progress | None, Cancel], _Result]
 
-_POLL_SECONDS = 0.1  # an interruption can swallow a wake-up: the waiter looks again after this time
+_POLL_SECONDS = 0.1  # an interruption can lose a wake-up, so a waiting thread checks again
 
 
 _local = threading.local()
 
 
 def caller() -> object:
-    """Who is calling: the same for an operation and for what its callbacks call in turn.
+    """Identifies the caller: an operation and the calls of its callbacks share one identity.
 
-    An operation compares it to notice that it was called from a callback of another operation.
+    An operation compares identities to detect a call from a callback of another operation.
     """
     return getattr(_local, "root", None) or threading.get_ident()
 
 
 class Completion:
-    """How far the operation inside :func:`completing` is.
+    """The progress of the operation inside :func:`completing`.
+
+    The operation's thread sets both attributes; any thread may read them.
 
     Attributes:
-        begun: it is, or was, at work.
-        done: it has succeeded. Both are set by the thread of the operation and read by anyone.
+        begun: the operation has started.
+        done: the operation has succeeded.
     """
 
     def __init__(self) -> None:
@@ -77,10 +80,10 @@ class Completion:
 
 @contextlib.contextmanager
 def completing() -> Iterator[Completion]:
-    """Around one operation on the main thread. An interruption that cannot stop it is forgotten.
+    """Wraps one operation on the main thread; an interruption that comes too late is discarded.
 
-    The operation then returns its result although a handler raised. Whoever set the handler looks at
-    the completion, and raises nothing once it is done.
+    If the operation succeeds, it returns its result although a handler raised. The handler should
+    check the completion and raise nothing once ``done`` is set.
     """
     before, _local.completion = getattr(_local, "completion", None), Completion()
     try:
@@ -100,16 +103,16 @@ def uninterrupted(
 
     Args:
         work: receives two functions, for progress and for cancellation.
-        progress: the caller's; called on the calling thread.
-        cancel: likewise; None for work that is stopped by interruptions only.
+        progress: the caller's callback; runs on the calling thread.
+        cancel: likewise; None where only an interruption stops the work.
 
     Returns:
         What ``work`` returned.
 
     Raises:
-        BaseException: what ``work`` raised. Or what a signal handler raised on the main thread. The
-            cause is then the exception that ended the work. If the work succeeded, a note says so;
-            inside :func:`completing` its result is returned instead.
+        BaseException: what ``work`` raised, or what a signal handler raised on the main thread. The
+            handler's exception has the exception that ended the work as its cause. If the work
+            succeeded, a note says so; inside :func:`completing` its result is returned instead.
     """
     if threading.get_ident() != threading.main_thread().ident:
         return work(progress, _never if cancel is None else cancel)
@@ -117,9 +120,9 @@ def uninterrupted(
 
 
 def uninterruptible(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
-    """Decorates an operation: done as by :func:`uninterrupted`.
+    """Decorates an operation so that it runs under :func:`uninterrupted`.
 
-    Its keyword-only arguments ``progress`` and ``cancel``, where it has them, are the caller's.
+    If it has keyword-only arguments ``progress`` and ``cancel``, they are the caller's callbacks.
     """
     names = inspect.signature(function).parameters
 
@@ -143,7 +146,7 @@ def uninterruptible(function: Callable[_P, _Result]) -> Callable[_P, _Result]:
 
 
 class _Call:
-    """A function of the caller's that the main thread is to call."""
+    """A callback that the main thread must run."""
 
     def __init__(self, function: Callable[[], object]) -> None:
         self.function = function
@@ -152,7 +155,10 @@ class _Call:
         self.error: BaseException | None = None
 
     def answer(self) -> None:
-        """Calls it. An exception of a signal handler is not the function's, and goes on from here."""
+        """Runs the callback and stores its result or error.
+
+        A BaseException that is no Exception, such as KeyboardInterrupt, propagates.
+        """
         try:
             self.result = self.function()
         except Exception as error:
@@ -161,7 +167,7 @@ class _Call:
 
 
 class _Job:
-    """One operation on a thread of its own. ``_lock`` guards whether it began or was given up."""
+    """One operation on a worker thread; ``_lock`` guards ``_begun`` and ``_given_up``."""
 
     def __init__(self, progress: Progress | None, cancel: Cancel | None) -> None:
         self._progress, self._cancel = progress, cancel
@@ -192,22 +198,22 @@ class _Job:
             if begun and self._error is not None and self._error is not interruption:
                 raise interruption from self._error
             if not begun or self._error is not None or self._completion is None:
-                self._result = None  # nobody gets it
+                self._result = None  # the caller does not get it
                 if begun and self._error is None:
                     interruption.add_note(DONE_NOTE)
                 raise
-        # The thread of the work may live a moment longer, and would keep the result alive.
+        # The worker thread may live a moment longer and would keep the result alive.
         result, self._result = self._result, None
         error, self._error = self._error, None
         try:
             if error is not None:
                 raise error
         finally:
-            del error  # or its traceback, which holds this frame, would hold itself
+            del error  # its traceback refers to this frame: this breaks the reference cycle
         return result  # type: ignore[return-value]
 
     def _work_here(self, work: Work[_Result]) -> _Result:
-        """At the end of the interpreter, where no thread can begin and no handler runs."""
+        """Runs the work here, at interpreter exit, when no thread can start and no handler runs."""
         result = work(self._progress, _never if self._cancel is None else self._cancel)
         if self._completion is not None:
             self._completion.begun = self._completion.done = True
@@ -220,17 +226,17 @@ class _Job:
             return
         if call is not None:
             before = getattr(_local, "root", None), getattr(_local, "completion", None)
-            _local.root, _local.completion = self._root, None  # it may call operations of its own
+            _local.root, _local.completion = self._root, None  # it may call other operations
             try:
                 call.answer()
             finally:
                 _local.root, _local.completion = before
 
     def _waited_to_the_end(self) -> bool:
-        """Waits until the work has ended, whatever is raised meanwhile.
+        """Waits until the work has ended, and ignores every exception meanwhile.
 
         Returns:
-            False where the work had not begun, and never will.
+            False if the work had not begun; it never will.
         """
         while True:
             try:
@@ -239,10 +245,10 @@ class _Job:
                     if self._given_up or self._done:
                         return self._begun
                 self._calls.get(timeout=_POLL_SECONDS)
-            except BaseException:  # noqa: S112 - the work is asked to stop already
+            except BaseException:  # noqa: S112 - the work was already asked to stop
                 continue
 
-    # ---- on the thread of the work ----
+    # ---- on the worker thread ----
 
     def _work(self, context: contextvars.Context, work: Work[object]) -> None:
         with self._lock:

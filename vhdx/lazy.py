@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Imports that wait until they are needed: most commands need a small part of all that there is."""
+"""Deferred imports: most commands need only a small part of the package."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ __all__ = ["Module", "exports", "load_everything"]
 
 
 class Module:
-    """Stands for a module, which is imported when somebody asks for an attribute of it."""
+    """Stands for a module, which is imported at the first access to one of its attributes."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
     def __getattr__(self, attribute: str) -> Any:
         value = getattr(importlib.import_module(self._name), attribute)
-        setattr(self, attribute, value)  # the next look finds it without coming here
+        setattr(self, attribute, value)  # the next access bypasses this method
         return value
 
 
 def exports(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
-    """A ``__getattr__`` for ``package`` (PEP 562), which imports a name when it is first asked for.
+    """A ``__getattr__`` for ``package`` (PEP 562), which imports each name at its first access.
 
     Args:
         package: its ``__name__``.
-        names: for each module the names that it has, separated by spaces; ``its_name:name`` where
-            the package calls it otherwise.
+        names: maps each module to the names that it defines, separated by spaces;
+            ``its_name:name`` where the package exports a name under another one.
     """
     homes: dict[str, tuple[str, str]] = {}
     for module, each in names.items():
@@ -45,7 +45,7 @@ def exports(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         module, theirs = homes[name]
         value = getattr(importlib.import_module(module), theirs)
-        setattr(sys.modules[package], name, value)  # the next look finds it without coming here
+        setattr(sys.modules[package], name, value)  # the next access bypasses this function
         return value
 
     return find
@@ -53,10 +53,10 @@ def exports(package: str, names: Mapping[str, str]) -> Callable[[str], Any]:
 
 @functools.cache
 def load_everything(package: str, *, but: tuple[str, ...] = ()) -> None:
-    """Imports a package whole, but for these parts of it, and what its modules use.
+    """Imports all modules of a package except those under the prefixes ``but``.
 
-    A program that runs for long does so at its start. What it loaded later could be of another
-    version, when the package was upgraded meanwhile.
+    A long-running program calls this at its start. If the package is upgraded meanwhile, a module
+    that is imported later could be of another version.
     """
     for found in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
         if not found.name.startswith(but):

@@ -22,7 +22,7 @@ def parse_size(text: str) -> int:
     """Bytes of a size such as ``64G``, ``512M``, ``1.5T`` or ``4096``; units are binary.
 
     Raises:
-        InvalidArgumentError: not a size, or not a whole number of bytes.
+        InvalidArgumentError: the text is not a size, or not a whole number of bytes.
     """
     match = _SIZE.fullmatch(text.strip())
     if match is None:

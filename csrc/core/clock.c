@@ -97,7 +97,7 @@ static void run_timers(vx_clock *clock)
 
 static void *clock_thread(void *argument)
 {
-    sigset_t all; /* signals are for the threads of the language above */
+    sigset_t all; /* Python's threads handle signals */
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, NULL);
     prctl(PR_SET_TIMERSLACK, 1ul, 0ul, 0ul, 0ul);

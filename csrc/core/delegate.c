@@ -8,7 +8,7 @@ typedef struct call {
     const vx_device *device;
     vx_fault *fault;     /* or NULL */
     vx_request *request; /* or NULL */
-    uint64_t size;       /* of a resize, where there is neither */
+    uint64_t size;       /* of a resize: both pointers are NULL */
     int code;
     bool done;
 } call;
@@ -18,7 +18,7 @@ struct vx_delegate {
     pthread_mutex_t lock;
     pthread_cond_t changed; /* handed, call.done, serving or ended */
     call *handed;           /* under lock */
-    bool serving;           /* under lock: somebody carries out */
+    bool serving;           /* under lock: vx_delegate_serve runs */
     bool ended;             /* under lock */
 };
 
@@ -80,7 +80,7 @@ static int hand_over(call *what)
     if (delegate == NULL || !pthread_equal(pthread_self(), delegate->owner))
         return carry_out(what);
     pthread_mutex_lock(&delegate->lock);
-    while (!delegate->serving && !delegate->ended) /* it was just begun */
+    while (!delegate->serving && !delegate->ended) /* the serving thread is starting */
         pthread_cond_wait(&delegate->changed, &delegate->lock);
     bool handed = !delegate->ended;
     if (handed) {

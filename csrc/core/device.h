@@ -1,30 +1,31 @@
 /* SPDX-License-Identifier: MIT
  *
- * Requests and devices: the contract every part of the data plane stands on.
+ * Requests and devices: the contract that every part of the data plane relies on.
  *
  * A request is an operation on a byte range with its buffer, flags and completion. vx_submit hands
  * it to a device, which answers
  *
  *   VX_DONE     request->result holds 0 or a negative vx_error; nothing more will happen
  *   VX_AGAIN    only with VX_NOWAIT: answering now would block; nothing lasting was done
- *   VX_PARKED   request->complete is called exactly once, maybe before vx_submit returns: nobody but
- *               the completion may touch the request any more. Only when VX_NOWAIT is not set, or
- *               VX_MAY_PARK is, too. The device must not use request->memo, which belongs to the
- *               submitter's stack
+ *   VX_PARKED   request->complete is called exactly once, perhaps before vx_submit returns. The
+ *               submitter must not touch the request any more; only the completion may. Allowed
+ *               only without VX_NOWAIT, or with VX_MAY_PARK. The device must not use request->memo,
+ *               which is on the submitter's stack
  *   VX_FAULTED  the device lacks something that its fault handler must provide; request->fault
  *               says what. The whole stack is unwound: no epoch, lock or buffer is held. The
  *               driver (run.h) calls the handler once and submits the request again.
  *
  * Rules
- *   range      checked, overflow-safe, where a request comes in (a front end checks the whole command,
- *              vx_transfer each call), and in vx_submit of the device that carries it out, because the
- *              disk may have shrunk meanwhile; devices that only forward requests do not look at it
+ *   range      checked, overflow-safe, in two places: where a request enters (a front end checks
+ *              the whole command, vx_transfer each call), and in vx_submit of the device that
+ *              carries it out, because the disk may have shrunk meanwhile; devices that only
+ *              forward requests do not check it
  *   buffers    belong to the caller until DONE or completion
- *   sleeping   never inside a device: one that models time sets not_before_ns, and the front end
- *              keeps the reply until then
- *   restart    every operation may be submitted again from the top after AGAIN or FAULTED; `done`
- *              bytes of the front of the range need not be repeated
- *   poison     a failed barrier sets the device's state; every later request fails with it
+ *   sleeping   never inside a device: a device that models time sets not_before_ns, and the front
+ *              end holds the reply until then
+ *   restart    every operation may be submitted again from the start after AGAIN or FAULTED; the
+ *              first `done` bytes of the range need not be repeated
+ *   poison     a failed barrier sets the device's state; every later request fails with that state
  */
 #ifndef VX_DEVICE_H
 #define VX_DEVICE_H
@@ -38,7 +39,7 @@
 
 typedef struct vx_device vx_device;
 typedef struct vx_request vx_request;
-typedef struct vx_initiator vx_initiator; /* who asks: one client at one export (front/service.h) */
+typedef struct vx_initiator vx_initiator; /* one client at one export (front/service.h) */
 
 enum vx_operation {
     VX_READ = 0,
@@ -82,27 +83,28 @@ typedef struct vx_fault {
     uint32_t operation; /* enum vx_operation, RANGE only */
     uint64_t first;     /* page */
     uint64_t count;     /* pages, or entries of a commit */
-    uint64_t size;      /* RANGE: of the device when the pages were counted, bytes */
+    uint64_t size;      /* RANGE: device size when the pages were counted, bytes */
     const uint64_t *pages;   /* COMMIT: the pages published, oldest first; may repeat */
     const uint64_t *entries; /* COMMIT: their entries */
-    uint64_t generation;     /* COMMIT: what it makes durable */
+    uint64_t generation;     /* COMMIT: the generation to be made durable */
     uint64_t bitmap_count;         /* COMMIT: sector bitmaps that changed */
     uint64_t bitmap_bytes;         /* COMMIT: of each */
     const uint64_t *bitmap_pages;  /* COMMIT: their pages */
-    const uint8_t *bitmap_bits;    /* COMMIT: their bits, one behind the other */
+    const uint8_t *bitmap_bits;    /* COMMIT: their bits, concatenated */
 } vx_fault;
 
-/* How C asks its owner; an integer identity, never a pointer, goes up. Results: 0 or vx_error. */
+/* How C calls its owner. C passes an integer identity, never a pointer. Results: 0 or a
+ * vx_error. */
 typedef struct vx_upcalls {
     int (*fault)(uint64_t device, vx_fault *fault);
     int (*perform)(uint64_t device, vx_request *request);  /* callback devices */
     int (*resize)(uint64_t device, uint64_t size);         /* callback devices */
-    struct vx_delegate *delegate; /* carries out those of one thread (delegate.h); or NULL */
+    struct vx_delegate *delegate; /* makes the main thread's upcalls (delegate.h); or NULL */
 } vx_upcalls;
 
 #define VX_MEMO_RANGES 8
 
-/* RANGE faults already answered for a request, so that a restart does not ask again. */
+/* RANGE faults already answered for a request, so that a restart does not raise them again. */
 typedef struct vx_memo {
     uint32_t count;
     struct {
@@ -112,8 +114,9 @@ typedef struct vx_memo {
     } ranges[VX_MEMO_RANGES];
 } vx_memo;
 
-/* What a layer keeps in a request while it handles it. Each layer reads and writes its own frame only;
- * all are zero in a new request and in a child. A request meets at most one device of each layer. */
+/* State that a layer keeps in a request while it handles the request. Each layer uses only its own
+ * frame. All frames are zero in a new request and in a child. A request passes at most one device
+ * of each layer. */
 enum vx_layer { VX_LAYER_THROTTLE = 0, VX_LAYER_SCHEDULE = 1, VX_LAYER_MAP = 2, VX_LAYERS = 3 };
 
 #define VX_FRAME_BYTES 16u
@@ -140,15 +143,15 @@ struct vx_request {
 
     int32_t result;
     uint32_t epoch_slot;   /* a hint that spreads threads over epoch slots */
-    uint64_t done;   /* bytes of the front that need not be repeated */
+    uint64_t done;   /* leading bytes that need not be repeated */
     uint64_t not_before_ns; /* CLOCK_MONOTONIC; 0: no delay */
-    uint64_t queued_ns;     /* how long limits and schedulers have held it so far */
+    uint64_t queued_ns;     /* time spent in queues of throttles and schedulers so far */
 
     vx_extent *extents; /* EXTENTS: room for extent_capacity; READ: holes found, not filled in */
     uint32_t extent_capacity;
     uint32_t extent_count;
     int32_t depth; /* EXTENTS: depth that this device reports */
-    const vx_initiator *initiator; /* who asked; NULL: the program itself */
+    const vx_initiator *initiator; /* the client; NULL: the program itself */
     vx_frame frames[VX_LAYERS];
 
     vx_memo *memo;   /* of the driver (run.h) */
@@ -166,14 +169,14 @@ typedef struct vx_operations {
     int (*resize)(vx_device *device, uint64_t size);
     void (*destroy)(vx_device *device);
     bool forwards; /* it hands requests on as they are, so the device below checks their range */
-    bool paces;    /* it holds requests back; then it has `drain`, `is_holding` and `is_limited` */
-    /* Holds nothing back any more. What waits passes, or with `drop` fails with CANCELLED. */
+    bool paces;    /* may hold requests back; has `drain`, `is_holding` and `is_limited` */
+    /* Stops holding requests back. Waiting requests pass, or with `drop` fail with CANCELLED. */
     void (*drain)(vx_device *device, bool drop);
     bool (*is_holding)(vx_device *device); /* whether a request waits here or below */
-    /* Whether it may hold requests for long: what is under way for it is then held to less memory. */
+    /* Whether it may hold requests back for long. Its requests in flight then get less memory. */
     bool (*is_limited)(vx_device *device);
-    /* Requests of `initiator` that wait in queues fail with CANCELLED: nobody takes the answer. May be
-     * NULL where nothing waits. */
+    /* Fails with CANCELLED the requests of `initiator` that wait in queues, because the client is
+     * gone. NULL if no request waits in a queue. */
     void (*drop)(vx_device *device, const vx_initiator *initiator);
 } vx_operations;
 
@@ -186,10 +189,10 @@ struct vx_device {
     _Atomic uint32_t references;
     _Atomic uint64_t progress; /* raised by every change that a fault handler makes */
     _Atomic bool read_only;
-    vx_device *sized_by; /* whose size counts instead; NULL: its own */
+    vx_device *sized_by; /* the device whose size applies; NULL: this one */
 };
 
-/* Gives `device` its common part; one reference belongs to the caller. */
+/* Initialises the common part of `device`. The caller holds the first reference. */
 void vx_device_initialise(vx_device *device, const vx_operations *operations, uint64_t identity,
                           const vx_upcalls *upcalls, uint64_t size);
 vx_device *vx_device_reference(vx_device *device);
@@ -200,22 +203,23 @@ int vx_device_resize(vx_device *device, uint64_t size);
 int vx_device_state(vx_device *device);
 /* The first state other than 0 stays, except that FORKED replaces anything. */
 void vx_device_set_state(vx_device *device, int state);
-/* Refuses changes from now on; those under way go on. */
+/* Refuses new changes; changes in flight continue. */
 void vx_device_freeze(vx_device *device);
 
-/* Checks the state, and the range unless the device forwards requests; then asks the device. A zero-length request inside the device,
- * other than a flush, is done at once. */
+/* Checks the state, and the range unless the device forwards requests. Refuses changes to a
+ * read-only device. Then hands the request to the device. A request of zero length is done at once,
+ * unless it is FLUSH or EXTENTS. */
 int vx_submit(vx_device *device, vx_request *request);
 /* Whether the range of `request` is inside the device now; if not, the request has failed. */
 bool vx_is_inside(vx_device *device, vx_request *request);
 
-/* `child` becomes a request of the same initiator and flags as `parent`, with empty frames. */
+/* Makes `child` a request with the initiator and flags of `parent`, and with empty frames. */
 void vx_request_child(vx_request *child, const vx_request *parent, uint32_t operation,
                       uint64_t offset, uint64_t length, uint8_t *buffer);
-/* Makes ready for another attempt, which may block, a request whose attempt did not end; `done`: bytes
- * of its front that it need not repeat. */
+/* Prepares an unfinished request for another attempt, which may block. `done`: leading bytes that
+ * need not be repeated. */
 void vx_request_again(vx_request *request, uint64_t done);
-/* Copies outcome, failure and delay of a child that was answered into its parent. */
+/* Copies the result, failure and delay of an answered child into its parent. */
 void vx_request_adopt(vx_request *parent, const vx_request *child);
 
 /* Fails `request` here: sets result and failure, and returns VX_DONE. */

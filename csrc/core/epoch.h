@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: MIT
  *
- * Epochs: who may still be using an old page table entry.
+ * Epochs: which accesses may still use an old page table entry.
  *
  * An access enters a slot, loads the entry, does its I/O and leaves. vx_epoch_quiesce returns when
- * every access that was inside at the call has left; accesses that enter later are not waited for.
+ * every access that was inside at the time of the call has left. It does not wait for accesses that
+ * enter later.
  *
  * Invariant: a store to the table that comes before the quiesce is seen by every access that the
  * quiesce does not wait for. The slot's store and the table's load, like the table's store and the
@@ -27,7 +28,7 @@ typedef struct vx_epochs {
 } vx_epochs;
 
 void vx_epoch_initialise(vx_epochs *epochs);
-/* Returns the slot to leave. Waits only when all slots are taken. */
+/* Returns the slot to pass to vx_epoch_leave. Waits only when all slots are taken. */
 uint32_t vx_epoch_enter(vx_epochs *epochs, uint32_t hint);
 void vx_epoch_leave(vx_epochs *epochs, uint32_t slot);
 void vx_epoch_quiesce(vx_epochs *epochs);

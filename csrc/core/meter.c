@@ -25,7 +25,7 @@ void vx_meter_switch(vx_meter *meter, bool on)
     atomic_store(&meter->on, on);
 }
 
-/* Microseconds (of 1024 ns) up to three have a bin each, then four bins an octave. */
+/* In units of 1024 ns, each value from 0 to 3 has its own bin; each octave above has four bins. */
 static uint32_t bin_of(uint64_t ns)
 {
     uint64_t value = ns >> 10;

@@ -19,10 +19,10 @@ struct vx_pool {
 
     _Atomic uint64_t bytes;
     uint64_t byte_limit;
-    _Atomic uint64_t short_since, short_last; /* of the shortage that was noted last; 0: none yet */
+    _Atomic uint64_t short_since, short_last; /* of the last shortage; 0: none yet */
 };
 
-/* Signals are for the threads of the language above, which knows what to do about them. */
+/* Python's threads handle signals. */
 static void block_signals(void)
 {
     sigset_t all;
@@ -79,7 +79,7 @@ vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit)
     pool->byte_limit = byte_limit;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
-    /* One thread from the start: then a push always finds somebody, whatever it holds. */
+    /* Start one thread now, so that every push finds a worker. */
     if (pthread_create(&pool->threads[0], NULL, worker, pool) != 0) {
         free_pool(pool);
         return NULL;
@@ -139,7 +139,7 @@ void vx_pool_destroy(vx_pool *pool)
 {
     if (pool == NULL)
         return;
-    vx_clock_stop(pool->clock); /* the workers get what waits for its time */
+    vx_clock_stop(pool->clock); /* hands all timed jobs to the workers */
     pthread_mutex_lock(&pool->lock);
     pool->workers_ending = true;
     pthread_cond_broadcast(&pool->work);
@@ -157,7 +157,7 @@ bool vx_pool_charge(vx_pool *pool, uint64_t bytes, bool held_up)
     uint64_t before = atomic_fetch_add(&pool->bytes, bytes);
     uint64_t limit = held_up ? pool->byte_limit / 2 : pool->byte_limit;
     if (before == 0 || before + bytes <= limit)
-        return true; /* one request always fits, or nothing would ever move */
+        return true; /* one charge always fits, or no request could proceed */
     atomic_fetch_sub(&pool->bytes, bytes);
     return false;
 }

@@ -64,7 +64,7 @@ int vx_run(vx_device *device, vx_request *request)
         uint64_t done = request->done;
         answer = vx_submit(device, request);
         if (answer == VX_PARKED)
-            return VX_PARKED; /* it may be complete, and gone, already */
+            return VX_PARKED; /* the request may already be complete and freed */
         if (request->done != done)
             request->memo->count = 0;
         if (answer == VX_AGAIN)
@@ -126,7 +126,7 @@ int vx_wait(vx_device *device, vx_request *request)
         while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL) == EINTR)
             ;
     }
-    request->memo = NULL; /* it stood on this thread's stack */
+    request->memo = NULL; /* it was on this thread's stack */
     return request->result;
 }
 
@@ -152,7 +152,7 @@ int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *
         return request.result;
     }
     if (operation == VX_READ && length <= 65536) {
-        /* Most reads hit: spare them the waiter. */
+        /* Most reads hit the page cache: try first without a waiter. */
         request.flags = flags | VX_NOWAIT;
         if (vx_submit(device, &request) == VX_DONE && request.not_before_ns == 0) {
             if (request.result != 0)

@@ -1,14 +1,17 @@
 /* SPDX-License-Identifier: MIT
  *
- * Drivers: they carry a request to its end.
+ * Drivers: functions that carry a request to completion.
  *
  *   vx_run    submits, answers faults through the device's upcall and submits again, until the
- *             request is DONE or PARKED. Never with VX_NOWAIT. Must hold no lock or epoch.
- *   vx_wait   vx_run, then waits for a parked request; returns request->result.
- *   vx_call   for a device that calls a lower one: submits once and waits if it is parked; faults
- *             and AGAIN go to the caller, who must unwind.
+ *             request is DONE or PARKED. The request must not have VX_NOWAIT, and the caller must
+ *             hold no lock or epoch.
+ *   vx_wait   vx_run, then waits for a parked request and until its not_before_ns; returns
+ *             request->result.
+ *   vx_call   for a device that calls a lower one: submits once, and waits if the request is
+ *             parked. FAULTED and AGAIN go to the caller, which must unwind.
  *
- * A fault whose handler changes nothing twice in a row fails the request with NO_PROGRESS.
+ * If a handler answers the same fault twice in a row without any change, the request fails with
+ * NO_PROGRESS.
  */
 #ifndef VX_RUN_H
 #define VX_RUN_H
@@ -23,7 +26,7 @@ static inline int vx_call(vx_device *device, vx_request *request)
     return request->flags & VX_NOWAIT ? vx_submit(device, request) : vx_call_waiting(device, request);
 }
 
-/* One step of a batch; executed in order, the first failure ends it. */
+/* One step of a batch. Steps run in order; the first failure ends the batch. */
 typedef struct vx_step {
     uint32_t operation; /* READ, WRITE, ZERO, TRIM or FLUSH */
     uint32_t reserved;
@@ -32,11 +35,11 @@ typedef struct vx_step {
     uint8_t *buffer;
 } vx_step;
 
-/* Blocking entry points of Python; 0 or a vx_error, details in *failure. */
+/* Blocking entry points for Python: 0 or a vx_error, with details in *failure. */
 int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *buffer,
                 uint64_t length, uint64_t offset, vx_failure *failure);
 int vx_batch(vx_device *device, vx_step *steps, size_t count, vx_failure *failure);
-/* At most `capacity` extents from `offset` on; the count, or a vx_error. */
+/* Stores at most `capacity` extents from `offset` on. Returns their number, or a vx_error. */
 int64_t vx_list_extents(vx_device *device, uint64_t offset, uint64_t length, vx_extent *extents,
                         uint32_t capacity, vx_failure *failure);
 

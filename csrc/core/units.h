@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * Normalised units: what a request counts for limits and figures. Reads and writes one for each
- * `unit` bytes begun (8 KiB in Windows), ZERO and TRIM, which carry no payload, one for each MiB.
+ * Normalised units: what a request costs in limits and statistics. READ and WRITE cost one unit for
+ * each `unit` bytes begun (8 KiB in Windows). ZERO and TRIM carry no payload and cost one unit for
+ * each MiB begun. Every request costs at least one unit.
  */
 #ifndef VX_UNITS_H
 #define VX_UNITS_H
@@ -10,10 +11,10 @@
 
 #define VX_PIECE 262144u
 #define VX_ZERO_PIECE (32u << 20)
-#define VX_QUICK_BYTES 65536u /* what may be moved on a thread that others wait for */
+#define VX_QUICK_BYTES 65536u /* the most that a thread copies while requests wait for it */
 
-/* The most that is paid for, or goes, at once, bytes: whole units, so that pieces cost what the whole
- * costs. */
+/* The most bytes that are paid for, or passed on, at once. They are whole units, so that the pieces
+ * of a request cost as much as the request. */
 static inline uint64_t vx_piece_of(uint32_t operation, uint64_t unit)
 {
     if (operation == VX_ZERO || operation == VX_TRIM)

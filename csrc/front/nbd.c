@@ -19,7 +19,7 @@ static bool wants_input(vx_nbd_connection *c)
         return true;
     if (c->discard > 0)
         return !c->held;
-    /* A whole request that could not be taken waits for room, not for more bytes. */
+    /* A held request waits for room, not for more input. */
     return c->end - c->begin < INPUT_BYTES && !c->held && vx_service_may_begin(&c->service);
 }
 
@@ -62,11 +62,11 @@ static bool wait_for_events(vx_nbd_connection *c)
     if (input && !starved && s->under_way == 0 && c->output.bytes == 0 && c->filling == NULL)
         return receive(c, true);
     short events = (short)((input ? POLLIN : 0) | (c->output.bytes > 0 ? POLLOUT : 0));
-    /* Of a client whose requests a throttle holds up: whether it is still there. */
+    /* While a throttle holds requests back, also check that the client is still connected. */
     bool check = events != 0 || (vx_service_is_paced(s) && s->under_way > 0 && !vx_service_is_dropped(s));
     struct pollfd fds[2] = {{.fd = s->wake, .events = POLLIN},
                             {.fd = check && !c->gone ? c->fd : -1, .events = events}};
-    /* Other connections' requests hold the memory: nobody wakes this one, so it looks again. */
+    /* Other connections hold the memory and do not wake this one, so it polls. */
     int timeout = starved ? STARVED_POLL_MS : s->borrowed > 0 ? STALL_POLL_MS : -1;
     if (poll(fds, 2, timeout) < 0)
         return errno == EINTR;
@@ -112,19 +112,20 @@ int vx_nbd_serve(vx_nbd_connection *c)
             nbd_abandon_input(c);
         if (c->gone)
             nbd_forget_reads(c);
-        if (c->gone || atomic_load(&c->stopping)) /* nobody is to wait for what is held back */
+        if (c->gone || atomic_load(&c->stopping)) /* do not wait for a throttle */
             vx_service_drain(s, !atomic_load(&c->stopping));
         if (c->gone)
             vx_service_drop(s);
         if (c->disconnecting && s->under_way == 0 && c->output.bytes == 0)
             return c->result;
-        /* Room came up since a request found none: no event will say so again. */
+        /* Room was freed after a request found none. No further event reports that, so try
+         * again. */
         if ((c->held || left || c->reads != NULL) &&
             (s->freed != freed || c->output.bytes < waiting ||
              (s->tasks == 0 && c->output.bytes == 0 && !c->starved)))
             continue;
         if (c->ended && !c->held && !c->disconnecting)
-            c->disconnecting = true; /* everything that came whole was taken */
+            c->disconnecting = true; /* every complete request was taken */
         else if (!wait_for_events(c))
             c->ended = true;
     }
@@ -143,7 +144,7 @@ void vx_nbd_abort(vx_nbd_connection *c)
     shutdown(c->fd, SHUT_RDWR);
 }
 
-/* Everything but the service. False: no memory. */
+/* Makes the input and output buffers. False: no memory. */
 static bool make_buffers(vx_nbd_connection *c)
 {
     c->input = malloc(INPUT_BYTES);

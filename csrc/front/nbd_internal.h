@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the parts of an NBD connection share: nbd.c has the socket and the life of a connection,
- * nbd_request.c takes requests from the input, nbd_reply.c answers them. Everything belongs to the
- * connection's thread but `stopping` and the counters.
+ * Declarations shared by the files of an NBD connection. nbd.c has the socket and the lifetime of a
+ * connection, nbd_request.c takes requests from the input, nbd_reply.c answers them. Everything
+ * except `stopping` and the counters belongs to the connection's thread.
  */
 #ifndef VX_NBD_INTERNAL_H
 #define VX_NBD_INTERNAL_H
@@ -14,38 +14,39 @@
 #define INPUT_BYTES ((size_t)512 << 10)
 #define INLINE_READ 65536u      /* larger reads get a buffer of their own */
 #define STATUS_EXTENTS 1024u    /* extents in one answer to BLOCK_STATUS */
-#define READ_HOLES 32u          /* holes that a structured read tells apart */
+#define READ_HOLES 32u          /* holes that one structured read reports */
 #define STARVED_POLL_MS 5
 #define STALL_POLL_MS 1000
-/* While so much waits to be sent, no further READ is started. What comes from the page cache then goes
- * through the connection's own buffers, which the CPU's cache holds and which need no new pages. */
+/* No further READ is started while this many bytes wait to be sent. Data from the page cache then
+ * pass through the connection's own buffers, which stay in the CPU cache and need no new pages. */
 #define UNSENT_LIMIT ((uint64_t)VX_SERVICE_PIECE)
-#define MOST_STATUSES 8u    /* BLOCK_STATUS under way, with their arrays of extents */
+#define MOST_STATUSES 8u    /* BLOCK_STATUS in flight, each with its array of extents */
 #define OUTPUT_LIMIT ((uint64_t)128 << 20)
 
-/* HELD: there is no room for it now. SHORT: more of it must arrive. LOST: it, or the stream, is. */
+/* HELD: there is no room for the request now. SHORT: more of it must arrive. LOST: there is no
+ * memory for it, or the stream is lost. */
 enum outcome { TAKEN, HELD, SHORT, LOST };
 
-/* A READ that was not answered inline, or a WRITE of more than a piece: done by one or more tasks.
- * It is a command under way from the moment it is made to the moment it is answered. */
+/* A READ that was not answered inline, or a WRITE of more than one piece. One or more tasks carry
+ * it out. It counts as a command in flight from its creation until its answer. */
 typedef struct transfer {
     nbd_request wire;
-    uint32_t begun; /* bytes whose tasks were started, or will not be */
+    uint32_t begun; /* bytes whose tasks were started or never will be */
     uint32_t tasks; /* started and not yet answered */
-    enum nbd_error error; /* the first */
+    enum nbd_error error; /* of the first piece that failed */
     bool abandoned;       /* a WRITE whose client left before all of it had arrived: no answer */
     bool flushed;         /* the flush of a WRITE with FUA has been started */
-    bool error_sent;      /* the error of a READ was sent, with a piece */
+    bool error_sent;      /* an error chunk of a READ was sent */
     uint64_t began_ns;
     uint64_t queued_ns;
-    struct transfer *next; /* READs that wait, in their order */
+    struct transfer *next; /* in the list of waiting READs, oldest first */
 } transfer;
 
-/* A request that has a life of its own, or a piece of one. */
+/* A request that is carried out as a task, or a piece of a request. */
 typedef struct nbd_task {
     vx_task base; /* first */
     nbd_request wire;  /* of a piece: its range */
-    transfer *command; /* or NULL: it is the request itself */
+    transfer *command; /* NULL: the task is the whole request */
     vx_extent *status; /* BLOCK_STATUS */
     vx_extent extents[READ_HOLES];
 } nbd_task;
@@ -66,10 +67,10 @@ struct vx_nbd_connection {
     size_t begin, end;
     nbd_task *filling; /* a WRITE, or a piece of it, whose payload is still arriving */
     uint64_t filled;
-    transfer *writing; /* a WRITE of which further pieces are to come */
-    transfer *reads, **reads_end; /* that wait for room */
-    uint64_t discard; /* payload of a refused WRITE, still to be thrown away */
-    transfer *discarding; /* the WRITE that it is the rest of, because a piece failed */
+    transfer *writing; /* a WRITE with further pieces to come */
+    transfer *reads, **reads_end; /* READs that wait for room */
+    uint64_t discard; /* payload bytes of a failed WRITE, still to be discarded */
+    transfer *discarding; /* the WRITE with the discarded bytes, if a piece of it failed */
     nbd_request refused;
     enum nbd_error refusal;
 
@@ -78,9 +79,9 @@ struct vx_nbd_connection {
     uint64_t moved_ns;  /* when the client last sent or took a byte */
     bool disconnecting; /* no further request is read */
     bool gone;          /* the peer takes no replies */
-    bool ended;         /* the peer sends nothing more; what it sent is still answered */
+    bool ended;         /* the peer sends nothing more; its earlier requests are answered */
     bool held;          /* the front request found no room when it was last tried */
-    bool starved;       /* a READ that must be answered as a whole waits for what others borrowed */
+    bool starved;       /* a READ waits for memory that other connections borrowed */
     int result;
     _Atomic bool stopping;
 
@@ -96,23 +97,24 @@ static inline void nbd_count(_Atomic uint64_t *counter, uint64_t by)
 
 /* ---- nbd_request.c ---- */
 
-/* TAKEN, and *begun with a buffer of `length`; HELD: no room now (limits); LOST: no memory. `command` is
- * what it is a piece of, or NULL; `wire` is its own range. */
+/* TAKEN: *begun has a buffer of `length` bytes. HELD: the limits leave no room now. LOST: no
+ * memory. `command`: the request of which the task is a piece, or NULL. `wire`: the task's own
+ * range. */
 enum outcome nbd_begin_task(vx_nbd_connection *c, transfer *command, const nbd_request *wire,
                                  enum vx_direction direction, size_t length, nbd_task **begun);
-/* What a command asks of the device; CACHE is no operation, and counts as a read. */
+/* The device operation of a command. CACHE has none and counts as a read. */
 uint32_t nbd_operation_of(uint16_t command);
-/* The request on the device that a request on the wire asks for. */
+/* Fills in the device request for a request on the wire. */
 void nbd_prepare(const vx_nbd_connection *c, vx_request *request, const nbd_request *wire);
-/* Takes everything that can be taken from the input. False: the stream is lost. */
+/* Takes as many requests from the input as it can. False: the stream is lost. */
 bool nbd_take_input(vx_nbd_connection *c);
-/* The payload of c->filling is here: runs it. */
+/* The payload of c->filling has arrived: runs the task. */
 void nbd_filled(vx_nbd_connection *c);
-/* Starts READs that wait, as far as there is room for them. */
+/* Starts waiting READs while there is room for them. */
 void nbd_start_reads(vx_nbd_connection *c);
-/* The client sends nothing more: what it has not sent whole is forgotten. */
+/* The client sends nothing more: drops WRITEs whose payload is incomplete. */
 void nbd_abandon_input(vx_nbd_connection *c);
-/* The client takes no answers: READs that wait are forgotten. */
+/* The client takes no replies: drops waiting READs. */
 void nbd_forget_reads(vx_nbd_connection *c);
 
 /* ---- nbd_reply.c ---- */
@@ -126,15 +128,15 @@ bool nbd_room_for_reply(vx_nbd_connection *c, size_t staged);
 void nbd_reply_status(vx_nbd_connection *c, enum nbd_error error, const nbd_request *wire);
 /* A task is done: answers it, or its part of a transfer. Frees it when its data are sent. */
 void nbd_reply_task(vx_nbd_connection *c, nbd_task *task);
-/* Gives back what a task (`owner`) holds; `context` is its connection. For vx_output. */
+/* Frees a task (`owner`) and its memory; `context` is its connection. Callback of vx_output. */
 void nbd_free_task(void *owner, void *context);
-/* Answers a WRITE in pieces once all of it is done; with FUA after a flush. */
+/* Answers a WRITE in pieces once all pieces are done; with FUA, after a flush. */
 void nbd_reply_write(vx_nbd_connection *c, transfer *command);
-/* Whether nothing more of it is to be started or answered. */
+/* Whether no piece of it remains to be started or answered. */
 bool nbd_is_complete(const transfer *command);
 /* The whole request is answered; frees it. */
 void nbd_end_transfer(vx_nbd_connection *c, transfer *command);
-/* Answers what completed, as far as there is room. True: some of it found none. */
+/* Answers completed tasks while there is room. True: some tasks found no room. */
 bool nbd_take_completions(vx_nbd_connection *c);
 
 #endif

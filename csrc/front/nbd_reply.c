@@ -29,7 +29,7 @@ static void reply_block_status(vx_nbd_connection *c, const nbd_request *wire,
     for (uint32_t i = 0; i < extent_count; i++) {
         uint32_t state = extents[i].state == VX_EXTENT_DATA ? 0 : NBD_STATE_HOLE | NBD_STATE_ZERO;
         if (length > 0 && state == flags) {
-            length += (uint32_t)extents[i].length; /* inside the request's 32 bits */
+            length += (uint32_t)extents[i].length; /* at most the request's 32-bit length */
             continue;
         }
         if (length > 0) {
@@ -55,8 +55,8 @@ static void reply_block_status(vx_nbd_connection *c, const nbd_request *wire,
     vx_output_staged(&c->output, (size_t)(at - out));
 }
 
-/* A read whose data stand in task->base.buffer, with holes that were not filled in. `last`: nothing of the
- * request follows. */
+/* Answers with the data in task->base.buffer and with the holes that were not filled in. `last`:
+ * nothing of the request follows. */
 static void reply_read(vx_nbd_connection *c, nbd_task *task, bool last)
 {
     const nbd_request *wire = &task->wire;
@@ -88,7 +88,6 @@ static void reply_read(vx_nbd_connection *c, nbd_task *task, bool last)
     }
 }
 
-/* The whole request is done; it is not under way any more. */
 void nbd_end_transfer(vx_nbd_connection *c, transfer *command)
 {
     vx_service_note(&c->service, nbd_operation_of(command->wire.command), command->wire.length,
@@ -102,7 +101,7 @@ bool nbd_is_complete(const transfer *command)
     return command->tasks == 0 && command->begun == command->wire.length;
 }
 
-/* A piece of a READ is here: sends it. Other pieces may come before and after. */
+/* A piece of a READ is done: sends it. Pieces may be sent in any order. */
 static void reply_piece(vx_nbd_connection *c, nbd_task *task)
 {
     transfer *command = task->command;
@@ -111,7 +110,7 @@ static void reply_piece(vx_nbd_connection *c, nbd_task *task)
         command->error = error;
     bool last = nbd_is_complete(command), sent = false;
     if (c->gone) {
-        /* nobody listens */
+        /* no reply: the client is gone */
     } else if (error == NBD_OK) {
         reply_read(c, task, last);
         sent = true;
@@ -139,7 +138,6 @@ void nbd_free_task(void *owner, void *context)
     vx_service_free(&task->base);
 }
 
-/* Answers a WRITE in pieces, when all of it is done; with FUA after a flush. */
 void nbd_reply_write(vx_nbd_connection *c, transfer *command)
 {
     nbd_task *task;
@@ -168,7 +166,7 @@ void nbd_reply_task(vx_nbd_connection *c, nbd_task *task)
     transfer *command = task->command;
     if (command != NULL) {
         command->tasks--;
-        if (task->base.request.queued_ns > command->queued_ns) /* pieces wait side by side */
+        if (task->base.request.queued_ns > command->queued_ns) /* pieces wait in parallel */
             command->queued_ns = task->base.request.queued_ns;
         if (command->wire.command == NBD_READ) {
             reply_piece(c, task);
@@ -183,7 +181,7 @@ void nbd_reply_task(vx_nbd_connection *c, nbd_task *task)
     vx_service_note(&c->service, task->base.request.operation, task->wire.length, task->base.began_ns,
                     task->base.request.queued_ns);
     if (c->gone) {
-        /* nobody listens */
+        /* no reply: the client is gone */
     } else if (error == NBD_OK && task->wire.command == NBD_BLOCK_STATUS) {
         reply_block_status(c, &task->wire, task->status, task->base.request.extent_count);
     } else {

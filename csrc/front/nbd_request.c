@@ -52,7 +52,7 @@ void nbd_prepare(const vx_nbd_connection *c, vx_request *request, const nbd_requ
     vx_service_prepare(&c->service, request, operation, flags, wire->offset, wire->length);
 }
 
-/* Reads into the staging buffer behind the place of its header. False: not answered. */
+/* Reads into the staging buffer, after the space for the header. False: not answered. */
 static bool read_inline(vx_nbd_connection *c, const nbd_request *wire)
 {
     vx_request request;
@@ -87,7 +87,7 @@ static bool read_inline(vx_nbd_connection *c, const nbd_request *wire)
     return true;
 }
 
-/* A large read tries the page cache first, as the small ones do. */
+/* A large read tries the page cache first, like a small one. */
 static void submit_read(vx_nbd_connection *c, nbd_task *task)
 {
     nbd_prepare(c, &task->base.request, &task->wire);
@@ -102,7 +102,7 @@ static void submit_read(vx_nbd_connection *c, nbd_task *task)
         vx_service_submit(&task->base);
 }
 
-/* The next piece of a READ, or all of it where it must be answered as a whole. */
+/* The next piece of a READ, or all of it if it needs a single reply. */
 static nbd_request next_piece(const vx_nbd_connection *c, const transfer *command)
 {
     nbd_request piece = command->wire;
@@ -120,7 +120,7 @@ void nbd_start_reads(vx_nbd_connection *c)
            nbd_room_for_reply(c, REPLY_ROOM)) {
         transfer *command = c->reads;
         nbd_task *task = NULL;
-        if (command->error != NBD_OK) /* of a piece: nothing more is read */
+        if (command->error != NBD_OK) /* a piece failed: nothing more is read */
             command->begun = command->wire.length;
         if (command->begun < command->wire.length) {
             nbd_request piece = next_piece(c, command);
@@ -214,15 +214,15 @@ static bool write_inline(vx_nbd_connection *c, const nbd_request *wire, uint8_t 
     return true;
 }
 
-/* Moves what has arrived of a WRITE's payload, `ahead` bytes into the input, to its buffer; runs it if
- * that is all. */
+/* Copies the part of a WRITE's payload that has arrived, `ahead` bytes into the input, to the
+ * task's buffer. Runs the task if the payload is complete. */
 static void fill(vx_nbd_connection *c, nbd_task *task, size_t ahead)
 {
     size_t present = c->end - c->begin - ahead;
     size_t part = present < task->wire.length ? present : task->wire.length;
     if (part > 0)
         memcpy(task->base.buffer, c->input + c->begin + ahead, part);
-    c->begin += part; /* the caller skips what is ahead */
+    c->begin += part; /* the caller skips the `ahead` bytes */
     nbd_prepare(c, &task->base.request, &task->wire);
     task->base.request.buffer = task->base.buffer;
     c->filling = task;
@@ -240,12 +240,12 @@ static enum outcome take_write(vx_nbd_connection *c, const nbd_request *wire)
         return TAKEN;
     }
     if (wire->length > present && wire->length <= INPUT_BYTES / 4)
-        return SHORT; /* small: wait until it is here */
+        return SHORT; /* small: wait for the whole payload */
     if (!vx_service_may_begin(&c->service))
         return HELD;
     if (wire->length > VX_SERVICE_PIECE) {
         c->writing = new_transfer(c, wire);
-        return c->writing == NULL ? LOST : TAKEN; /* its pieces are taken as they arrive */
+        return c->writing == NULL ? LOST : TAKEN; /* take_piece takes its payload */
     }
     nbd_task *task;
     enum outcome outcome = nbd_begin_task(c, NULL, wire, VX_FROM_CLIENT, wire->length, &task);
@@ -260,7 +260,7 @@ void nbd_filled(vx_nbd_connection *c)
     nbd_task *task = c->filling;
     c->filling = NULL;
     if (!(task->wire.flags & NBD_FLAG_FUA) && vx_service_try(&task->base))
-        vx_service_put_back(&c->service, &task->base); /* answered with the others that are done */
+        vx_service_put_back(&c->service, &task->base); /* answered with the other completed tasks */
     else
         vx_service_submit(&task->base);
 }
@@ -270,7 +270,7 @@ static enum outcome take_piece(vx_nbd_connection *c)
 {
     transfer *command = c->writing;
     uint32_t rest = command->wire.length - command->begun;
-    if (command->error != NBD_OK) { /* the rest is received and thrown away */
+    if (command->error != NBD_OK) { /* the rest is received and discarded */
         c->discard = rest;
         c->discarding = command;
         c->writing = NULL;
@@ -280,7 +280,7 @@ static enum outcome take_piece(vx_nbd_connection *c)
     nbd_request piece = command->wire;
     piece.offset += command->begun;
     piece.length = rest > VX_SERVICE_PIECE ? (uint32_t)VX_SERVICE_PIECE : rest;
-    piece.flags &= (uint16_t)~NBD_FLAG_FUA; /* a flush follows the last one */
+    piece.flags &= (uint16_t)~NBD_FLAG_FUA; /* a flush follows the last piece */
     enum outcome outcome = nbd_begin_task(c, command, &piece, VX_FROM_CLIENT, piece.length, &task);
     if (outcome == LOST) {
         command->error = NBD_ENOMEM;
@@ -319,7 +319,7 @@ void nbd_abandon_input(vx_nbd_connection *c)
 
 static enum outcome take_other(vx_nbd_connection *c, const nbd_request *wire)
 {
-    if (wire->command == NBD_CACHE) { /* a hint, and the page cache decides for itself */
+    if (wire->command == NBD_CACHE) { /* only a hint: nothing is read ahead */
         nbd_reply_status(c, NBD_OK, wire);
         return TAKEN;
     }
@@ -358,7 +358,7 @@ static void refuse(vx_nbd_connection *c, const nbd_request *wire, enum nbd_error
         nbd_reply_status(c, error, wire);
 }
 
-/* Takes the request at the front of the input, whose 28 bytes are there. */
+/* Takes the request at the front of the input, whose 28-byte header has arrived. */
 static enum outcome take_request(vx_nbd_connection *c)
 {
     nbd_request wire;

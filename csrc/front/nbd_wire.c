@@ -166,6 +166,6 @@ size_t nbd_put_error(uint8_t *out, bool last, uint64_t cookie, enum nbd_error er
 {
     size_t at = nbd_put_chunk(out, last, NBD_CHUNK_ERROR, cookie, 6);
     nbd_put_u32(out + at, (uint32_t)error);
-    put_u16(out + at + 4, 0); /* no message: the number says what a client acts on */
+    put_u16(out + at + 4, 0); /* no message: clients act on the number */
     return at + 6;
 }

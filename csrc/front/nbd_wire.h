@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * The bytes of the NBD transmission phase (NetworkBlockDevice proto.md, "Transmission phase"),
- * without sockets: parsing and encoding only, so that it can be tested and fuzzed by itself.
+ * The bytes of the NBD transmission phase (NetworkBlockDevice proto.md, "Transmission phase"). This
+ * file only parses and encodes, without sockets, so that it can be tested and fuzzed alone.
  */
 #ifndef VX_NBD_WIRE_H
 #define VX_NBD_WIRE_H
@@ -63,7 +63,7 @@ typedef struct nbd_request {
     uint32_t length;
 } nbd_request;
 
-/* What of an export matters when a request is validated. */
+/* The properties of an export that nbd_validate checks. */
 typedef struct nbd_terms {
     uint64_t size;
     uint32_t largest_payload;
@@ -72,13 +72,13 @@ typedef struct nbd_terms {
     bool block_status; /* base:allocation was selected */
 } nbd_terms;
 
-/* False: not a request at all, the stream is lost. */
+/* False: the magic number is wrong, so the stream is lost. */
 bool nbd_parse_request(const uint8_t bytes[NBD_REQUEST_BYTES], nbd_request *request);
-/* The payload that follows the request on the wire, whatever else is wrong with it. */
+/* The payload bytes that follow the request on the wire, even if the request is invalid. */
 uint64_t nbd_payload_of(const nbd_request *request);
 /* NBD_OK, or the error that answers the request. */
 enum nbd_error nbd_validate(const nbd_request *request, const nbd_terms *terms);
-/* The error on the wire for a vx_error; ENOTSUP and EOVERFLOW only where the protocol has them. */
+/* The error on the wire for a vx_error; ENOTSUP only for a request with FAST_ZERO. */
 enum nbd_error nbd_error_of(int code, const nbd_request *request);
 
 /* Each returns the bytes written. */

@@ -9,7 +9,7 @@
 
 #include "core/run.h"
 
-/* Payload under way while a throttle holds requests back. */
+/* The limit of payload in flight while a throttle holds requests back. */
 #define HELD_BYTES ((uint64_t)4 << 20)
 /* Buffers of at least this size are rounded up to a piece, so that they can be reused. */
 #define ROUNDED_BYTES 65536u
@@ -45,14 +45,14 @@ void vx_service_release(vx_service *s)
 {
     for (uint32_t i = 0; i < s->spare_count; i++)
         free(s->spare[i]);
-    pthread_mutex_lock(&s->lock); /* the last hand_back has left */
+    pthread_mutex_lock(&s->lock); /* wait for the last hand_back to leave */
     pthread_mutex_unlock(&s->lock);
     pthread_mutex_destroy(&s->lock);
     close(s->wake);
     vx_device_release(s->device);
 }
 
-/* Under the lock, so that the service cannot be released in between. */
+/* Writes under the lock, so that the service cannot be released meanwhile. */
 static void signal_locked(vx_service *s)
 {
     uint64_t one = 1;
@@ -92,8 +92,8 @@ bool vx_service_is_paced(const vx_service *s)
     return s->device->operations->paces;
 }
 
-/* Whether the connection's own limit allows so much more payload. The first piece of each direction is
- * always allowed. */
+/* Whether the connection's own limit allows `capacity` more bytes of payload. The first piece in
+ * each direction is always allowed. */
 static bool is_within_limit(const vx_service *s, enum vx_direction direction, size_t capacity)
 {
     uint64_t limit = s->terms.bytes_limit;
@@ -103,7 +103,8 @@ static bool is_within_limit(const vx_service *s, enum vx_direction direction, si
     return s->bytes[direction] == 0 || s->bytes[0] + s->bytes[1] + capacity <= limit;
 }
 
-/* Takes the connection's own memory of that direction, or borrows. False: neither is to be had. */
+/* Takes the connection's own memory of that direction, or borrows from the pool. False: neither has
+ * room. */
 static bool reserve(vx_service *s, vx_task *task)
 {
     if (task->direction == VX_NO_PAYLOAD)
@@ -175,7 +176,8 @@ void vx_service_free(vx_task *task)
     }
     if (task->is_command)
         vx_service_command_ends(s);
-    /* A spare buffer stands for one of the connection's own that is not used. */
+    /* Keep at most one spare buffer for each piece of the connection's own memory that is not in
+     * use. */
     bool kept = s->spare_count + s->own_used[0] + s->own_used[1] < VX_SERVICE_SPARES;
     if (task->capacity == VX_SERVICE_PIECE && task->buffer != NULL && kept)
         s->spare[s->spare_count++] = task->buffer;
@@ -259,7 +261,7 @@ static void on_time(vx_job *job)
     hand_back(task);
 }
 
-/* A device may have said that the answer must not leave yet. */
+/* Holds the answer until not_before_ns if a device has set that. */
 static void completed(vx_request *request)
 {
     vx_task *task = request->context;
@@ -292,7 +294,8 @@ static void run_task(vx_job *job)
         completed(&task->request);
 }
 
-/* Lets a throttle park it from here, without going through the pool. False: request as it was. */
+/* Submits the task on this thread, so that a throttle can park it without the pool. False: the task
+ * still has to run. */
 static bool park(vx_task *task)
 {
     uint64_t done = task->request.done;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * A device behind an object of the language above: every request is one upcall, on the thread that
- * submitted it. With NOWAIT it answers AGAIN, so that a connection's thread never enters it.
+ * A device implemented by a Python object. Every request is one upcall (core/delegate.h says on
+ * which thread). With NOWAIT the device answers AGAIN, so a connection's thread never makes the
+ * upcall.
  */
 #ifndef VX_CALLBACK_H
 #define VX_CALLBACK_H

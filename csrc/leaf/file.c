@@ -16,7 +16,7 @@ typedef struct file_device {
     uint32_t flags;
     _Atomic uint32_t slow_writes; /* NOWAIT writes still to be sent to the pool */
     _Atomic bool size_changed;
-    _Atomic bool nowait_refused; /* the file system knows no RWF_NOWAIT */
+    _Atomic bool nowait_refused; /* the file system does not support RWF_NOWAIT */
     _Atomic uint64_t barriers;
 } file_device;
 
@@ -59,7 +59,7 @@ static int file_read(file_device *file, vx_request *request)
         if (n > 0) {
             done += (uint64_t)n;
         } else if (n == 0) {
-            /* The file ends before the device does: somebody shortened it. */
+            /* The file is shorter than the device: another program truncated it. */
             return vx_fail(&file->device, request, VX_E_IO, 0, request->offset + done);
         } else if (errno == EAGAIN && nowait) {
             return VX_AGAIN;
@@ -84,7 +84,7 @@ static int put(file_device *file, vx_request *request, const uint8_t *data, uint
         } else if (errno != EINTR) {
             int os_error = errno;
             vx_fail(&file->device, request, code_of(os_error), os_error, offset + done);
-            if (flags & RWF_DSYNC) /* its space is there, so it is the barrier that failed */
+            if (flags & RWF_DSYNC) /* the space is allocated, so the barrier failed */
                 vx_device_set_state(&file->device, VX_E_POISONED);
             return request->result;
         }
@@ -116,8 +116,9 @@ static int file_write(file_device *file, vx_request *request)
         began = vx_now_ns();
     }
     if (file->flags & VX_FILE_ALLOCATE && request->length >= VX_LARGE_WRITE)
-        (void)allocate(file, FALLOC_FL_KEEP_SIZE, request); /* the write says what is wrong */
-    /* FUA writes twice: the first finds the space, so that what the second fails at is durability. */
+        (void)allocate(file, FALLOC_FL_KEEP_SIZE, request); /* the write reports any error */
+    /* FUA writes twice. The first write allocates the space, so a failure of the second is a failed
+     * barrier. */
     if (put(file, request, request->buffer, request->length, request->offset, 0) != VX_OK ||
         (fua && put(file, request, request->buffer, request->length, request->offset,
                     RWF_DSYNC) != VX_OK))
@@ -138,7 +139,7 @@ static int file_barrier(file_device *file, vx_request *request)
     int n;
     do
         n = whole ? fsync(file->fd) : fdatasync(file->fd);
-    while (n != 0 && errno == EINTR); /* nothing was lost, it only did not end */
+    while (n != 0 && errno == EINTR); /* interrupted; nothing was lost */
     if (n == 0)
         return vx_succeed(request);
     fail_here(file, request, 0);
@@ -164,7 +165,7 @@ static int file_zero(file_device *file, vx_request *request)
 
 static int file_trim(file_device *file, vx_request *request)
 {
-    if (file->flags & VX_FILE_SPARSE) /* a hint: a file system that cannot is no failure */
+    if (file->flags & VX_FILE_SPARSE) /* only a hint: failure is ignored */
         (void)allocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, request);
     return request->flags & VX_FUA ? file_barrier(file, request) : vx_succeed(request);
 }
@@ -176,7 +177,7 @@ static int file_extents(file_device *file, vx_request *request)
     while (at < end && request->extent_count < request->extent_capacity) {
         off_t data = lseek(file->fd, (off_t)at, SEEK_DATA);
         if (data < 0 && errno != ENXIO)
-            data = (off_t)at; /* no such call here: it is all data */
+            data = (off_t)at; /* SEEK_DATA failed: report data */
         uint64_t stop = data < 0 || (uint64_t)data > end ? end : (uint64_t)data;
         uint32_t state = VX_EXTENT_HOLE;
         if (stop == at) {

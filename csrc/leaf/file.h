@@ -1,18 +1,22 @@
 /* SPDX-License-Identifier: MIT
  *
- * A device whose bytes live in an open host file or block device: buffered I/O, no cache of its own.
+ * A device on an open host file or block device, with buffered I/O and no cache of its own.
  *
- *   READ    with NOWAIT only what the page cache holds (RWF_NOWAIT); memory file systems never block
- *   WRITE   buffered; with NOWAIT done at once, because it only copies into the page cache, unless
- *           one lately took longer than VX_SLOW_WRITE_NS: then the next ones are sent to the pool.
- *           With VX_FILE_ALLOCATE a large write first sets its range aside, so that the file system
- *           gives it one extent and large pages
- *   FUA     a plain write, which may find no space, then RWF_DSYNC, which poisons when it fails
+ *   READ    with NOWAIT reads only from the page cache (RWF_NOWAIT); memory file systems never
+ *           block
+ *   WRITE   buffered; with NOWAIT done at once, because it only copies into the page cache. After a
+ *           write that took longer than VX_SLOW_WRITE_NS, the next 64 NOWAIT writes are answered
+ *           AGAIN and go to the pool. With VX_FILE_ALLOCATE a write of at least VX_LARGE_WRITE
+ *           bytes first reserves its range, so that the file system gives it one extent and large
+ *           pages
+ *   FUA     a plain write, which may find no space, then the same write with RWF_DSYNC, whose
+ *           failure poisons the device
  *   ZERO    punches a hole in a sparse file, else FALLOC_FL_ZERO_RANGE, else writes zeros
  *   TRIM    punches a hole in a sparse file, else nothing
- *   FLUSH   fdatasync, or fsync when the file's size was changed since the last barrier
+ *   FLUSH   fdatasync, or fsync when the file's size changed since the last flush
  *
- * A failed barrier poisons the device: the kernel reports a lost write once, so a second fsync lies.
+ * A failed barrier poisons the device: the kernel reports a lost write only once, so a second fsync
+ * would wrongly succeed.
  */
 #ifndef VX_FILE_H
 #define VX_FILE_H
@@ -29,9 +33,9 @@ enum vx_file_flag {
     VX_FILE_ALLOCATE = 8 /* a new file that is written in bulk */
 };
 
-/* `fd` belongs to the device from here on, also when this fails (NULL: no memory). */
+/* Takes ownership of `fd`, even on failure (NULL: no memory). */
 vx_device *vx_file_create(int fd, uint64_t size, uint32_t flags, uint64_t identity);
-/* Closes the descriptor now; no request may be under way, later ones fail with CLOSED. */
+/* Closes the descriptor now. No request may be in flight; later requests fail with CLOSED. */
 void vx_file_close(vx_device *device);
 /* Barriers that reached the file: fdatasync, fsync and RWF_DSYNC writes. */
 uint64_t vx_file_barriers(vx_device *device);

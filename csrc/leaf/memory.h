@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * A device in memory, for tests: its copies are plain memcpy, so that a race between two requests
- * on the same bytes is visible to a sanitizer. The size can change up to `capacity`.
+ * A device in memory, for tests. It copies with plain memcpy, so that a sanitizer detects a race
+ * between two requests on the same bytes. The size can change up to `capacity`.
  */
 #ifndef VX_MEMORY_H
 #define VX_MEMORY_H

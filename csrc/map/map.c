@@ -41,18 +41,18 @@ static int map_resize(vx_device *device, uint64_t size)
     return VX_OK;
 }
 
-/* Lets nobody in any more; false in a child of fork. */
+/* Refuses new accesses and waits for those in flight; false in a forked child. */
 static bool shut(vx_map *map)
 {
     if (vx_device_state(&map->device) == VX_E_FORKED)
-        return false; /* its locks and epochs belong to threads of another process */
+        return false; /* its locks and epochs belong to threads of the parent process */
     vx_device_set_state(&map->device, VX_E_CLOSED);
     atomic_store(&map->closed, true);
     pthread_mutex_lock(&map->lock);
     map->closing = true;
     pthread_cond_broadcast(&map->changed);
     pthread_mutex_unlock(&map->lock);
-    /* Who was let in finishes, and may still publish; nobody comes after. */
+    /* Accesses in flight finish and may still publish; no access begins after this. */
     vx_epoch_quiesce(&map->epochs);
     return true;
 }
@@ -67,8 +67,8 @@ static void map_destroy(vx_device *device)
 {
     vx_map *map = (vx_map *)device;
     if (!shut(map))
-        return; /* left to the end of the process */
-    /* Whoever forgot to close it finds on disk what was flushed; a finaliser commits nothing. */
+        return; /* not freed before the process ends */
+    /* A map that was never closed leaves on disk what was flushed: a finaliser commits nothing. */
     vx_map_last_round(map, false);
     for (uint32_t i = 0; i < map->lower_count; i++)
         vx_device_release(map->lowers[i]);

@@ -28,7 +28,7 @@ bool vx_published_reserve(vx_published *list, uint64_t more)
 
 void vx_map_publish_locked(vx_map *map, uint64_t page, uint64_t entry)
 {
-    /* First: whoever uses the new entry must find the generation raised. */
+    /* This comes first: an access that uses the new entry must see the raised generation. */
     atomic_fetch_add(&map->dirty_generation, 1);
     atomic_fetch_add(&map->table.dirty[page / VX_CHUNK_PAGES], 1);
     map->published.pages[map->published.count] = page;
@@ -120,7 +120,7 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
     for (uint64_t i = 0; i < count; i++) {
         while (vx_map_is_busy_locked(map, pages[i]))
             pthread_cond_wait(&map->changed, &map->lock);
-        if (map->closing) { /* nothing would commit it */
+        if (map->closing) { /* nothing would commit the change */
             code = VX_E_CLOSED;
             break;
         }
@@ -148,7 +148,7 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
 
 static bool reserve_grants_locked(vx_map *map, uint64_t more)
 {
-    uint64_t wanted = map->grant_count + more + VX_BUSY_PAGES; /* room for what comes back */
+    uint64_t wanted = map->grant_count + more + VX_BUSY_PAGES; /* room for returned grants */
     if (wanted <= map->grant_capacity)
         return true;
     vx_grant_entry *ring = malloc(2 * wanted * sizeof *ring);
@@ -207,7 +207,7 @@ void vx_map_gate(vx_device *device, bool open)
     progressed(map);
 }
 
-/* Asks for more space in the background while some is left. */
+/* Requests more space in the background before the stock is used up. */
 void vx_map_refill_locked(vx_map *map)
 {
     if (map->refilling || map->grant_count > map->grant_low || map->pool == NULL ||

@@ -3,7 +3,7 @@
 #include "core/run.h"
 #include "core/delegate.h"
 
-/* Durable data of every lower device: they are flushed whether or not metadata is dirty. */
+/* Flushes every writable lower device, whether or not metadata is dirty. */
 static int flush_lowers(vx_map *map, vx_failure *failure)
 {
     for (uint32_t i = 0; i < map->lower_count; i++) {
@@ -35,7 +35,7 @@ static int commit(vx_map *map, const vx_published *taken, const vx_taken_bitmaps
     return vx_upcall_fault(&map->device, &fault);
 }
 
-/* Puts back what could not be committed, before what was published since. */
+/* Puts the list that was not committed back, ahead of the pages published since. */
 static bool put_back_locked(vx_map *map, vx_published *taken)
 {
     for (uint64_t i = 0; i < map->published.count; i++) {
@@ -51,7 +51,7 @@ static bool put_back_locked(vx_map *map, vx_published *taken)
     return true;
 }
 
-/* One round; entered and left with the lock held. Completes the flushes that it covers. */
+/* Runs one round and completes the flushes that it covers. The lock is held on entry and return. */
 static void run_round_locked(vx_map *map)
 {
     vx_request *covered = map->flush_head;
@@ -192,7 +192,7 @@ int vx_map_flush(vx_map *map, vx_request *request)
         run_round_locked(map);
         while (map->pool == NULL && more_to_do_locked(map))
             run_round_locked(map);
-        if (more_to_do_locked(map)) /* for others: not on this request's time */
+        if (more_to_do_locked(map)) /* other flushes must not delay this one */
             vx_pool_push(map->pool, &map->round_job);
         else
             end_rounds_locked(map);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the files of a map share: map.c has its life, map_read.c takes requests and reads, map_write.c and
- * map_mixed.c change pages, map_change.c answers the owner, map_commit.c makes changes durable.
+ * Declarations shared by the files of the map. map.c creates and closes a map, map_read.c
+ * dispatches requests and reads, map_write.c and map_mixed.c change pages, map_change.c holds the
+ * functions that the owner calls, map_commit.c makes changes durable.
  */
 #ifndef VX_MAP_INTERNAL_H
 #define VX_MAP_INTERNAL_H
@@ -22,10 +23,10 @@ typedef struct vx_published {
     uint64_t count, capacity;
 } vx_published;
 
-/* Which sectors of a MIXED page this device stores. Bits are set under the map's lock, after the
- * data, and are never cleared while the page is MIXED; anybody may read them. */
+/* The sectors of a MIXED page that this device stores. Bits are set under the map's lock, after the
+ * data are written, and are never cleared while the page is MIXED. Any thread may read them. */
 typedef struct vx_bitmap {
-    struct vx_bitmap *next;       /* of the map's */
+    struct vx_bitmap *next;       /* in bitmap_list */
     struct vx_bitmap *next_dirty; /* under lock */
     uint64_t page;
     uint64_t sectors, set; /* set: under lock */
@@ -33,7 +34,7 @@ typedef struct vx_bitmap {
     _Atomic uint8_t bits[];
 } vx_bitmap;
 
-/* What a round took of the dirty bitmaps, and their bits before its barrier. */
+/* The dirty bitmaps that a round took, and copies of their bits made before its barrier. */
 typedef struct vx_taken_bitmaps {
     vx_bitmap **bitmaps;
     uint64_t *pages;
@@ -44,7 +45,7 @@ typedef struct vx_taken_bitmaps {
 #define VX_MIXED_LOCKS 16u
 
 #define VX_BUSY_PAGES 64u
-#define VX_BACKGROUND_COMMIT 65536u /* published pages that start a commit by themselves */
+#define VX_BACKGROUND_COMMIT 65536u /* published pages that start a commit without a flush */
 
 typedef struct vx_map {
     vx_device device;
@@ -56,16 +57,16 @@ typedef struct vx_map {
     uint32_t parent;
     uint32_t flags;
     _Atomic bool gate_open;
-    _Atomic bool closed; /* no access may begin; the state may say POISONED instead */
+    _Atomic bool closed; /* no access may begin; `state` may be POISONED instead */
     vx_pool *pool;
     vx_bitmap **bitmaps; /* by page; reserved when the first is set */
     vx_bitmap *bitmap_list;
     uint32_t sector_shift; /* of the bitmaps; 0: no MIXED pages */
     uint32_t mixed_tag, full_tag;
-    pthread_mutex_t mixed_locks[VX_MIXED_LOCKS]; /* by page: before `lock` */
+    pthread_mutex_t mixed_locks[VX_MIXED_LOCKS]; /* by page; taken before `lock` */
 
     pthread_mutex_t lock;
-    pthread_cond_t changed; /* a page stopped being busy, jobs fell to zero */
+    pthread_cond_t changed; /* a page is no longer busy, a job ended, or the map closes */
 
     /* under lock */
     uint64_t busy[VX_BUSY_PAGES];
@@ -74,15 +75,15 @@ typedef struct vx_map {
     uint64_t grant_head, grant_count, grant_capacity, grant_low;
     bool refilling;
     vx_published published; /* since the last round began */
-    vx_published spare;     /* the other half of the swap */
+    vx_published spare;     /* an empty list for the next round to swap in */
     vx_bitmap *dirty_bitmaps;
     uint64_t dirty_bitmap_count;
     uint64_t rounds_started, rounds_finished;
-    bool closing; /* no further round begins, but the last one of vx_map_close */
+    bool closing; /* refuses new flushes, replacements and background commits */
     bool round_running;
-    bool starved; /* the last commit found no space: none is tried until a flush asks */
+    bool starved; /* the last round found no space or memory: only a flush starts another */
     vx_request *flush_head, *flush_tail;
-    uint32_t jobs; /* rounds and refills under way */
+    uint32_t jobs; /* rounds and refills queued or running */
     vx_job round_job, refill_job;
     uint64_t commits;
 
@@ -93,13 +94,13 @@ typedef struct vx_map {
 #endif
 } vx_map;
 
-/* Guarantees that the tests take away one at a time (only in builds with VX_MUTATE). */
+/* Guarantees that tests switch off one at a time (only in builds with VX_MUTATE). */
 enum vx_mutation {
-    VX_NO_QUIESCE_SHARED = 1, /* replace with a SHARED entry does not wait */
+    VX_NO_QUIESCE_SHARED = 1, /* replace with a SHARED entry and copying do not wait */
     VX_NO_QUIESCE_DATA = 2,   /* replace with any other entry does not wait */
     VX_NO_COMMIT_WAIT = 4,    /* a flush does not wait for the commit generation */
     VX_NO_BUSY_WAIT = 8,      /* a busy page does not hold up other writers */
-    VX_NO_MIXED_LOCK = 16,    /* two may fill sectors of a page at the same time */
+    VX_NO_MIXED_LOCK = 16,    /* two threads may fill sectors of a page at once */
     VX_BITS_FIRST = 32,       /* bits are set before the data are written */
     VX_LATE_BITMAPS = 64      /* a round copies bitmaps after its barrier */
 };
@@ -125,8 +126,9 @@ static inline uint64_t vx_page_size(const vx_map *map)
     return (uint64_t)1 << map->page_shift;
 }
 
-/* Inside an epoch: false, and the request failed, when the map was closed. The close waits for
- * every epoch, so what passes here may use the lower devices until it leaves. */
+/* Must be called inside an epoch. False if the map is closed; the request has then failed. The
+ * close waits for every epoch, so a request that passes may use the lower devices until it leaves
+ * its epoch. */
 bool vx_map_open_inside(vx_map *map, vx_request *request);
 int vx_map_fault(vx_map *map, vx_request *request, enum vx_fault_kind kind, uint64_t first,
                  uint64_t count);
@@ -138,7 +140,8 @@ int vx_map_extents(vx_map *map, vx_request *request);
 int vx_map_write(vx_map *map, vx_request *request);
 int vx_map_zero_or_trim(vx_map *map, vx_request *request);
 
-/* map_change.c. Under lock: room for more publications; publication itself. */
+/* map_change.c. Under lock: vx_published_reserve makes room, then vx_map_publish_locked
+ * publishes. */
 bool vx_published_reserve(vx_published *list, uint64_t more);
 void vx_map_publish_locked(vx_map *map, uint64_t page, uint64_t entry);
 bool vx_map_is_busy_locked(const vx_map *map, uint64_t page);
@@ -149,19 +152,20 @@ void vx_map_refill(vx_job *job);
 int vx_map_lower(vx_map *map, vx_request *request, uint32_t operation, uint32_t flags,
                  uint32_t lower, uint64_t offset, uint64_t length, uint8_t *buffer);
 
-/* map_mixed.c. Inside an epoch: the end of the run of sectors from `within` on that are all stored
- * here, or all not, when each was looked at; above `within`, at most `stop`; in bytes of the page. */
+/* map_mixed.c. Inside an epoch: returns the end of the run of sectors from `within` on that are all
+ * stored here, or all not, each at the time its bit is read. The end is above `within` and at most
+ * `stop`, in bytes from the start of the page. */
 uint64_t vx_mixed_run(const vx_map *map, uint64_t page, uint64_t within, uint64_t stop,
                       bool *stored);
 /* Inside the epoch in which `entry` was loaded: writes or zeroes a part of a MIXED page. */
 int vx_map_change_mixed(vx_map *map, vx_request *request, uint64_t page, uint64_t entry,
                         uint64_t at, uint64_t length, uint32_t flags);
-/* The MIXED entry with which a SHARED page takes the place of `fresh`, its bitmap empty; 0: no
- * memory. The caller publishes it. */
+/* Returns the MIXED entry, with an empty bitmap, for a SHARED page that gets the space of `fresh`;
+ * 0: no memory. The caller publishes it. */
 uint64_t vx_map_mix_locked(vx_map *map, uint64_t page, uint64_t fresh);
 void vx_map_mark_dirty_locked(vx_map *map, vx_bitmap *bitmap);
-/* A round: takes the dirty bitmaps (false: no memory), copies them before its barrier, and gives
- * them back when it failed and is to be tried again. */
+/* A round takes the dirty bitmaps (false: no memory) and copies them before its barrier. It returns
+ * them if it fails and will be tried again. */
 bool vx_map_take_bitmaps_locked(vx_map *map, vx_taken_bitmaps *taken);
 void vx_map_copy_bitmaps(vx_taken_bitmaps *taken);
 void vx_map_return_bitmaps_locked(vx_map *map, const vx_taken_bitmaps *taken);

@@ -14,8 +14,8 @@ static bool bit_of(const vx_bitmap *bitmap, uint64_t at)
     return byte >> (at % 8) & 1u;
 }
 
-/* The end of the run of bits that equal `value` from sector `at` on; at most `end`. Where a bit does is
- * settled by one look: it may be set at any moment. */
+/* The end of the run of bits equal to `value` from sector `at` on; at most `end`. A single read
+ * decides each bit, because another thread may set it at any time. */
 static uint64_t run_of_bits(const vx_bitmap *bitmap, uint64_t at, uint64_t end, bool value)
 {
     uint8_t whole = value ? 0xff : 0;
@@ -38,8 +38,7 @@ uint64_t vx_mixed_run(const vx_map *map, uint64_t page, uint64_t within, uint64_
     uint64_t sector = within >> map->sector_shift;
     uint64_t last = ((stop - 1) >> map->sector_shift) + 1;
     *stored = bit_of(bitmap, sector);
-    /* A second look at the first bit could differ: then the run would begin before `within`, or what
-     * follows would count as not stored. */
+    /* The first bit is not read again: a second read could differ and give an empty run. */
     uint64_t end = run_of_bits(bitmap, sector + 1, last, *stored) << map->sector_shift;
     return end < stop ? end : stop;
 }
@@ -78,7 +77,7 @@ int vx_map_set_bitmap(vx_device *device, uint64_t page, const uint8_t *bits, uin
         length < vx_page_size(map) >> map->sector_shift >> 3)
         return VX_E_INVALID;
     pthread_mutex_lock(&map->lock);
-    /* One that is there already knows more than the file. */
+    /* An existing bitmap is newer than the one in the file. */
     if (map->bitmaps == NULL || map->bitmaps[page] == NULL) {
         vx_bitmap *bitmap = new_bitmap_locked(map, page);
         if (bitmap == NULL)
@@ -118,8 +117,9 @@ void vx_map_mark_dirty_locked(vx_map *map, vx_bitmap *bitmap)
     map->dirty_bitmap_count++;
 }
 
-/* The data are written: from here on reads and flushes see these sectors as this device's. Under one
- * lock, so that who sees a bit finds the generation raised and the bitmap listed for the commit. */
+/* Marks sectors as stored on this device, after their data are written. All steps are under one
+ * lock, so that a flush by a thread that has seen a bit finds the generation raised and the bitmap
+ * listed for the commit. */
 static void own_sectors(vx_map *map, vx_bitmap *bitmap, uint64_t entry, uint64_t first,
                         uint64_t last)
 {
@@ -141,7 +141,8 @@ static void own_sectors(vx_map *map, vx_bitmap *bitmap, uint64_t entry, uint64_t
     pthread_mutex_unlock(&map->lock);
 }
 
-/* A part of one sector that is the parent's so far: the whole sector is written. */
+/* Changes part of a sector that is still the parent's: reads it, changes it and writes all of
+ * it. */
 static int change_edge(vx_map *map, vx_request *request, uint64_t page, uint64_t entry,
                        uint64_t from, uint64_t length, uint32_t flags)
 {
@@ -204,8 +205,9 @@ int vx_map_change_mixed(vx_map *map, vx_request *request, uint64_t page, uint64_
                             request->operation == VX_WRITE
                                 ? request->buffer + (at - request->offset)
                                 : NULL);
-    /* Only one at a time fills sectors of a page: two halves of a sector must not overwrite each
-     * other with what they read of the parent. Who finds the bits set needs no lock. */
+    /* Only one thread at a time fills sectors of a page. Otherwise two changes to one sector could
+     * overwrite each other with data read from the parent. A change that finds all its bits set
+     * needs no lock. */
     pthread_mutex_t *lock = &map->mixed_locks[page % VX_MIXED_LOCKS];
     bool locked = !vx_mutated(map, VX_NO_MIXED_LOCK);
     if (!locked) {

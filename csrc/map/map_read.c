@@ -4,8 +4,8 @@
 #include "map/map_internal.h"
 #include "core/run.h"
 
-/* Zeros for [offset, offset + length): noted as a hole where the reader asked for holes and there is
- * room, else written into the buffer. Offsets of holes are those of the request's device. */
+/* Returns zeros for [offset, offset + length): as a hole if the reader asked for holes and there is
+ * room, else in the buffer. Hole offsets are relative to the request's device. */
 static void read_hole(vx_request *request, uint64_t offset, uint64_t length)
 {
     vx_extent *last = request->extent_count == 0 ? NULL
@@ -20,7 +20,7 @@ static void read_hole(vx_request *request, uint64_t offset, uint64_t length)
     }
 }
 
-/* Reads from a lower device; what lies past its end is zeros. */
+/* Reads from a lower device; bytes past its end read as zeros. */
 static int read_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t lower_offset,
                       uint64_t offset, uint64_t length)
 {
@@ -91,7 +91,7 @@ static int read_segment(vx_map *map, vx_request *request, uint64_t page, uint64_
     }
 }
 
-/* A restart reads again from `at` on, and would note the holes there twice. */
+/* Drops the holes behind `at`: a restart reads again from there and would record them twice. */
 static void forget_holes_after(vx_request *request, uint64_t at)
 {
     while (request->extent_count > 0) {
@@ -172,7 +172,7 @@ static int extents_of_lower(vx_map *map, vx_request *request, uint32_t lower, ui
             *full = !add_extent(request, offset + at, n, found[i].state, found[i].depth);
             at += n;
         }
-        if (at == before && !*full) /* a device that has nothing to say of its own range */
+        if (at == before && !*full) /* the device reported no extent of its range */
             return vx_fail(&map->device, request, VX_E_INVALID, 0, offset + at);
     }
     if (!*full && present < length)
@@ -249,7 +249,7 @@ int vx_map_extents(vx_map *map, vx_request *request)
         int answer = extents_of_page(map, request, page, at, length, &asks, &full);
         vx_epoch_leave(&map->epochs, slot);
         if (asks && request->extent_count > 0)
-            break; /* a part of the answer is an answer; the rest is asked for next time */
+            break; /* a partial answer is valid; the caller asks for the rest */
         if (asks)
             return vx_map_fault_load(map, request, at, end);
         if (answer != VX_DONE || request->result != 0)

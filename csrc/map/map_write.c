@@ -7,8 +7,8 @@
 
 #define COPY_PIECE ((uint64_t)1 << 20)
 
-/* BUFFERED: some part of a FUA write went without FUA, so only a flush can end it. */
-/* How far a change with FUA is, kept across a restart. */
+/* Progress of a change with FUA, kept across a restart. BUFFERED: part of a FUA write went without
+ * FUA, so only a flush can complete it. */
 enum { STAGE_MOVING = 0, STAGE_FLUSH = 1, STAGE_BUFFERED = 2 };
 
 typedef struct VX_FRAME_TYPE map_frame {
@@ -16,7 +16,7 @@ typedef struct VX_FRAME_TYPE map_frame {
 } map_frame;
 VX_DEFINE_FRAME(map_frame_of, map_frame, VX_LAYER_MAP)
 
-/* What a step tells its loop. */
+/* The result of a step, for the loop that runs it. */
 enum step { STEP_DONE, STEP_RETRY, STEP_ANSWER };
 
 int vx_map_lower(vx_map *map, vx_request *request, uint32_t operation, uint32_t flags,
@@ -33,7 +33,7 @@ int vx_map_lower(vx_map *map, vx_request *request, uint32_t operation, uint32_t 
     return answer;
 }
 
-/* Brings the granted page to the content the old entry shows: a copy of a shared page, else zeros. */
+/* Fills the granted page with the content of the old entry: a copy of a shared page, else zeros. */
 static int fill_page(vx_map *map, vx_request *request, uint64_t old, uint64_t fresh)
 {
     uint64_t size = vx_page_size(map), piece = size < COPY_PIECE ? size : COPY_PIECE;
@@ -63,7 +63,8 @@ static int fill_page(vx_map *map, vx_request *request, uint64_t old, uint64_t fr
 
 static void return_grant_locked(vx_map *map, vx_grant_entry grant)
 {
-    /* There is room: it was taken from this ring, and a full ring grows when it is granted to. */
+    /* There is room: the grant came from this ring, and vx_map_grant leaves room for returned
+     * grants. */
     map->grant_head = (map->grant_head + map->grant_capacity - 1) % map->grant_capacity;
     map->grants[map->grant_head] = grant;
     map->grant_count++;
@@ -86,8 +87,8 @@ static enum step fill_and_publish_locked(vx_map *map, vx_request *request, uint6
     map->busy[map->busy_count++] = page;
     pthread_mutex_unlock(&map->lock);
     request->result = VX_OK;
-    /* The page may have become shared a moment ago: a write that began while it was not is still
-     * under way, and the copy must hold it. */
+    /* The page may have become shared just now. Wait for writes that began before that, because the
+     * copy must include them. */
     if (vx_entry_kind(old) == VX_SHARED && !vx_mutated(map, VX_NO_QUIESCE_SHARED))
         vx_epoch_quiesce(&map->epochs);
     *answer = fill_page(map, request, old, grant.entry);
@@ -107,7 +108,7 @@ static enum step fill_and_publish_locked(vx_map *map, vx_request *request, uint6
     return filled ? STEP_RETRY : STEP_ANSWER;
 }
 
-/* Gives a page that has no place of its own one. */
+/* Allocates space for a page that has none of its own. */
 static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *answer)
 {
     enum step step = STEP_RETRY;
@@ -130,7 +131,7 @@ static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *
             pthread_cond_wait(&map->changed, &map->lock);
         }
     } else if (!wanted) {
-        /* somebody else gave it a place, or changed it: look again */
+        /* another thread changed the entry: read it again */
     } else if (map->grant_count == 0) {
         *answer = vx_map_fault(map, request, VX_FAULT_GRANT, page, 1);
         step = STEP_ANSWER;
@@ -178,7 +179,7 @@ static enum step change_segment(vx_map *map, vx_request *request, uint64_t page,
     if (request->operation == VX_ZERO && (map->flags & VX_MAP_IN_PLACE))
         flags |= VX_NO_HOLE;
     if (!vx_map_open_inside(map, request))
-        kind = VX_DATA; /* failed: the answer stands in the request */
+        kind = VX_DATA; /* failed: the result is in the request */
     else if (kind == VX_DATA)
         *answer = vx_map_lower(map, request, request->operation, flags,
                                vx_entry_lower(entry), vx_entry_offset(entry) + within, length,
@@ -188,12 +189,12 @@ static enum step change_segment(vx_map *map, vx_request *request, uint64_t page,
     vx_epoch_leave(&map->epochs, slot);
     switch (kind) {
     case VX_DATA:
-    case VX_MIXED: /* a trim may leave what is there, too */
+    case VX_MIXED: /* a trim may leave the data */
         return *answer != VX_DONE || request->result != 0 ? STEP_ANSWER : STEP_DONE;
     case VX_HOLE:
         return stores ? allocate(map, request, page, answer) : STEP_DONE;
     case VX_SHARED:
-        /* A trim may leave what is there; everything else needs the page for itself. */
+        /* A trim may leave the data; any other change needs space of its own. */
         return trims ? STEP_DONE : allocate(map, request, page, answer);
     case VX_ASK:
     default:
@@ -286,7 +287,7 @@ int vx_map_zero_or_trim(vx_map *map, vx_request *request)
         return finish_change(map, request, false);
     if (gate_closed(map))
         return vx_map_fault(map, request, VX_FAULT_GATE, 0, 0);
-    /* Whole pages, the last of the device also when it is shorter, are the owner's. */
+    /* The owner handles whole pages, including the last page of the device if it is shorter. */
     uint64_t first = (start + mask) >> map->page_shift;
     uint64_t past = (end == size ? end + mask : end) >> map->page_shift;
     if (keeps || past <= first)

@@ -21,7 +21,7 @@ typedef struct vx_switch {
     pthread_cond_t idle;
 } vx_switch;
 
-/* False, and the lock is not held, when the switch was resumed meanwhile. */
+/* Parks the request. False if the switch was resumed meanwhile. */
 static bool park(vx_switch *s, vx_request *request)
 {
     pthread_mutex_lock(&s->lock);
@@ -56,7 +56,7 @@ static int switch_submit(vx_device *device, vx_request *request)
     }
 }
 
-/* What was parked goes on, until the switch is paused again: then it is parked again. */
+/* Submits the parked requests again. Stops if the switch is paused; the rest stay parked. */
 static void go_on(vx_job *job)
 {
     vx_switch *s = (vx_switch *)((char *)job - offsetof(vx_switch, resume_job));
@@ -68,7 +68,7 @@ static void go_on(vx_job *job)
             s->tail = NULL;
         pthread_mutex_unlock(&s->lock);
         request->next = NULL;
-        request->memo = NULL; /* it stood on the stack of who submitted it */
+        request->memo = NULL; /* it was on the submitter's stack */
         if (vx_run(&s->device, request) == VX_DONE)
             request->complete(request);
         pthread_mutex_lock(&s->lock);
@@ -81,7 +81,7 @@ static void go_on(vx_job *job)
 void vx_switch_pause(vx_device *device)
 {
     vx_switch *s = (vx_switch *)device;
-    /* Not for go_on: what it runs may wait for a lock that the caller holds. */
+    /* Do not wait for go_on: a request that it runs may wait for a lock that the caller holds. */
     pthread_mutex_lock(&s->lock);
     atomic_store(&s->paused, true);
     pthread_mutex_unlock(&s->lock);

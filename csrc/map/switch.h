@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT
  *
- * The switch: a device that lives on one lower device and can be moved to another at a consistent
- * point: snapshots and compaction of an open disk.
+ * The switch: a device that passes requests to one lower device. The lower device can be replaced
+ * at a consistent point, for snapshots and compaction of an open disk.
  *
- * While it is paused no request reaches the lower device: NOWAIT requests are answered AGAIN, others
- * are parked and go on, in order, on the pool when it is resumed. vx_switch_pause returns when every
- * request that got through has left the lower device, or is parked there; it does not wait for those
- * that go on after an earlier pause, which are held up like any other. A map parks requests only
- * when their data is written and they wait for a commit, so a paused map's content does not change.
- * A request that faulted goes through the switch again.
+ * While the switch is paused, no request reaches the lower device. NOWAIT requests are answered
+ * AGAIN; other requests are parked and, after the resume, submitted in order on the pool.
+ * vx_switch_pause returns when every request that passed has left the lower device or is parked
+ * there. It does not wait for requests that an earlier resume has not submitted yet; they stay
+ * parked. A map parks a request only when its data are written and it waits for a commit, so the
+ * content of a paused map does not change. A request that faulted passes through the switch again.
  */
 #ifndef VX_SWITCH_H
 #define VX_SWITCH_H
@@ -16,14 +16,14 @@
 #include "core/device.h"
 #include "core/pool.h"
 
-/* Keeps a reference to `lower`, whose size and read-only state it has. */
+/* Keeps a reference to `lower` and takes over its size and read-only state. */
 vx_device *vx_switch_create(vx_device *lower, vx_pool *pool, uint64_t identity);
 /* From one thread at a time: pause, maybe set, resume. */
 void vx_switch_pause(vx_device *device);
 /* While paused. The old lower device is released. */
 void vx_switch_set(vx_device *device, vx_device *lower);
 void vx_switch_resume(vx_device *device);
-/* Follows the size of the lower device, after it was resized. */
+/* Takes over the size of the lower device after it was resized. */
 void vx_switch_follow(vx_device *device);
 
 #endif

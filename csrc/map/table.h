@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: MIT
  *
- * The page table: 8 bytes a page, read atomically, address space reserved for the largest size at
- * once, so that growing never moves it. Untouched memory is zero, which means ASK, so parts that
- * Python can produce again may be dropped.
+ * The page table: 8 bytes per page, read atomically. Address space for the largest size is reserved
+ * at once, so that growing never moves the table. Untouched memory is zero, which means ASK. Chunks
+ * whose entries Python can supply again may therefore be dropped.
  *
  *   bits  0-38  offset on the lower device, in units of 512 bytes (256 TiB)
  *   bits 39-50  lower device (4096)
  *   bits 51-54  kind
- *   bits 55-63  tag: the owner's own state of the page; C keeps it and reads one bit of it,
- *               VX_TAG_ZERO (a hole that is reported as zeros rather than as unallocated)
+ *   bits 55-63  tag: the owner's state of the page. C stores it and reads only VX_TAG_ZERO (a
+ *               hole that is reported as zeros rather than as unallocated)
  */
 #ifndef VX_TABLE_H
 #define VX_TABLE_H
@@ -26,8 +26,8 @@
 enum vx_kind {
     VX_ASK = 0,    /* unknown: fault */
     VX_HOLE = 1,   /* nothing stored: reads zeros */
-    VX_DATA = 2,   /* the page is at the offset of the lower device */
-    VX_SHARED = 3, /* as DATA for reads; a write needs a place of its own first */
+    VX_DATA = 2,   /* the page is at the offset on the lower device */
+    VX_SHARED = 3, /* reads as DATA; a write first needs space of its own */
     VX_MIXED = 4   /* a sector bitmap chooses between the offset and the parent */
 };
 
@@ -59,14 +59,15 @@ static inline uint32_t vx_entry_tag(uint64_t entry)
 
 typedef struct vx_table {
     _Atomic uint64_t *entries;
-    _Atomic uint32_t *dirty; /* a chunk: pages published and not yet committed */
+    _Atomic uint32_t *dirty; /* per chunk: pages published and not yet committed */
     uint64_t pages;          /* reserved */
     uint64_t entry_bytes, dirty_bytes;
 } vx_table;
 
 bool vx_table_reserve(vx_table *table, uint64_t pages); /* false: no address space */
 void vx_table_release(vx_table *table);
-/* Makes the chunk ask again. The caller holds the lock under which entries are published. */
+/* Resets the entries of the chunk to ASK. The caller holds the lock under which entries are
+ * published. */
 void vx_table_drop_chunk(vx_table *table, uint64_t chunk);
 
 #endif

@@ -11,7 +11,7 @@ static uint64_t later(uint64_t a, uint64_t b)
     return a > b ? a : b;
 }
 
-/* Ticks that `units` take at `rate`, rounded up. */
+/* The ticks that `units` take at `rate`, rounded up, a year at most. */
 static uint64_t ticks_of(uint64_t units, uint64_t rate)
 {
     wide ticks = ((wide)units * TICKS_PER_SECOND + rate - 1) / rate;
@@ -39,7 +39,7 @@ bool vx_bucket_admit(vx_bucket *bucket, uint64_t units, uint64_t now)
 void vx_bucket_refund(vx_bucket *bucket, uint64_t units)
 {
     uint64_t cost = vx_bucket_cost(bucket, units), paid = atomic_load(&bucket->paid);
-    /* A change of the limit may have come in between. */
+    /* The limit may have changed since the charge, so `paid` may be less than `cost`. */
     while (!atomic_compare_exchange_weak(&bucket->paid, &paid, paid > cost ? paid - cost : 0))
         ;
 }
@@ -105,7 +105,7 @@ void vx_bucket_change(vx_bucket *bucket, uint64_t rate, uint64_t burst, uint64_t
         } else if (before == 0) {
             uint64_t mine = ticks_of(saved, rate);
             wanted = now + tolerance - (mine < tolerance ? mine : tolerance);
-        } else if (paid > now + old_tolerance) { /* owed: as many units at the new rate */
+        } else if (paid > now + old_tolerance) { /* keep the owed units */
             wanted = now + tolerance + vx_bucket_rescale(paid - now - old_tolerance, before, rate);
         } else {
             uint64_t spare = now + old_tolerance - paid;

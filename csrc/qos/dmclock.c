@@ -25,13 +25,13 @@ static uint64_t ticks_of(uint64_t units, uint64_t rate)
     return (uint64_t)((wide)units * TICKS_PER_SECOND / rate);
 }
 
-/* Shares wrap: what is less than half of all numbers ahead is later. */
+/* Shares wrap: `b` is ahead of `a` if b - a is less than half of the number range. */
 static bool is_behind(uint64_t a, uint64_t b)
 {
     return (int64_t)(a - b) < 0;
 }
 
-/* As many units ahead of now as before; what is behind has nothing saved. */
+/* Converts a tag to another rate: as many units ahead of now as before; a past tag moves to now. */
 static uint64_t retimed(uint64_t tag, uint64_t old_rate, uint64_t new_rate, uint64_t now)
 {
     if (old_rate == new_rate)
@@ -47,7 +47,7 @@ void vx_dmclock_set(const vx_dmclock *all, vx_dmclock_client *client, uint64_t r
 {
     client->reserved_at = retimed(client->reserved_at, client->reservation, reservation, now);
     client->limited_at = retimed(client->limited_at, client->limit, limit, now);
-    /* What a reservation gave would keep it from its share by weight for long. */
+    /* The units that the old reservation gave would otherwise count against its weight for long. */
     if (reservation != client->reservation)
         client->share = all->share;
     client->reservation = reservation;
@@ -86,7 +86,7 @@ static bool may_go(const vx_dmclock_client *client, uint64_t now)
     return client->limit == 0 || client->limited_at <= now;
 }
 
-/* By when its reservation wants it served. */
+/* The time by which its reservation must be served. */
 static uint64_t deadline(const vx_dmclock_client *client)
 {
     return client->reserved_at + ticks_of(client->units + (client->units == 0), client->reservation);
@@ -120,14 +120,14 @@ vx_dmclock_client *vx_dmclock_choose(const vx_dmclock *all, uint64_t now, bool *
         if (c->limit != 0 && c->limited_at < *when)
             *when = c->limited_at;
     }
-    /* Where more is reserved than there is, nobody starves for it. */
+    /* If the reservations exceed the capacity, no client may starve. */
     bool in_time = first > before(now, VX_DMCLOCK_OVERLOAD_NS);
     *reserved = due != NULL &&
                 (fair == NULL || in_time || all->in_a_row < VX_DMCLOCK_RESERVED_IN_A_ROW);
     return *reserved ? due : fair;
 }
 
-/* Forwards only, to the least share of those that want something: there a client begins. */
+/* Advances the share at which clients start to the least share of those that may be served. */
 static void move_on(vx_dmclock *all, const vx_dmclock_client *served, uint64_t now)
 {
     uint64_t least = served->share;
@@ -151,7 +151,7 @@ void vx_dmclock_serve(vx_dmclock *all, vx_dmclock_client *client, bool reserved,
     if (client->limit != 0)
         client->limited_at = later(client->limited_at, before(now, VX_DMCLOCK_LAG_NS)) +
                              ticks_of(units, client->limit);
-    /* Who was kept back by its limit has gained nothing by that. */
+    /* A client that its limit held back earns no credit for that time. */
     if (is_behind(client->share, all->share))
         client->share = all->share;
     client->share += cost * SHARE_SCALE / client->weight;

@@ -18,7 +18,7 @@ vx_limits *vx_limits_create(vx_qos *qos, uint32_t unit)
     return limits;
 }
 
-/* What waits at `bucket` of `limits` waits for as many units as before. */
+/* Retimes the flows that wait for `bucket` of `limits`: each waits for as many units as before. */
 static void retime_all(vx_limits *limits, unsigned bucket, uint64_t before, uint64_t after,
                        uint64_t now)
 {
@@ -83,7 +83,7 @@ vx_qos *vx_qos_create(vx_clock *clock, vx_pool *pool)
         return NULL;
     qos->clock = clock;
     qos->pool = pool;
-    /* In virtual time everything happens on the thread that advances it. */
+    /* In virtual time everything runs on the thread that advances the clock. */
     qos->largest_on_clock = vx_clock_is_virtual(clock) ? UINT64_MAX : VX_QUICK_BYTES;
     pthread_mutex_init(&qos->lock, NULL);
     qos->stalls = throttle_stall_detector_create(qos);

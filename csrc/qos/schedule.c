@@ -8,7 +8,7 @@
 #include "core/run.h"
 #include "qos/schedule_internal.h"
 
-#define STARTS_HERE 16u /* pieces that one thread starts in a row */
+#define STARTS_HERE 16u /* pieces that a thread starts before it hands over to the pool */
 
 static void dispatch(vx_scheduler *s);
 static void run_piece(vx_job *job);
@@ -39,13 +39,13 @@ void vx_scheduler_release(vx_scheduler *s)
 
 enum rest { NOTHING, MORE, A_FLUSH };
 
-/* Takes what a piece brought into its request; what has yet to go. */
+/* Merges the result of a piece into its request; returns what remains to be done. */
 static enum rest adopt(vx_slot *p)
 {
     vx_request *request = p->request;
     if (request == NULL)
         return NOTHING;
-    p->piece.not_before_ns = 0; /* that has passed */
+    p->piece.not_before_ns = 0; /* that time has passed */
     vx_request_adopt(request, &p->piece);
     request->done += p->piece.length;
     if (request->result != 0 || p->piece.operation == VX_FLUSH)
@@ -61,7 +61,7 @@ static void give_back(vx_scheduler *s, vx_slot *p)
     s->free = p;
 }
 
-/* Makes durable what was written by pieces; on the pool. */
+/* Makes the data of the pieces durable; runs on the pool, or here with a virtual clock. */
 static void flush_after(vx_slot *p)
 {
     vx_request_child(&p->piece, p->request, VX_FLUSH, 0, 0, NULL);
@@ -74,7 +74,7 @@ static void flush_after(vx_slot *p)
         vx_pool_push(p->scheduler->pool, &p->job);
 }
 
-/* Its place is free; the rest of its request waits again, or the request is done. */
+/* Ends a piece and frees its slot. The rest of its request is queued, or the request completes. */
 static void end(vx_slot *p)
 {
     vx_scheduler *s = p->scheduler;
@@ -134,8 +134,8 @@ static void completed(vx_request *piece)
     answered(piece->context);
 }
 
-/* The thread has handed the piece down. What is parked there waits for its own disk (a pause, a
- * commit), and holds up no other one meanwhile. */
+/* The thread has submitted the piece. A parked piece waits for its own disk (a pause, a commit), so
+ * it gives up its slot and does not hold up other disks. */
 static void let_go(vx_slot *p, bool parked)
 {
     vx_scheduler *s = p->scheduler;
@@ -157,18 +157,18 @@ static void run_piece(vx_job *job)
     bool parked = vx_run(((scheduled *)device)->lower, &p->piece) == VX_PARKED;
     let_go(p, parked);
     if (parked)
-        dispatch(s); /* there may be a place now */
+        dispatch(s); /* a slot may be free now */
     else
         answered(p);
     vx_device_release(device);
     vx_scheduler_release(s);
 }
 
-/* Work that waited for a slot has one: it does its own I/O, and then ends the slot. */
+/* Gives the slot to work that waited for one. The work does its own I/O, and then ends the slot. */
 static void grant_slot(vx_slot *p)
 {
     vx_request *waiting = p->request;
-    pthread_mutex_lock(&p->scheduler->lock); /* who drops looks at it */
+    pthread_mutex_lock(&p->scheduler->lock); /* schedule_drop reads it */
     p->request = NULL;
     pthread_mutex_unlock(&p->scheduler->lock);
     waiting->context = p;
@@ -196,7 +196,7 @@ static void start(vx_slot *p)
         let_go(p, answer == VX_PARKED);
     if (answer == VX_DONE) {
         answered(p);
-    } else if (answer != VX_PARKED) { /* this thread's hand on it goes to the pool's */
+    } else if (answer != VX_PARKED) { /* this thread's count in `submitters` passes to run_piece */
         vx_request_again(&p->piece, 0);
         if (s->is_virtual)
             run_piece(&p->job);
@@ -216,8 +216,8 @@ static void on_dispatch_job(vx_job *job)
     vx_scheduler_release(s);
 }
 
-/* Starts what may go. One thread at a time does; after a while it lets go, because it has other work,
- * and the pool goes on, or whoever comes before it gets there. */
+/* Starts the pieces that may start. Only one thread at a time does this. After STARTS_HERE pieces
+ * it stops, because it has other work. The pool continues, unless another thread comes first. */
 static void dispatch(vx_scheduler *s)
 {
     unsigned started = 0;
@@ -279,7 +279,7 @@ static void schedule_drop(vx_device *device, const vx_initiator *initiator)
     vx_scheduler *s = share->scheduler;
     pthread_mutex_lock(&s->lock);
     vx_request *found = NULL;
-    for (share = s->shares; share != NULL; share = share->next) /* it may have changed meanwhile */
+    for (share = s->shares; share != NULL; share = share->next) /* the share may have changed */
         found = schedule_take_out(s, share, is_of, initiator, found);
     for (vx_slot *p = s->slots; p != NULL; p = p->other)
         if (p->request != NULL && is_of(p->request, initiator))
@@ -288,14 +288,14 @@ static void schedule_drop(vx_device *device, const vx_initiator *initiator)
     while (found != NULL) {
         vx_request *request = found;
         vx_device *parked_by = schedule_frame_of(request)->device;
-        found = request->next; /* it is gone when it has completed */
+        found = request->next; /* read first: completion may free the request */
         vx_fail(parked_by, request, VX_E_CANCELLED, 0, request->offset);
         request->complete(request);
         vx_device_release(parked_by);
     }
 }
 
-/* A flush on its way down. It takes no slot, but its client is not idle meanwhile. */
+/* A flush in flight. It takes no slot, but its client counts as active until it is answered. */
 typedef struct passing {
     vx_share *share;
     void (*complete)(vx_request *request);
@@ -379,7 +379,7 @@ static bool schedule_is_holding(vx_device *device)
     return vx_schedule_waiting(device) > 0;
 }
 
-/* Memory is kept for those who are owed something. */
+/* Without a reservation requests may wait for long, so they may use less buffer memory. */
 static bool schedule_is_limited(vx_device *device)
 {
     return !atomic_load(&atomic_load(&((scheduled *)device)->share)->has_reservation);
@@ -441,7 +441,7 @@ static void slot_granted(vx_request *request)
     pthread_mutex_unlock(&t->lock);
 }
 
-/* A thread has given its slot back, and does not look at the clock and the pool any more. */
+/* A thread has given its slot back, or got none, and no longer uses the clock or the pool. */
 static void rest_now(vx_scheduler *s)
 {
     pthread_mutex_lock(&s->lock);
@@ -497,7 +497,7 @@ void vx_scheduler_stop(vx_scheduler *s)
     pthread_mutex_unlock(&s->lock);
     while (found != NULL) {
         vx_request *request = found;
-        found = request->next; /* it is gone when it has completed */
+        found = request->next; /* read first: completion may free the request */
         request->complete(request);
     }
     pthread_mutex_lock(&s->lock);
@@ -538,7 +538,7 @@ void vx_share_set(vx_share *share, uint64_t reservation, uint64_t limit, uint64_
                    vx_ticks(vx_clock_now(s->clock)));
     atomic_store(&share->has_reservation, reservation != 0);
     pthread_mutex_unlock(&s->lock);
-    dispatch(s); /* a limit may be gone */
+    dispatch(s); /* requests may pass a changed limit now */
 }
 
 void vx_share_read(vx_share *share, vx_share_facts *facts)

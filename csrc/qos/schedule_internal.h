@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * What the files of the scheduler share: schedule_queue.c has the queues and chooses from them,
- * schedule.c carries pieces down and back. The functions want the lock of the scheduler, but for the
- * first two.
+ * Shared by the files of the scheduler: schedule_queue.c keeps the queues and chooses from them,
+ * schedule.c submits pieces to the lower device and completes them. Call every function except the
+ * first two with the scheduler's lock held.
  */
 #ifndef VX_SCHEDULE_INTERNAL_H
 #define VX_SCHEDULE_INTERNAL_H
@@ -18,10 +18,10 @@ struct vx_share {
     vx_scheduler *scheduler;
     vx_share *next;
     vx_request *head, *tail;
-    const vx_device *last_device; /* of its latest piece, */
-    uint64_t last_end;            /* and where that ended */
-    vx_share_facts facts; /* but for late_ns */
-    uint64_t inside; /* requests of it that are not answered, flushes too; under the lock */
+    const vx_device *last_device; /* of its latest piece */
+    uint64_t last_end;            /* where its latest piece ended */
+    vx_share_facts facts; /* all except late_ns */
+    uint64_t inside; /* its requests that are not answered yet, including flushes; under the lock */
     _Atomic bool has_reservation;
 };
 
@@ -32,29 +32,29 @@ typedef struct scheduled {
     _Atomic uint32_t waiting; /* requests; changed under the lock */
 } scheduled;
 
-/* Of a request that waits here, or whose pieces are below. */
+/* The frame of a request that waits here or whose pieces are below. */
 typedef struct VX_FRAME_TYPE schedule_frame {
-    vx_device *device; /* that parked it, with a reference; NULL: work that does its own I/O */
-    uint64_t since_ns; /* it waits; of the scheduler's clock */
+    vx_device *device; /* the one that parked it; holds a reference; NULL: work with its own I/O */
+    uint64_t since_ns; /* when it began to wait, by the scheduler's clock */
 } schedule_frame;
 VX_DEFINE_FRAME(schedule_frame_of, schedule_frame, VX_LAYER_SCHEDULE)
 
-/* A place below: of a piece of a request, or of work that does its own I/O. */
+/* A slot: holds a piece of a request, or work that does its own I/O. */
 struct vx_slot {
     vx_request piece;
     vx_job job;
     vx_timer timer;
-    vx_request *request; /* NULL: work that does its own I/O, or it has ended */
+    vx_request *request; /* NULL: the slot is granted to work with its own I/O, or has ended */
     vx_share *share;
     vx_scheduler *scheduler;
-    vx_slot *next; /* free */
-    vx_slot *other; /* all of the scheduler */
+    vx_slot *next; /* in the list of free slots */
+    vx_slot *other; /* in the list of all slots of the scheduler */
     /* under the lock */
-    bool dropped;        /* the rest of the request fails: its client is gone */
-    uint32_t submitters; /* threads that hand the piece down, and still look at this */
-    bool ended;          /* the last of them frees it */
-    uint64_t worst_ns;   /* what the model takes for it at most */
-    bool counts;         /* as one of those below; what is parked there does not */
+    bool dropped;        /* its client is gone: the rest of the request fails */
+    uint32_t submitters; /* threads that submit the piece and still use this slot */
+    bool ended;          /* the last submitter frees the slot */
+    uint64_t worst_ns;   /* the worst case of the piece by the model */
+    bool counts;         /* included in `below`; false once the lower device has parked the piece */
 };
 
 struct vx_scheduler {
@@ -65,7 +65,7 @@ struct vx_scheduler {
     vx_model *model;
     uint64_t unit;
     uint32_t depth, below;
-    uint64_t most_below_ns, below_ns; /* what the model takes for them at most */
+    uint64_t most_below_ns, below_ns; /* worst-case time of the pieces below: bound, sum */
     bool is_virtual;
 
     /* under the lock */
@@ -73,15 +73,15 @@ struct vx_scheduler {
     vx_share *shares;
     vx_slot *free, *slots;
     uint32_t working; /* threads that wait for a slot, or have one */
-    pthread_cond_t rested; /* none does */
-    bool dispatching, again; /* some thread starts pieces; another one found a reason to look again */
-    bool handed_over;        /* the job is the pool's */
+    pthread_cond_t rested; /* signals that `working` is 0 */
+    bool dispatching, again; /* a thread starts pieces; it must check the queues once more */
+    bool handed_over;        /* the job is in the pool's queue */
     bool stopping;
-    uint64_t armed_for;      /* ns: when the timer runs; 0: it is not set */
-    vx_timer timer;          /* looks again */
-    vx_job job;              /* starts further pieces */
+    uint64_t armed_for;      /* ns: when the timer fires; 0: it is not set */
+    vx_timer timer;          /* dispatches when a client may next be served */
+    vx_job job;              /* dispatches on the pool */
     uint64_t waiting;                        /* requests */
-    uint64_t contended_since, contended_ns;  /* somebody waits for a place since; and did before */
+    uint64_t contended_since, contended_ns;  /* start of the contended time; sum so far */
     uint64_t contended_units;
 };
 
@@ -91,25 +91,27 @@ static inline vx_scheduler *schedule_reference(vx_scheduler *s)
     return s;
 }
 
-/* A write with FUA that is cut goes without, and a flush follows its last piece. */
+/* Whether a flush follows the last piece: the pieces of a cut write with FUA go without FUA. */
 static inline bool schedule_flushes_after(const vx_scheduler *s, const vx_request *request)
 {
     return request->flags & VX_FUA && request->length > vx_piece_of(request->operation, s->unit);
 }
 
-/* Its tail, or its front for the rest of what was begun. */
+/* Adds a request at the tail of the share's queue; with `front` at its head, for the rest of a
+ * request whose first pieces have been served. */
 void schedule_enqueue(vx_scheduler *s, vx_share *share, vx_request *request, bool front,
                       uint64_t now);
-/* Takes what is meant out of a queue, and puts it before `found`. */
+/* Moves the requests that `is_meant` selects from a queue to the list `found`; returns the list. */
 vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
                               bool (*is_meant)(vx_request *, const vx_initiator *),
                               const vx_initiator *initiator, vx_request *found);
-/* The next piece that may go, in its place; NULL: none now. The timer is set where one may later. */
+/* The next piece that may start, in its slot. NULL: none can start now; the timer is set if one can
+ * later. */
 vx_slot *schedule_next(vx_scheduler *s);
-/* Frees a place for another piece, once. */
+/* Stops counting the slot as taken, so that another piece may start. A second call does nothing. */
 void schedule_leave(vx_scheduler *s, vx_slot *p, uint64_t now);
 void schedule_note_contention(vx_scheduler *s, uint64_t now);
-/* A request of it has come; one is answered. */
+/* Count a request of the share in when it arrives, and out when it is answered. */
 void schedule_enters(vx_share *share);
 void schedule_leaves(vx_share *share, uint64_t now);
 

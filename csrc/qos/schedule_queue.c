@@ -1,11 +1,11 @@
 /* SPDX-License-Identifier: MIT */
-/* The queues of the scheduler, and which request is served next. Everything here runs under its lock. */
+/* Keeps the queues of the scheduler and chooses the next request. All of it runs under its lock. */
 #include <stdlib.h>
 
 #include "qos/bucket.h"
 #include "qos/schedule_internal.h"
 
-#define NO_MEMORY_NS 1000000u /* after which it is tried again */
+#define NO_MEMORY_NS 1000000u /* delay before a failed allocation is tried again */
 
 static uint64_t piece_length(const vx_scheduler *s, const vx_request *request)
 {
@@ -19,7 +19,7 @@ static uint64_t units_left(const vx_scheduler *s, const vx_request *request)
     return vx_units_of(request->operation, request->length - request->done, s->unit);
 }
 
-/* Of the piece that goes next. */
+/* The units of the request's next piece. */
 static uint64_t head_units(const vx_scheduler *s, const vx_request *request)
 {
     return vx_units_of(request->operation, piece_length(s, request), s->unit);
@@ -78,7 +78,7 @@ void schedule_enqueue(vx_scheduler *s, vx_share *share, vx_request *request, boo
         schedule_enters(share);
 }
 
-/* It is out of the queue. */
+/* Updates the figures of a request that was taken out of its queue. */
 static void waits_no_more(vx_scheduler *s, vx_share *share, vx_request *request, uint64_t now)
 {
     if (share->head == NULL) {
@@ -130,11 +130,11 @@ static void charge(vx_scheduler *s, vx_share *share, bool reserved, const vx_dev
     vx_dmclock_serve(&s->all, &share->client, reserved, units, cost, vx_ticks(now));
 }
 
-/* A timer that is set has a reference, and its run gives it back. */
+/* Sets the timer to dispatch at `when`. A set timer holds a reference; its callback releases it. */
 static void look_again_at(vx_scheduler *s, uint64_t when)
 {
     if (s->armed_for != 0 && s->armed_for <= when)
-        return; /* it sets the next one then */
+        return; /* the dispatch at that time sets the timer again */
     bool was_set = vx_clock_cancel(s->clock, &s->timer);
     bool is_set = vx_clock_set(s->clock, &s->timer, when);
     s->armed_for = is_set ? when : 0;
@@ -142,7 +142,7 @@ static void look_again_at(vx_scheduler *s, uint64_t when)
         schedule_reference(s);
     else if (was_set && !is_set)
         atomic_fetch_sub(&s->references, 1); /* never the last one: the caller has one */
-    /* Without memory for it the next completion or request looks. */
+    /* If no memory was left for the timer, the next completion or request dispatches. */
 }
 
 static vx_slot *take_place(vx_scheduler *s)
@@ -177,7 +177,7 @@ vx_slot *schedule_next(vx_scheduler *s)
     uint64_t worst = s->model == NULL ? 0 : vx_model_worst(s->model, share->head->operation,
                                                            piece_length(s, share->head), s->below);
     if (s->below > 0 && s->below_ns + worst > s->most_below_ns)
-        return NULL; /* the next completion looks again */
+        return NULL; /* the next completion dispatches again */
     vx_slot *p = take_place(s);
     if (p == NULL) {
         look_again_at(s, now + NO_MEMORY_NS);
@@ -193,7 +193,7 @@ vx_slot *schedule_next(vx_scheduler *s)
                      moves ? request->buffer + request->done : NULL);
     if (schedule_flushes_after(s, request))
         p->piece.flags &= ~(uint32_t)VX_FUA;
-    p->piece.memo = NULL; /* it belonged to whoever submitted the request */
+    p->piece.memo = NULL; /* it belongs to the stack of the request's submitter */
     p->request = request;
     p->share = share;
     p->submitters = 1;

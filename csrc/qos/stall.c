@@ -1,10 +1,11 @@
 /* SPDX-License-Identifier: MIT
  *
- * Detects that the process was stalled (suspended, or not scheduled). Buckets save credit by the clock,
- * which goes on during a stall. While some limit saves credit for longer than LATE, a timer checks every
- * LATE / 4. If a check comes more than LATE after it was due, the process was stalled: the credit of that
- * time is taken away and waiting requests are released later by as much. Whoever needs a bucket before an
- * overdue check makes the check itself, so no bucket is used with credit from a stall.
+ * Detects that the process was stalled (suspended, or not scheduled). Buckets save credit by the
+ * clock, which continues during a stall. While a limit can save credit for longer than LATE, a
+ * timer checks every LATE / 4. If a check runs more than LATE after it was due, the process was
+ * stalled. Then the credit of that time is taken away, and waiting requests are released later by
+ * as much. A thread that needs a bucket while a check is overdue runs the check first, so no credit
+ * from a stall is spent.
  */
 #include <stdlib.h>
 
@@ -14,8 +15,8 @@
 
 struct stall_detector {
     pthread_mutex_t lock; /* taken before the lock of the domain */
-    vx_qos *qos;          /* NULL: it has ended */
-    uint32_t references;  /* of the domain, and of each run of the timer that is to come */
+    vx_qos *qos;          /* NULL: the domain has ended */
+    uint32_t references;  /* one of the domain, one for each pending run of the timer */
     bool is_set;
     uint64_t due; /* ticks */
     vx_timer timer;
@@ -29,7 +30,7 @@ static void skip_stall(vx_limits *limits, unsigned b, uint64_t since, uint64_t n
             throttle_retime(f, f->due + (now - since));
 }
 
-/* Whether some limit saves credit; takes away what one saved during a stall. */
+/* Takes away the credit saved during a stall; returns whether any limit saves credit. */
 static bool check_limits(const stall_detector *p, uint64_t now)
 {
     bool late = p->is_set && now > p->due + LATE, saves = false;
@@ -43,7 +44,7 @@ static bool check_limits(const stall_detector *p, uint64_t now)
     return saves;
 }
 
-/* Under its lock. */
+/* Checks for a stall and sets the timer for the next check. Under the detector's lock. */
 static void check(stall_detector *p)
 {
     vx_qos *qos = p->qos;
@@ -66,7 +67,7 @@ void throttle_stall_detector_check(stall_detector *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Unlocks it, with a reference fewer. */
+/* Releases a reference and unlocks the detector; the last reference frees it. */
 static void let_go(stall_detector *p)
 {
     bool last = --p->references == 0;

@@ -5,8 +5,8 @@
 #include "qos/throttle_internal.h"
 #include "core/units.h"
 
-/* What is paid for at a time takes no more of a limit's time than this, or than one unit does: where
- * others wait for the limit, and where nobody does yet. */
+/* The most time at a limit's rate that one charge takes, or one unit if that takes longer.
+ * SHARED_QUANTUM applies when other flows wait for the limit, LONE_QUANTUM when none do. */
 #define SHARED_QUANTUM ((uint64_t)50000u * VX_TICKS_PER_NS)
 #define LONE_QUANTUM ((uint64_t)100000000u * VX_TICKS_PER_NS)
 
@@ -28,7 +28,7 @@ static bool is_free(uint32_t operation)
     return operation == VX_FLUSH || operation == VX_EXTENTS;
 }
 
-/* What `length` bytes of an operation take out of a bucket. */
+/* The amount that `length` bytes of an operation are charged to a bucket: units or bytes. */
 static uint64_t amount(const vx_limits *limits, unsigned bucket, uint32_t operation,
                        uint64_t length)
 {
@@ -58,7 +58,7 @@ static void refund(vx_limits *limits, uint32_t charged, uint32_t operation, uint
             vx_bucket_refund(&limits->buckets[b], amount(limits, b, operation, length));
 }
 
-/* Charges all buckets of both sets, or none. */
+/* Charges all active buckets of both sets, or none of them. */
 static bool admit(vx_limits *sets[SETS], const uint32_t active[SETS], vx_request *request,
                   uint64_t now)
 {
@@ -99,9 +99,9 @@ static int throttle_submit(vx_device *device, vx_request *request)
     if (request->length <= piece_of(f, request->operation) && atomic_load(&f->waiting) == 0 &&
         admit(sets, active, request, now)) {
         int answer = vx_submit(f->lower, request);
-        if (answer != VX_AGAIN && answer != VX_FAULTED) /* parked: it may be gone */
+        if (answer != VX_AGAIN && answer != VX_FAULTED) /* a parked request may be gone already */
             return answer;
-        if (request->flags & VX_NOWAIT) { /* it comes again as another request, and pays then */
+        if (request->flags & VX_NOWAIT) { /* it is submitted again later, and pays then */
             for (unsigned s = 0; s < SETS; s++)
                 refund(sets[s], active[s], request->operation, request->length);
         } else {
@@ -115,10 +115,11 @@ static int throttle_submit(vx_device *device, vx_request *request)
     return VX_PARKED;
 }
 
-/* ---- under the lock: what waits ---- */
+/* ---- under the lock: waiting requests ---- */
 
-/* Pays what the piece owes as of `from`. When it may pass, or pay more; `from` itself when all is
- * paid. Ticks. */
+/* Charges the piece to its unpaid buckets as of `from`, the one with the latest due time first.
+ * Returns when (ticks) the charged bucket lets it pass or pay the next; `from` once all buckets are
+ * paid. */
 static uint64_t pay(flow *f, uint32_t operation, uint64_t from)
 {
     for (;;) {
@@ -152,7 +153,7 @@ static uint64_t pay(flow *f, uint32_t operation, uint64_t from)
     }
 }
 
-/* The flow begins or ceases to wait for its limits. */
+/* Counts the flow as waiting for set `s` of its limits, or as no longer waiting. */
 static void count_flow(const flow *f, unsigned s, bool waits)
 {
     vx_limits *limits = atomic_load(&f->sets[s]);
@@ -220,7 +221,7 @@ static bool takes_longer(const flow *f, uint32_t operation, uint64_t length, uin
     return false;
 }
 
-/* Bytes that the head pays for at a time: up to a piece. */
+/* The most bytes that the head pays for at a time; no more than a piece. */
 static uint64_t quantum_of(const flow *f, uint32_t operation)
 {
     uint64_t piece = piece_of(f, operation);
@@ -231,7 +232,7 @@ static uint64_t quantum_of(const flow *f, uint32_t operation)
     return quantum;
 }
 
-/* What the head has paid for and not used goes back; who waits behind it moves up. */
+/* Refunds what the head has paid and not used; flows that wait behind it move up. */
 static void unpay(flow *f, unsigned s, uint64_t now)
 {
     vx_limits *limits = atomic_load(&f->sets[s]);
@@ -248,7 +249,7 @@ static void unpay(flow *f, unsigned s, uint64_t now)
     f->paid[s] = 0;
 }
 
-/* Pays for the head as far as `now` allows; whether all of it may pass. */
+/* Pays for as much of the head as `now` allows; returns whether the whole request may pass. */
 static bool pay_head(flow *f, uint64_t now)
 {
     vx_request *request = f->head;
@@ -270,7 +271,7 @@ static bool pay_head(flow *f, uint64_t now)
     return false;
 }
 
-/* Takes out what may pass at `now`, oldest first, and sets the timer for the rest. */
+/* Takes out the requests that may pass at `now`, oldest first, and sets the timer for the rest. */
 static vx_request *take_due(flow *f, uint64_t now)
 {
     vx_request *first = NULL, **last = &first;
@@ -282,7 +283,7 @@ static vx_request *take_due(flow *f, uint64_t now)
         }
         if (f->head == NULL || vx_clock_set(f->qos->clock, &f->timer, vx_ns_of_ticks(f->due)))
             break;
-        all = true; /* no memory for a timer: what waits goes early rather than never */
+        all = true; /* no memory for a timer: waiting requests pass early rather than never */
     }
     if (f->head == NULL) {
         f->tail = NULL;
@@ -296,7 +297,7 @@ static vx_request *take_due(flow *f, uint64_t now)
 static void finish(flow *f, vx_request *request)
 {
     request->flags &= ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK);
-    /* Below it may wait again, after those who were gone have been dropped there. */
+    /* Fail it here: a lower device that has already dropped this client could park it. */
     bool drops = atomic_load(&f->draining) == DROP;
     int answer = drops ? vx_fail(&f->device, request, VX_E_CANCELLED, 0, request->offset)
                        : vx_run(&f->device, request);
@@ -313,7 +314,7 @@ static void run_released(vx_job *job)
     vx_device_release(&f->device);
 }
 
-/* Tries what does not block and is soon done. */
+/* Submits the request if it is small enough to run on this thread; it must not block. */
 static int try_now(flow *f, vx_request *request)
 {
     bool large = request->operation <= VX_WRITE && request->length > f->qos->largest_on_clock;
@@ -323,7 +324,7 @@ static int try_now(flow *f, vx_request *request)
     return large ? VX_AGAIN : vx_submit(f->lower, request);
 }
 
-/* Lets requests pass on a thread that must not block: what would is the pool's. */
+/* Passes requests on from a thread that must not block; those that would block go to the pool. */
 static void pass_on(flow *f, vx_request *request)
 {
     while (request != NULL) {
@@ -350,9 +351,10 @@ static void pass_on(flow *f, vx_request *request)
     }
 }
 
-/* Its time began to pass unused. What is left of it begins now, and that of others who wait for the
- * same later by as much; where nothing is left it takes its place anew. From buckets that
- * save credit the stall detector has taken the lost time. */
+/* Handles a stall: the timer fired `lost` ticks after the head was due. If the piece costs more
+ * than that, its payment stands, and the bucket and the flows behind it are postponed by `lost`.
+ * Otherwise the payment is lost and the piece pays again. The stall detector has already taken the
+ * lost time from buckets that save credit. */
 static void pay_again(flow *f, uint64_t now)
 {
     uint64_t lost = now - f->due;
@@ -367,7 +369,7 @@ static void pay_again(flow *f, uint64_t now)
         uint64_t units = amount(limits, f->due_bucket, f->head->operation, f->piece);
         if (lost >= vx_bucket_cost(bucket, units)) {
             f->unpaid[s] |= 1u << f->due_bucket;
-            f->paid[s] &= ~(1u << f->due_bucket); /* for good */
+            f->paid[s] &= ~(1u << f->due_bucket); /* not refunded */
             continue;
         }
         vx_bucket_postpone(bucket, lost);
@@ -409,7 +411,7 @@ static void park(flow *f, vx_request *request)
     atomic_fetch_add(&f->waiting, 1);
     vx_request *due = NULL;
     if (first) {
-        vx_device_reference(&f->device); /* until nothing waits any more */
+        vx_device_reference(&f->device); /* until no request waits any more */
         link_flow(f);
         f->due = now;
         due = take_due(f, now);

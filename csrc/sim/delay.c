@@ -11,7 +11,7 @@ typedef struct delay {
     uint64_t base; /* bytes, on the model */
 } delay;
 
-/* A request on its way through the lower device, which may keep it for a while. */
+/* A request in the lower device, which may park it. */
 typedef struct passing {
     delay *delay;
     void (*complete)(vx_request *request);

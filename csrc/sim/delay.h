@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: MIT
  *
- * A device that is as slow as a model says: the lower one does the I/O at once, and not_before_ns goes
- * up to when the model would be done. Several delays may share a model; each lies in it at its own
- * `base`. With a virtual clock the times are that clock's, and whoever drives it waits for them.
+ * A device that is as slow as a model says. The lower device does the I/O at once, and
+ * not_before_ns is raised to the time at which the modelled disk would be done. Several delays may
+ * share a model; each occupies the model from its own `base` on. Times are those of `clock`, which
+ * may be virtual.
  *
- * A request that fails, or comes back AGAIN or FAULTED, costs nothing. NOWAIT alone is answered AGAIN,
- * so that what is tried first and done later costs once; with MAY_PARK it is done here.
+ * A request that fails, or comes back AGAIN or FAULTED, costs nothing. NOWAIT alone is answered
+ * AGAIN, so that a request that is first tried and later repeated costs once. With MAY_PARK as
+ * well, the request is carried out.
  */
 #ifndef VX_DELAY_H
 #define VX_DELAY_H

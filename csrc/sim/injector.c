@@ -12,7 +12,7 @@ typedef struct injector {
     vx_pool *pool;
     pthread_mutex_t lock;
     vx_injector_settings settings;
-    uint64_t matched; /* requests that fail_mask chose so far */
+    uint64_t matched; /* requests that matched fail_mask so far */
 } injector;
 
 typedef struct parked {

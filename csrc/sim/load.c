@@ -32,7 +32,7 @@ struct vx_load {
     /* under the lock */
     bool running, orphaned;
     uint64_t random, next, answered, failed, under_way;
-    uint8_t *buffer; /* `length` of it for each request */
+    uint8_t *buffer; /* `length` bytes for each request */
     sent *all;
 };
 
@@ -89,7 +89,7 @@ static void free_load(vx_load *load)
 
 static void send(sent *one);
 
-/* Counts what was answered; whether another one is to follow. */
+/* Counts an answered request and prepares the next; returns whether there is one. */
 static bool count(vx_load *load, sent *one)
 {
     pthread_mutex_lock(&load->lock);
@@ -174,7 +174,7 @@ static void send(sent *one)
     }
     if (!done)
         vx_request_again(&one->request, 0);
-    one->job.run = done ? run_answered : run_sent; /* not from here: the stack would grow */
+    one->job.run = done ? run_answered : run_sent; /* on the pool: a call from here would recurse */
     if (load->is_virtual)
         run_sent(&one->job);
     else

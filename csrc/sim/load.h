@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: MIT
  *
- * A client that asks of a device what is wanted, for experiments and benchmarks: so many requests
- * under way, each answered one followed by the next. With a virtual clock all of it happens on the
- * thread that advances the clock, in an order that depends on the seed alone; the device below must
- * take time then, or it would not end.
+ * A load generator for experiments and benchmarks. It keeps a number of requests in flight; each
+ * answer is followed by the next request. With a virtual clock everything runs on the thread that
+ * advances the clock, in an order that depends on the seed alone. Then the device must delay its
+ * answers, or sending would never end.
  */
 #ifndef VX_LOAD_H
 #define VX_LOAD_H
@@ -16,14 +16,14 @@
 typedef struct vx_load vx_load;
 
 typedef struct vx_load_terms {
-    uint64_t first, span;   /* bytes: where it works */
+    uint64_t first, span;   /* bytes: start and size of the range that requests address */
     uint64_t length;        /* bytes of a request, up to 32 MiB and `span` */
-    uint64_t least;         /* requests have length, length / 2 .. down to this, equally often; 0: length */
-    uint64_t pause_ns;      /* between an answer and what follows it */
-    uint32_t depth;         /* requests under way, 1 to 1024; of 256 MiB in all */
+    uint64_t least;         /* lengths halve from length to this, equally often; 0: only length */
+    uint64_t pause_ns;      /* between an answer and the next request */
+    uint32_t depth;         /* requests in flight, 1 to 1024; at most 256 MiB in all */
     uint32_t write_percent; /* of the requests */
-    bool flushes;           /* each write is followed by a flush, and that by the next request */
-    bool in_a_row;          /* one behind the other, else at random multiples of `length` */
+    bool flushes;           /* a flush follows each write, before the next request */
+    bool in_a_row;          /* sequential; otherwise at random multiples of the request's length */
     uint64_t seed;
 } vx_load_terms;
 
@@ -32,15 +32,16 @@ typedef struct vx_load_facts {
     uint64_t under_way;
 } vx_load_facts;
 
-/* Keeps a reference to the device; meter (or NULL), clock and pool must outlive it. NULL: no memory, or
- * terms that cannot be. */
+/* Keeps a reference to the device. The meter (may be NULL), clock and pool must outlive the load.
+ * NULL: no memory, or terms out of range. */
 vx_load *vx_load_create(vx_device *device, vx_clock *clock, vx_pool *pool, vx_meter *meter,
                         const vx_load_terms *terms);
 void vx_load_start(vx_load *load);
-/* No further requests; with a real clock it waits until none is under way. */
+/* Stops sending requests. With a real clock it waits until none is in flight. */
 void vx_load_stop(vx_load *load);
 void vx_load_read(vx_load *load, vx_load_facts *facts);
-/* No further requests; its memory is freed when the last one is answered. The meter may go at once. */
+/* Stops sending requests; the memory is freed when the last one is answered. The meter may be
+ * destroyed at once. */
 void vx_load_destroy(vx_load *load);
 
 #endif

@@ -28,21 +28,21 @@ struct vx_model {
     bool write_cache;
     pthread_mutex_t lock;
 
-    /* what a write buffer holds, and when it will be empty if nothing comes */
+    /* write buffer: bytes held, when it will be empty without further writes, when last updated */
     uint64_t buffered, drained_at, looked_at;
 
     /* hard disk */
     uint64_t free_at, head, last_end;
-    uint64_t ends[QUEUE]; /* of the latest requests; a ring */
+    uint64_t ends[QUEUE]; /* completion times of the latest requests; a ring */
     uint32_t newest;
 
     /* solid-state disk */
     uint32_t channels;
     uint64_t channel_free[MOST_CHANNELS], bus_free;
     uint64_t bus_rate; /* bytes a second */
-    uint8_t *written;  /* a bit for each MiB */
+    uint8_t *written;  /* bitmap: a bit for each MiB that holds data */
     uint64_t mebibytes;
-    _Atomic uint64_t mebibytes_written; /* changed under the lock; costs are asked without */
+    _Atomic uint64_t mebibytes_written; /* changed under the lock; vx_model_cost reads it without */
 };
 
 static uint64_t later(uint64_t a, uint64_t b)
@@ -99,7 +99,7 @@ static uint64_t with_queue(uint64_t positioning, uint32_t others)
     return positioning * 1000 / (1000u + gains[others < QUEUE ? others : QUEUE - 1]);
 }
 
-/* How long the head needs from `start` on, and moves it. */
+/* Moves the head; returns the time that seek, rotation and transfer take from `start` on. */
 static uint64_t media_time(vx_model *m, uint64_t offset, uint64_t length, uint64_t start,
                            uint32_t others)
 {
@@ -120,7 +120,7 @@ static uint64_t media_time(vx_model *m, uint64_t offset, uint64_t length, uint64
     return time;
 }
 
-/* ---- the write buffer of either ---- */
+/* ---- the write buffer of both kinds ---- */
 
 static void drain(vx_model *m, uint64_t now)
 {
@@ -132,7 +132,7 @@ static void drain(vx_model *m, uint64_t now)
     m->looked_at = later(m->looked_at, now);
 }
 
-/* Puts a write that takes `work` of the medium into the buffer; when there is room for it. */
+/* Adds a write that takes `work` on the medium to the buffer; returns when the buffer has room. */
 static uint64_t buffer_write(vx_model *m, uint64_t length, uint64_t work, uint64_t now)
 {
     drain(m, now);
@@ -157,7 +157,7 @@ static uint64_t serve_hdd(vx_model *m, uint32_t operation, uint64_t offset, uint
     if (operation == VX_WRITE && m->write_cache) {
         uint64_t head = m->head, end = m->last_end;
         uint64_t work = media_time(m, offset, length, now, 0) / 4;
-        m->head = head; /* it goes there some time later */
+        m->head = head; /* the head moves only when the cache is written out */
         m->last_end = offset == end ? offset + length : end;
         return buffer_write(m, length, work, now) + 100 * US;
     }
@@ -166,7 +166,7 @@ static uint64_t serve_hdd(vx_model *m, uint32_t operation, uint64_t offset, uint
     uint64_t time = media_time(m, offset, length, start, others);
     m->free_at = start + time;
     if (m->drained_at > now)
-        m->drained_at += time; /* the buffer waits meanwhile */
+        m->drained_at += time; /* the buffer does not drain during a request */
     m->newest = (m->newest + 1) % QUEUE;
     m->ends[m->newest] = m->free_at;
     return m->free_at;
@@ -268,7 +268,7 @@ uint64_t vx_model_worst(const vx_model *m, uint32_t operation, uint64_t length, 
     if (m->kind == VX_MODEL_HDD)
         return with_queue(seek_time(0, CYLINDERS - 1) + REVOLUTION, others) +
                transfer_time(length, rate_of_zone(ZONES - 1)) + 1;
-    uint64_t pages = length / PAGE + 1 + (length % PAGE > 1); /* it need not begin with one */
+    uint64_t pages = length / PAGE + 1 + (length % PAGE > 1); /* it may start inside a page */
     uint64_t on_one = (pages + m->channels - 1) / m->channels * 80 * US;
     uint64_t programmed = later(4 * transfer_time(length, m->channels * (uint64_t)PAGE *
                                                               (SECOND / (400 * US))) + 4,

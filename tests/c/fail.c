@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * Preloaded into a process: the calls of the file device, of which one can be made to fail.
+ * Preloaded into a process (LD_PRELOAD): wraps the system calls of the file device and makes a
+ * chosen one fail.
  */
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,7 +17,7 @@ enum mode { NONE, EIO_ONCE, ENOSPC_ONCE, SHORT_ONCE };
 static atomic_int fail_at, fail_mode, calls, fired_kind;
 enum kind { READ = 1, WRITE, BARRIER, ALLOCATE, TRUNCATE, SEEK };
 
-/* From the next call on: call number `at` (from 1 on) fails in this way; 0: none. */
+/* Makes call number `at` fail in this mode; the next call is number 1. 0: no call fails. */
 void fail_arm(int at, int mode);
 int fail_calls(void);
 int fail_fired(void);
@@ -34,7 +35,7 @@ int fail_calls(void)
     return atomic_load(&calls);
 }
 
-/* Which kind of call failed; 0: none yet. */
+/* Returns the kind of the call that failed; 0: none has failed yet. */
 int fail_fired(void)
 {
     return atomic_load(&fired_kind);
@@ -51,7 +52,7 @@ static enum mode turn(enum kind kind)
     else if (mode == ENOSPC_ONCE)
         errno = ENOSPC;
     else
-        errno = EINTR; /* what is short where nothing can be partly done */
+        errno = EINTR; /* SHORT_ONCE, for calls that cannot be short */
     return (enum mode)mode;
 }
 
@@ -71,7 +72,7 @@ ssize_t pwritev2(int fd, const struct iovec *piece, int count, off_t offset, int
 {
     enum mode mode = turn(WRITE);
     if (mode != NONE && piece->iov_len >= 1024) {
-        /* What fails has been done in part. */
+        /* Write the first half; then fail, or report a short write. */
         int error = errno;
         struct iovec half = {piece->iov_base, piece->iov_len / 1024 * 512};
         ssize_t done = REAL(pwritev2)(fd, &half, 1, offset, flags);

@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT
  *
- * Fuzzes the transmission phase: streams of requests, some of them damaged, against a map over
- * memory, under sanitizers. The client knows what it asked: every request that arrived whole is
- * answered once, with the error that the protocol has for it, and with bytes that may be there.
+ * Fuzzes the transmission phase with streams of requests, some of them damaged, against a map over
+ * memory, under sanitizers. The client checks that every request that arrived whole is answered
+ * once, with the error that the protocol requires, and that each byte read is one that the disk may
+ * hold.
  * Usage: fuzz_nbd SECONDS SEED
  */
 #include <pthread.h>
@@ -21,7 +22,7 @@
 #define STREAM 400000u
 #define MOST 60u
 
-/* Damaged streams write who knows what who knows where, so they get a disk of their own. */
+/* Damaged streams may write any data at any place, so they use a disk of their own. */
 static vx_device *maps[2];
 static uint64_t next_place[2], seed;
 static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER;
@@ -54,31 +55,31 @@ static int fault(uint64_t identity, vx_fault *what)
 
 static const vx_upcalls upcalls = {.fault = fault};
 
-/* What the client sent, in order; the cookie is the index. */
+/* The requests that the client sent, in order; the cookie is the index. */
 typedef struct asked {
     uint32_t command, flags, length;
     uint64_t offset;
-    size_t end; /* of the request in the stream */
+    size_t end; /* where the request ends in the stream */
     enum nbd_error expected;
     uint32_t chunks, covered;
-    uint32_t of_piece[SIZE / VX_SERVICE_PIECE + 1]; /* covered, in order inside each piece */
+    uint32_t of_piece[SIZE / VX_SERVICE_PIECE + 1]; /* bytes covered; in order inside each piece */
     bool answered;
 } asked;
 
-/* What a byte of the disk must be, as far as the client knows. */
+/* The value that a byte of the disk must have, as far as the client knows. */
 enum known { ANY, CONTENT, ZERO };
 
 typedef struct client {
     int fd;
     bool structured;
-    bool damaged; /* the stream was: only the framing of the replies can be checked */
+    bool damaged; /* the stream is damaged: only the framing of the replies can be checked */
     asked requests[MOST];
     uint32_t count;
 } client;
 
 static uint8_t known[SIZE], written[SIZE], zeroed[SIZE];
 
-/* All writes put the same byte at the same place, so that any order of them can be checked. */
+/* All writes store the same byte at an offset, so the result does not depend on their order. */
 static uint8_t content(uint64_t at)
 {
     return (uint8_t)((at * 0x9E3779B1u >> 11) | 1);
@@ -106,7 +107,7 @@ static uint64_t u64(const uint8_t *in)
     return (uint64_t)u32(in) << 32 | u32(in + 4);
 }
 
-/* By the protocol's own words, not by the server's code. */
+/* The error that the NBD specification requires, derived without the server's code. */
 static enum nbd_error expectation(const asked *a, const vx_nbd_terms *terms)
 {
     static const uint32_t allowed[8] = {[NBD_READ] = 1, [NBD_WRITE] = 1, [NBD_FLUSH] = 1,
@@ -171,7 +172,7 @@ static void check_chunk(client *c, asked *a, uint32_t kind, bool last, const uin
         CHECK_GE(u64(body), a->offset);
         CHECK_LE(u64(body) - a->offset + n, a->length);
         uint32_t at = (uint32_t)(u64(body) - a->offset), piece = at / (uint32_t)VX_SERVICE_PIECE;
-        if (a->flags & 4) /* DF: all of it at once */
+        if (a->flags & 4) /* DF: all data in one chunk */
             piece = 0;
         CHECK_EQ(at, piece * (uint32_t)VX_SERVICE_PIECE + a->of_piece[piece]);
         a->of_piece[piece] += n;
@@ -263,7 +264,7 @@ static void touch(client *c)
     }
 }
 
-/* Every request that arrived whole was answered; what the disk holds from now on. */
+/* Checks that every request that arrived whole was answered, and updates `known`. */
 static void settle(client *c, size_t sent)
 {
     for (uint64_t i = 0; i < SIZE && !c->damaged; i++)
@@ -330,7 +331,7 @@ static void *serve(void *argument)
 {
     served *s = argument;
     vx_nbd_serve(s->connection);
-    shutdown(s->fd, SHUT_RDWR); /* after a DISCONNECT nobody reads the rest */
+    shutdown(s->fd, SHUT_RDWR); /* after a DISCONNECT the server reads no further */
     return NULL;
 }
 
@@ -352,7 +353,7 @@ static void one_connection(vx_pool *pool)
     c.count = 0;
     while (c.count < requests && STREAM - length > 400)
         length = put_request(&c, stream, length, &terms);
-    if (c.damaged) /* bits of the stream are turned */
+    if (c.damaged) /* flip up to three bits of the stream */
         for (uint64_t i = any(4); i > 0; i--)
             stream[any(length)] ^= (uint8_t)(1u << any(8));
     if (any(4) == 0)
@@ -368,7 +369,7 @@ static void one_connection(vx_pool *pool)
     pthread_t reading, serving;
     served served_by = {connection, pair[0]};
     CHECK_EQ(pthread_create(&serving, NULL, serve, &served_by), 0);
-    /* The data in simple replies to a damaged stream cannot be told from replies. */
+    /* With simple replies to a damaged stream, data and reply headers cannot be told apart. */
     bool checked = terms.structured || !c.damaged;
     if (checked)
         CHECK_EQ(pthread_create(&reading, NULL, read_replies, &c), 0);
@@ -401,7 +402,7 @@ int main(int argc, char **argv)
         CHECK_EQ(vx_map_set_lower(maps[i], 0, leaves[i]), 0);
     }
     while (vx_now_ns() < end) {
-        alarm(60); /* a connection that hangs is a bug, too */
+        alarm(60); /* ends the test if a connection hangs */
         one_connection(pool);
         runs++;
     }

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: MIT
  *
- * Movers, writers, faults, flushes and a closer on one map over memory; contents are checked all the
- * time. Run with a mutation (build with -DVX_MUTATE) it must fail: exit 1. Usage: stress_map
- * SECONDS [MUTATION]
+ * Runs movers, writers, faults, flushes and a close on one map over memory, and checks contents all
+ * the time. With a mutation (build with -DVX_MUTATE) it must fail with exit status 1.
+ * Usage: stress_map SECONDS [MUTATION]
  */
 #include <pthread.h>
 #include <sched.h>
@@ -26,11 +26,11 @@ static vx_device *map, *leaf;
 static pthread_mutex_t owner = PTHREAD_MUTEX_INITIALIZER;
 static uint64_t free_slots[SLOTS];
 static uint64_t free_count;
-static uint64_t durable[PAGES];     /* what the last commit made durable */
+static uint64_t durable[PAGES];     /* entries that the last commit made durable */
 static _Atomic bool stop;
 static _Atomic uint64_t moves, copies;
 
-/* ---- a leaf that gives others a chance in the middle of things ---- */
+/* ---- a leaf that yields at random before and after each request ---- */
 
 typedef struct jitter {
     vx_device device;
@@ -73,7 +73,7 @@ static void jitter_destroy(vx_device *device)
 static const vx_operations jitter_operations = {
     .kind = "jitter", .submit = jitter_submit, .destroy = jitter_destroy};
 
-/* ---- the owner: what Python is otherwise ---- */
+/* ---- the owner of the map, which is Python in production ---- */
 
 static int answer_grant(void)
 {
@@ -84,7 +84,7 @@ static int answer_grant(void)
     pthread_mutex_unlock(&owner);
     if (n == 0)
         return VX_E_NOSPACE;
-    /* Space that was used before is stale: half of it is zeroed here, half by the map. */
+    /* Granted space may hold old data. About half of it is zeroed here; the map zeroes the rest. */
     for (uint64_t i = 0; i < n; i++) {
         bool stale = random_number() & 1;
         memset(vx_memory_bytes(leaf) + offsets[i], stale ? 0xEE : 0, PAGE);
@@ -140,7 +140,7 @@ static void check_durable(uint64_t page)
     CHECK(kind == VX_DATA || kind == VX_SHARED);
 }
 
-/* Owns every sector s with s % WRITERS == its number, and knows what stands in each. */
+/* Owns every sector s with s % WRITERS == its number, and knows the contents of each. */
 static void *writer(void *argument)
 {
     uint32_t me = (uint32_t)(uintptr_t)argument;
@@ -187,7 +187,8 @@ static void release_slot(uint64_t offset)
     pthread_mutex_unlock(&owner);
 }
 
-/* Moves pages: shared, quiesce, copy, publish, quiesce, reuse. */
+/* Moves pages: marks a page shared, quiesces, copies it, publishes the copy, quiesces, and reuses
+ * the old space. */
 static void *mover(void *argument)
 {
     seed ^= (uintptr_t)argument * 0xD1B54A32D192ED03u + 5;
@@ -213,7 +214,7 @@ static void *mover(void *argument)
             continue;
         }
         if (random_number() % 4 == 0) {
-            /* Leave it shared: the next writer must copy it. Wait until it did. */
+            /* Leave the page shared, so that the next writer must copy it. Wait for that. */
             uint64_t now = shared;
             while (now == shared && !atomic_load(&stop)) {
                 dither();
@@ -234,7 +235,7 @@ static void *mover(void *argument)
         if (code == VX_E_CLOSED)
             break;
         CHECK_GE(code, 0);
-        if (mismatched) { /* a writer copied it meanwhile; that needs the same wait */
+        if (mismatched) { /* a writer has copied the page: quiesce before `from` is reused */
             vx_map_quiesce(map);
             release_slot(to);
         }

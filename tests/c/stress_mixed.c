@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT
  *
- * Writers of pieces smaller than a sector, flushes and a trimmer on a map whose pages begin as the
- * parent's. What is read must be what was written, or the parent's; what a commit makes durable must
- * point at sectors that are durable. With a mutation (build with -DVX_MUTATE) it must fail: exit 1.
+ * Runs writers of pieces smaller than a sector, flushes and a trimmer on a map whose pages are at
+ * first the parent's. A read must return the written data, the parent's data, or zeros after a
+ * trim. A commit must refer only to sectors that are durable. With a mutation (build with
+ * -DVX_MUTATE) it must fail with exit status 1.
  * Usage: stress_mixed SECONDS [MUTATION]
  */
 #include <pthread.h>
@@ -20,8 +21,8 @@
 #define SECTOR 512u
 #define PIECE 64u
 #define PAGES 16384u
-#define WINDOW 8u      /* pages that are written at a time; it moves */
-#define RECENT 1024u   /* places that pages of the window may have */
+#define WINDOW 8u      /* pages that are written at a time; the window moves */
+#define RECENT 1024u   /* the latest places granted, which include those of the window's pages */
 #define WRITERS 4u
 #define SIZE ((uint64_t)PAGES * PAGE)
 #define SLOTS (2u * PAGES + 64u)
@@ -45,10 +46,10 @@ static uint64_t random_number(void)
 
 static uint8_t of_parent(uint64_t at)
 {
-    return (uint8_t)(at % 97 + 1); /* below 0x80; writers write above */
+    return (uint8_t)(at % 97 + 1); /* below 0x80; writers write values from 0x80 on */
 }
 
-/* A leaf that dithers, and whose barrier keeps what was written when it began. */
+/* A leaf that yields at random. Its barrier saves the data written before the barrier began. */
 typedef struct jitter {
     vx_device device;
     vx_device *lower;
@@ -66,7 +67,7 @@ static int jitter_submit(vx_device *device, vx_request *request)
     if (request->operation == VX_FLUSH) {
         uint64_t used = atomic_load(&granted), from = used > RECENT ? used - RECENT : 0;
         pthread_mutex_lock(&owner);
-#ifndef __SANITIZE_THREAD__ /* a disk copies while others write; memory must not */
+#ifndef __SANITIZE_THREAD__ /* like on a disk, this copy races with writes */
         memcpy(durable + from * PAGE, vx_memory_bytes(leaf) + from * PAGE, (used - from) * PAGE);
 #else
         memset(durable + from * PAGE, 0, (used - from) * PAGE);
@@ -134,8 +135,8 @@ static int transfer(uint32_t operation, uint8_t *buffer, uint64_t length, uint64
     return vx_transfer(map, operation, 0, buffer, length, offset, &failure);
 }
 
-/* Owns the pieces p with p % WRITERS == its number. What it expects: the parent's byte, zero (after
- * a trim, and never the parent's again), or the value that it wrote. */
+/* Owns the pieces p with p % WRITERS == its number. It expects the parent's bytes, zeros (after a
+ * trim, and then never the parent's again), or the value that it wrote. */
 static void *writer(void *argument)
 {
     uint32_t me = (uint32_t)(uintptr_t)argument;

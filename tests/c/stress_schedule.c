@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Clients, changes of shares, and work in the background, all at once, in real time. */
+/* Runs clients, changes of shares and background work at the same time, in real time. */
 #include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
@@ -46,7 +46,7 @@ static void *change(void *unused)
             nanosleep(&(struct timespec){.tv_nsec = 2000000}, NULL);
             vx_switch_resume(paused);
         }
-        tops[which]->operations->drop(tops[which], &idle); /* of a client that has nothing under way */
+        tops[which]->operations->drop(tops[which], &idle); /* of a client without requests */
         vx_share_read(shares[which], &facts);
         vx_scheduler_read(scheduler, &all);
         nanosleep(&(struct timespec){.tv_nsec = 200000}, NULL);
@@ -110,7 +110,7 @@ int main(int count, char **arguments)
         pthread_join(threads[0], NULL);
         pthread_join(threads[1], NULL);
         for (unsigned i = 0; i < DISKS; i++)
-            vx_share_set(shares[i], 0, 0, 1); /* nobody waits for a limit at the end */
+            vx_share_set(shares[i], 0, 0, 1); /* no request waits for a limit at the end */
         vx_load_facts facts;
         for (unsigned i = 0; i < DISKS; i++) {
             vx_load_stop(loads[i]);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Threads that write through three flows while limits change: everything passes, nothing too early. */
+/* Threads read and write through three flows while limits change: all pass, none too early. */
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>

@@ -17,7 +17,7 @@ static vx_device *map, *leaf;
 static int grant_result, commit_result, load_result;
 static uint32_t calls[5];
 static uint64_t next_place, committed_entries;
-static bool lazy; /* the handler says yes and does nothing */
+static bool lazy; /* the handler returns VX_OK and does nothing */
 
 static int handler(uint64_t identity, vx_fault *fault)
 {
@@ -110,7 +110,7 @@ static void allocates_once_a_page_and_commits_once(void)
     CHECK_EQ(calls[VX_FAULT_COMMIT], 1);
     CHECK_EQ(committed_entries, 4);
     CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), 0);
-    CHECK_EQ(calls[VX_FAULT_COMMIT], 1); /* clean: the leaf alone */
+    CHECK_EQ(calls[VX_FAULT_COMMIT], 1); /* nothing is dirty: only the leaf is flushed */
     CHECK_EQ(vx_memory_barriers(leaf), 2);
     CHECK_EQ(transfer(VX_WRITE, VX_FUA, data, 512, 0), 0);
     CHECK_EQ(calls[VX_FAULT_COMMIT], 1); /* an overwrite needs no commit */
@@ -133,7 +133,7 @@ static void no_space_is_no_poison(void)
     CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), VX_E_NOSPACE);
     commit_result = 0;
     CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), 0);
-    CHECK_EQ(committed_entries, 1); /* what could not be committed was kept */
+    CHECK_EQ(committed_entries, 1); /* the failed commit kept its entry for the next one */
     tear_down();
 }
 
@@ -181,7 +181,7 @@ static void dropped_chunks_ask_again(void)
     CHECK_EQ(transfer(VX_READ, 0, data, 512, 0), 0);
     CHECK_EQ(calls[VX_FAULT_LOAD], 2);
     CHECK_EQ(transfer(VX_WRITE, 0, data, 512, 0), 0);
-    CHECK_EQ(vx_map_drop(map, 0, 1), 0); /* dirty */
+    CHECK_EQ(vx_map_drop(map, 0, 1), 0); /* a dirty chunk stays */
     CHECK_EQ(transfer(VX_FLUSH, 0, NULL, 0, 0), 0);
     CHECK_EQ(vx_map_drop(map, 0, 1), 1);
     tear_down();

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * Runs of stored sectors while a sector becomes stored: each run goes on, and none takes what was
- * stored before it began for the parent's.
+ * Looks for runs of stored sectors while another thread marks each page's first sector as stored. A
+ * run must end with the first sector before it is marked, and with the page once it is marked.
  */
 #include <pthread.h>
 #include <sched.h>
@@ -16,7 +16,7 @@
 #define PAGES 65536u
 
 static vx_map *map;
-static _Atomic uint64_t looking; /* the reader's page, one more */
+static _Atomic uint64_t looking; /* the reader's page + 1 */
 
 static void *own_first_sectors(void *argument)
 {
@@ -50,7 +50,7 @@ int main(void)
         bool stored = false;
         atomic_store(&looking, page + 1);
         for (uint64_t looks = 0; !stored; looks++) {
-            uint64_t within = looks % SECTOR; /* a part of a sector, too */
+            uint64_t within = looks % SECTOR; /* also starts inside a sector */
             uint64_t end = vx_mixed_run(map, page, within, PAGE, &stored);
             CHECK_EQ(end, (stored ? PAGE : SECTOR));
             flips += stored && looks > 0;

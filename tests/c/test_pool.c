@@ -70,7 +70,7 @@ static void destroy_runs_what_waits(void)
 static void charges_are_bounded(void)
 {
     vx_pool *pool = vx_pool_create(1, 1000);
-    CHECK(vx_pool_charge(pool, 5000, false)); /* alone, anything fits */
+    CHECK(vx_pool_charge(pool, 5000, false)); /* an empty pool accepts any charge */
     CHECK(!vx_pool_charge(pool, 1, false));
     vx_pool_discharge(pool, 5000);
     CHECK(vx_pool_charge(pool, 600, false));

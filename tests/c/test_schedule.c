@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Models, dmclock, and the scheduler above a modelled disk; in virtual time. */
+/* Disk models, dmclock, and the scheduler above a modelled disk, in virtual time. */
 #include <math.h>
 #include <pthread.h>
 #include <stdlib.h>
@@ -64,7 +64,7 @@ static void a_hard_disk_takes_its_time(void)
     double inner = 1000 * 262144.0 / ((double)(now - began) / 1e9);
     CHECK_GT(inner, 99e6);
     CHECK_LT(inner, 101e6);
-    uint64_t end = now; /* 32 at once: twice as fast as one by one */
+    uint64_t end = now; /* 32 requests in flight */
     for (unsigned i = 0; i < 32000; i++) {
         uint64_t at = i % 32 == 0 ? end : now;
         now = at;
@@ -77,7 +77,7 @@ static void a_hard_disk_takes_its_time(void)
     CHECK_GE(vx_model_serve(disk, VX_FLUSH, 0, 0, MS / 10), MS / 10);
     now = SECOND;
     uint64_t waited = 0;
-    for (unsigned i = 0; i < 5000; i++) { /* its cache is full soon */
+    for (unsigned i = 0; i < 5000; i++) { /* the cache soon fills */
         uint64_t done = vx_model_serve(disk, VX_WRITE, random_below(capacity / 65536) * 65536, 65536, now);
         waited += done - now;
         now = done;
@@ -120,7 +120,7 @@ static void a_solid_state_disk_has_channels_and_a_buffer(void)
     uint64_t now = 0;
     CHECK_LT(vx_model_serve(disk, VX_WRITE, 0, 4096, 0), 40000);
     double rates[2];
-    for (unsigned round = 0; round < 2; round++) { /* empty, and full */
+    for (unsigned round = 0; round < 2; round++) { /* an empty disk, then a full one */
         uint64_t began = now;
         for (uint64_t at = 0; at < GIB; at += 1 << 20)
             now = vx_model_serve(disk, VX_WRITE, at, 1 << 20, now);
@@ -146,8 +146,8 @@ typedef struct wish {
     double reservation, limit, weight;
 } wish;
 
-/* What each gets of `capacity` where all want all they may: max(reservation, weight * level), at most
- * the limit; the level is what makes the sum right. */
+/* The shares of `capacity` when all clients always want more: max(reservation, weight * level), at
+ * most the limit. The level is the one at which the shares add up to `capacity`. */
 static void water_fill(const wish *wishes, unsigned count, double capacity, double *shares)
 {
     double low = 0, high = capacity * 1e6;
@@ -167,7 +167,7 @@ static void water_fill(const wish *wishes, unsigned count, double capacity, doub
     }
 }
 
-/* Clients that always want more, of a device that serves one unit after another. */
+/* Clients always want more of a device that serves one request after another. */
 static void serve_all(const wish *wishes, unsigned count, double capacity, uint64_t largest,
                       double seconds, double *served)
 {
@@ -211,7 +211,7 @@ static void shares_are_those_of_water_filling(void)
         {3, 1000, {{300, 0, 1}, {0, 0, 1}, {0, 100, 1}}},
         {4, 1000, {{250, 0, 100}, {0, 0, 100}, {0, 0, 200}, {50, 60, 1000}}},
         {8, 100, {{40, 0, 1}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}, {0, 0, 10}}},
-        {3, 10000, {{0, 500, 1}, {0, 700, 5}, {0, 100, 1000}}}, /* more than all may have */
+        {3, 10000, {{0, 500, 1}, {0, 700, 5}, {0, 100, 1000}}}, /* above the sum of limits */
         {3, 20000, {{9000, 0, 1}, {9000, 0, 1}, {0, 0, 10000}}},
     };
     double served[MOST], wanted[MOST];
@@ -241,7 +241,7 @@ static void shares_are_those_of_water_filling(void)
     }
 }
 
-/* After a client was idle, or lived on its reservation, nobody starves and nothing is made up for. */
+/* A client that was idle or served by its reservation neither starves nor catches up later. */
 static void idling_gains_nothing(void)
 {
     vx_dmclock all = {0};
@@ -263,13 +263,13 @@ static void idling_gains_nothing(void)
     }
     CHECK_GE(first, 495);
     CHECK_LE(first, 505);
-    CHECK_LE(by_reservation, 12); /* 10 a second, and a tenth of a second made up for */
+    CHECK_LE(by_reservation, 12); /* 10 in this second, with a margin of 2 */
     vx_dmclock_set(&all, &a, 900, 0, 1, now);
     for (unsigned i = 0; i < 5000; i++, now += vx_ticks(MS)) {
         vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
         vx_dmclock_serve(&all, c, reserved, 1, 1 << 4, now);
     }
-    vx_dmclock_set(&all, &a, 0, 0, 1, now); /* what it had counts no more */
+    vx_dmclock_set(&all, &a, 0, 0, 1, now); /* service by the former reservation no longer counts */
     first = 0;
     for (unsigned i = 0; i < 1000; i++, now += vx_ticks(MS)) {
         vx_dmclock_client *c = vx_dmclock_choose(&all, now, &reserved, &when);
@@ -296,8 +296,8 @@ static void share_time(vx_dmclock *all, uint64_t *now, uint64_t steps, uint64_t 
     }
 }
 
-/* What somebody had while others wanted nothing is not held against him, and who was kept back by a
- * limit has no claim on what others had meanwhile. */
+/* Service while other clients were idle does not count against a client, and a client that its
+ * limit held back has no claim on what others got meanwhile. */
 static void the_past_counts_for_nothing(void)
 {
     vx_dmclock all = {0};
@@ -322,7 +322,7 @@ static void the_past_counts_for_nothing(void)
     vx_dmclock_begin(&all, &c[1], now);
     share_time(&all, &now, 3600 * 1000, MS, c, 2, served);
     CHECK_LT(fabs(served[0] - 360000), 100);
-    for (unsigned i = 0; i < 50; i++) { /* begins at any moment, also right after a service of it */
+    for (unsigned i = 0; i < 50; i++) { /* it begins at any time, also right after a service */
         share_time(&all, &now, 7, MS, c, 2, served);
         vx_dmclock_begin(&all, &c[2], now);
         share_time(&all, &now, 500, MS, c, 3, served);
@@ -332,7 +332,7 @@ static void the_past_counts_for_nothing(void)
     }
 }
 
-/* What the weight gave is not taken from what is reserved. */
+/* Earlier service by weight does not use up a reservation. */
 static void a_reservation_outlives_good_times(void)
 {
     vx_dmclock all = {0};
@@ -343,7 +343,7 @@ static void a_reservation_outlives_good_times(void)
     vx_dmclock_set(&all, &c[0], 500, 0, 1, now);
     vx_dmclock_set(&all, &c[1], 0, 0, 100, now);
     vx_dmclock_begin(&all, &c[0], now);
-    share_time(&all, &now, 30000, SECOND / 3000, c, 2, served); /* alone, far above it */
+    share_time(&all, &now, 30000, SECOND / 3000, c, 2, served); /* alone, far above reservation */
     vx_dmclock_begin(&all, &c[1], now);
     share_time(&all, &now, 1000, MS, c, 2, served);
     CHECK_GE(served[0], 490);
@@ -370,7 +370,7 @@ static void setting_again_gains_nothing(void)
     CHECK_LE(sum, 60); /* in ten seconds */
 }
 
-/* The most by which a unit is late; vhdx/qos/admission.py says why. Milliseconds. */
+/* The most milliseconds by which a unit can be late; the formula is from vhdx/qos/admission.py. */
 static double most_late(const double *every, unsigned count, double cost, double blocking)
 {
     double most = -1e9;
@@ -384,8 +384,8 @@ static double most_late(const double *every, unsigned count, double cost, double
     return most;
 }
 
-/* Clients that ask one thing at a time, of a device that takes its time for each, beside one that always
- * wants more and takes longer: what just fits misses no deadline, and gets what is reserved. */
+/* Clients with one request in flight each share a device with one that always wants more and whose
+ * requests take longer. Reservations that just fit miss no deadline and are kept in full. */
 static void what_just_fits_is_in_time(void)
 {
     for (unsigned round = 0; round < 200; round++) {
@@ -394,7 +394,7 @@ static void what_just_fits_is_in_time(void)
         uint64_t rates[MOST], parts[MOST];
         for (unsigned i = 0; i < count; i++)
             parts[i] = 1 + random_below(100);
-        for (double scale = 40;; scale *= 0.98) { /* units a second of the largest part */
+        for (double scale = 40;; scale *= 0.98) { /* lower all rates together until they fit */
             for (unsigned i = 0; i < count; i++) {
                 rates[i] = 1 + (uint64_t)(scale * (double)parts[i]) / 10;
                 every[i] = 1000 / (double)rates[i];
@@ -428,7 +428,7 @@ static void what_just_fits_is_in_time(void)
             now += vx_ticks((uint64_t)(cost * 1e6));
             CHECK(!reserved || now <= due[i] + vx_ticks(1000));
             had[i]++;
-            vx_dmclock_begin(&all, one, now); /* at once: it is still active */
+            vx_dmclock_begin(&all, one, now); /* at once, while it is still active */
         }
         for (unsigned i = 0; i < count; i++)
             CHECK_GE(had[i], 20 * (double)rates[i] - 1);
@@ -511,8 +511,9 @@ static void tear_down(unsigned count)
     vx_pool_destroy(pool);
 }
 
-/* An hour: 40 normalised IOPS for one of eight on a hard disk, the others as greedy as can be. It gets
- * all of them, in each second but for two at its edges; without its reservation far less. */
+/* For an hour, one of eight clients on a hard disk has a reservation of 40 normalised IOPS, and the
+ * others always want more. It gets at least 98 % of them, and at least 37 in each second. Without
+ * the reservation it gets fewer than 30 a second. */
 static void a_minimum_is_kept_for_an_hour(void)
 {
     for (unsigned kept = 0; kept < 2; kept++) {
@@ -559,7 +560,7 @@ static void weights_share_the_time_of_the_disk(void)
     tear_down(3);
 }
 
-/* Large requests are cut: a small one waits for pieces of the others, not for 32 MiB. */
+/* Large requests are cut: a small request waits for a piece of a large one, not for 32 MiB. */
 static void nobody_waits_for_a_large_request(void)
 {
     set_up(VX_MODEL_HDD, 2, 1, true);
@@ -578,13 +579,13 @@ static void limits_and_background_work(void)
     set_up(VX_MODEL_NVME, 2, 4, false);
     vx_share *background = vx_share_create(scheduler);
     vx_share_set(shares[0], 0, 0, 100);
-    vx_share_set(shares[1], 0, 50, 100); /* limited alone: nothing else wakes it */
+    vx_share_set(shares[1], 0, 50, 100); /* limited and alone: only the timer resumes it */
     vx_share_set(background, 10, 100, 1);
     begin(1, 4096, 8, true);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
     CHECK_GE(units_of(1), 499);
     CHECK_LE(units_of(1), 510);
-    vx_slot *slot = vx_share_take_slot(background, 8192); /* at once: there is room */
+    vx_slot *slot = vx_share_take_slot(background, 8192); /* returns at once: a slot is free */
     vx_slot_end(slot);
     vx_share_facts mine;
     vx_share_read(background, &mine);
@@ -601,7 +602,7 @@ static void count_completed(vx_request *request)
     ++*(unsigned *)request->context;
 }
 
-/* What a paused disk has below takes no place from others. */
+/* The requests of a paused disk take no slot from other disks. */
 static void a_paused_disk_holds_up_nobody(void)
 {
     set_up(VX_MODEL_SSD, 2, 1, false);
@@ -620,7 +621,7 @@ static void a_paused_disk_holds_up_nobody(void)
     CHECK_EQ(completions, 0);
     CHECK_GT(units_of(1), 5000);
     vx_switch_resume(paused);
-    for (unsigned i = 0; i < 100; i++) { /* by a thread of the pool */
+    for (unsigned i = 0; i < 100; i++) { /* a thread of the pool resumes the request */
         nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
         vx_share_facts facts;
         vx_share_read(shares[0], &facts);
@@ -632,7 +633,8 @@ static void a_paused_disk_holds_up_nobody(void)
     tear_down(2);
 }
 
-/* A minimum is kept beside large writes that are to be durable, and units of any size cost the same. */
+/* A reservation is kept beside large writes with FUA. With units of 1 MiB, a request of
+ * 1 MiB costs one unit. */
 static void large_units_and_durable_writes(void)
 {
     set_up(VX_MODEL_HDD, 2, 8, true);
@@ -689,7 +691,7 @@ static void note_result(vx_request *request)
     *(int32_t *)request->context = request->result;
 }
 
-/* A write that is to be durable is done when a flush is, whether it was cut or not. */
+/* A cut write with FUA completes only after its flush, and fails if the flush fails. */
 static void a_cut_write_is_flushed(void)
 {
     set_up(VX_MODEL_SSD, 1, 8, false);
@@ -714,7 +716,7 @@ static void a_cut_write_is_flushed(void)
     tear_down(1);
 }
 
-/* What a client that is gone has below ends with the piece that is there. */
+/* When a client is gone, its request ends with the piece that is below; the rest fails. */
 static void the_rest_of_what_is_dropped_fails(void)
 {
     set_up(VX_MODEL_SSD, 1, 1, false);
@@ -754,7 +756,7 @@ static void *end_slot_later(void *slot)
     return NULL;
 }
 
-/* Whoever has a slot may look at the clock and the pool until it has ended. */
+/* vx_scheduler_stop waits for slots in use, whose holders still use the clock and the pool. */
 static void a_stop_waits_for_turns(void)
 {
     set_up(VX_MODEL_SSD, 1, 1, false);

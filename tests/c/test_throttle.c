@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-/* Buckets and throttles in virtual time: hours in seconds, and the same at each run. */
+/* Buckets and throttles in virtual time: hours pass in seconds, and each run is the same. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,7 +23,7 @@ static uint64_t random_below(uint64_t bound)
     return seed % bound;
 }
 
-/* One thing that was admitted. */
+/* One admitted request. */
 typedef struct admission {
     uint64_t at;    /* ns */
     uint64_t units;
@@ -108,7 +108,7 @@ static void a_change_creates_and_loses_nothing(void)
         }
     }
     vx_bucket bucket = {0};
-    vx_bucket_change(&bucket, 100, 50, 0, vx_ticks(SECOND)); /* a new limit on a busy disk */
+    vx_bucket_change(&bucket, 100, 50, 0, vx_ticks(SECOND)); /* a new limit with nothing saved */
     CHECK_EQ(vx_bucket_level(&bucket, vx_ticks(SECOND)), 0);
     CHECK_EQ(vx_bucket_level(&bucket, vx_ticks(3 * SECOND)), 50);
 }
@@ -134,7 +134,7 @@ static void a_refund_gives_back_what_was_paid(void)
 typedef struct client {
     vx_device *flow;
     uint64_t units, operations, units_each;
-    uint64_t length, starts, ends; /* ns */
+    uint64_t length, starts, ends; /* length in bytes, times in ns */
     uint32_t operation;
 } client;
 
@@ -283,7 +283,7 @@ static void large_requests_do_not_hold_up_small_ones(void)
     }
     vx_clock_advance(clock_, vx_clock_now(clock_) + 100 * SECOND);
     CHECK_GE(clients[1].units, 16300);
-    CHECK_GE(clients[0].units, 16300); /* as many units, not requests */
+    CHECK_GE(clients[0].units, 16300); /* equal units, not equal requests */
     tear_down(lower, 2);
 }
 
@@ -332,7 +332,7 @@ static void the_tighter_of_several_limits_counts(void)
     CHECK_GE(clients[0].operations, 799);
     CHECK_LE(clients[0].operations, 802);
     no_window_holds_too_much(128, 0, 8);
-    vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND); /* the last ones come back */
+    vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND); /* the last requests complete */
     admitted = 0;
     begin(0, lower, limits, 512, 4, 50); /* 1000 by units */
     vx_clock_advance(clock_, vx_clock_now(clock_) + 50 * SECOND);
@@ -349,7 +349,7 @@ static void credit_is_saved_and_spent(void)
     vx_limits *limits = vx_limits_create(qos, UNIT);
     vx_limit wanted[VX_LIMIT_KINDS] = {{.rate = 100, .credit = 9000, .credit_rate = 1000}};
     vx_limits_set(limits, wanted, true);
-    begin(0, lower, limits, 4096, 4, 10); /* 10 s at 1000 take 9000 of credit and 1000 of rate */
+    begin(0, lower, limits, 4096, 4, 10); /* 10 s at 1000: 9000 from credit, 1000 from the rate */
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
     CHECK_GE(clients[0].units, 9998);
     CHECK_LE(clients[0].units, 10004);
@@ -383,7 +383,7 @@ static void a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group(void)
             if (!shared)
                 vx_throttle_set_group(clients[i].flow, group);
         }
-        begin(0, lower, NULL, 4096, 0, 20); /* reads, of which there may be ten a second */
+        begin(0, lower, NULL, 4096, 0, 20); /* eight reads, limited to ten a second */
         clients[0].operation = VX_READ;
         for (unsigned d = 0; d < 8; d++) {
             requests[0][d].client = &clients[0];
@@ -399,7 +399,7 @@ static void a_flow_with_a_limit_of_its_own_takes_nothing_from_its_group(void)
     }
 }
 
-/* A group that is set again, or changed to and fro, lets nothing pass early and keeps nothing back. */
+/* Setting a group again, or switching between two, passes no request early and keeps none back. */
 static void groups_change_while_requests_wait(void)
 {
     for (unsigned changes = 0; changes < 2; changes++) {
@@ -457,11 +457,11 @@ static void draining_holds_up_nothing(void)
 
 static void a_stall_lets_nothing_pass(void)
 {
-    /* Three flows of a limit of one a second, due after 1, 2 and 3 s; the process is stalled. */
+    /* Three flows share a limit of one a second, due after 1, 2 and 3 s. The process stalls. */
     static const struct {
         double from, to, at[3];
     } scenes[] = {{0, 0, {1, 2, 3}},
-                  {0.99, 1.05, {1.05, 2, 3}}, /* so much is made up for */
+                  {0.99, 1.05, {1.05, 2, 3}}, /* a delay below 100 ms is made up for */
                   {0.99, 1.12, {1.12, 2.12, 3.12}},
                   {0.99, 3.49, {3.49, 4.49, 5.49}},
                   {0.5, 100, {100, 101, 102}}};
@@ -492,10 +492,10 @@ static void a_stall_lets_nothing_pass(void)
 
 static void a_stall_saves_nothing(void)
 {
-    /* 100 a second, 1,000 saved at most; a client that always waits is stalled with its server. Then
-     * what comes first is the timer, or a request. */
+    /* The limit is 100 a second, with 1,000 saved at most. The process stalls while a client waits.
+     * After the stall the timer comes first, or a request. */
     for (unsigned scene = 0; scene < 8; scene++) {
-        uint64_t still = scene % 2 ? 4 : 40; /* s: less than what can be saved, and more */
+        uint64_t still = scene % 2 ? 4 : 40; /* s: shorter or longer than credit can be saved */
         bool burst = scene / 2 % 2, request_first = scene / 4;
         set_up();
         vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
@@ -512,7 +512,7 @@ static void a_stall_saves_nothing(void)
         vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
         CHECK_GE(clients[0].units, 2985);
         CHECK_LE(clients[0].units, 3015);
-        clients[0].ends = 0; /* idle: what was saved before the stall stays, and no more */
+        clients[0].ends = 0; /* idle: credit saved before the stall stays, none is added */
         vx_clock_advance(clock_, vx_clock_now(clock_) + 3 * SECOND);
         vx_clock_skip(clock_, vx_clock_now(clock_) + still * SECOND);
         uint64_t before = clients[0].units;
@@ -524,7 +524,7 @@ static void a_stall_saves_nothing(void)
         vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);
         CHECK_GE(clients[0].units - before, 480);
         CHECK_LE(clients[0].units - before, 520);
-        /* What is used just before it is used, whatever comes first. */
+        /* Units spent just before a stall stay spent, whichever comes first. */
         vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
         begin(0, lower, limits, 1u << 20, 7, 0); /* 896 units */
         vx_clock_skip(clock_, vx_clock_now(clock_) + still * SECOND);
@@ -541,8 +541,9 @@ static void a_stall_saves_nothing(void)
 
 static void whoever_comes_first_after_a_stall(void)
 {
-    /* Ten a second and a burst of ten, used up; an hour later a change, a group taken away, a drain, a
-     * look, or a request comes before the timer. */
+    /* The limit is ten a second with a burst of ten, which is used up. After a stall of an hour,
+     * one of these comes before the timer: a change, the removal of a group, a drain, a request, or
+     * a read of the levels. */
     for (unsigned scene = 0; scene < 5; scene++) {
         set_up();
         int64_t levels[VX_LIMIT_KINDS];
@@ -599,7 +600,7 @@ static void what_is_due_in_a_stall_comes_later(void)
         vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
         CHECK_GE(admitted, passed + 9);
         CHECK_LE(admitted, passed + 11);
-        if (drained) { /* in either order, and beside a stall */
+        if (drained) { /* in mixed order, followed by a stall */
             for (unsigned f = 0; f < 20; f++) {
                 vx_device *flow = clients[f * 7 % 20].flow;
                 flow->operations->drain(flow, false);
@@ -612,7 +613,7 @@ static void what_is_due_in_a_stall_comes_later(void)
     }
 }
 
-/* Linked with --wrap=realloc, with which the clock makes room for timers. */
+/* Linked with --wrap=realloc: the clock allocates memory for timers with realloc. */
 static bool no_memory;
 void *__real_realloc(void *memory, size_t size);
 void *__wrap_realloc(void *memory, size_t size);
@@ -631,7 +632,7 @@ static void without_memory_what_waits_passes_and_limits_stay(void)
     vx_limits_set(limits, wanted, true);
     no_memory = true;
     begin(0, lower, limits, UNIT, 8, 0);
-    CHECK_EQ(clients[0].operations, 8); /* rather than never */
+    CHECK_EQ(clients[0].operations, 8); /* they pass early rather than never */
     no_memory = false;
     begin(0, lower, limits, UNIT, 8, 10);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 10 * SECOND);
@@ -664,16 +665,16 @@ static void what_is_dropped_is_neither_done_nor_paid(void)
     CHECK_EQ(clients[0].operations, 0);
     int64_t levels[VX_LIMIT_KINDS];
     vx_limits_levels(limits, levels);
-    CHECK_GE(levels[0], -1); /* the part whose time had come */
+    CHECK_GE(levels[0], -1); /* at most the piece that was due stays charged */
     tear_down(lower, 1);
 
-    set_up(); /* who waits behind it moves up */
+    set_up(); /* a flow that waits behind the dropped requests moves up */
     lower = vx_memory_create(1 << 20, 1 << 20, 0);
     limits = vx_limits_create(qos, UNIT);
     vx_limits_set(limits, wanted, true);
     dropped = 0;
     begin(0, lower, limits, 1u << 20, 2, 0);
-    vx_clock_advance(clock_, vx_clock_now(clock_) + 33 * SECOND); /* parts of it are paid for */
+    vx_clock_advance(clock_, vx_clock_now(clock_) + 33 * SECOND); /* some pieces are paid for */
     begin(1, lower, limits, 4096, 1, 0);
     for (unsigned i = 0; i < 2; i++)
         requests[0][i].request.complete = was_dropped;
@@ -701,7 +702,7 @@ static void a_large_trim_does_not_hold_up_others(void)
     CHECK_EQ(vx_submit(trimmer, &trim.request), VX_PARKED);
     begin(1, lower, own, 4096, 4, 20);
     vx_clock_advance(clock_, vx_clock_now(clock_) + 20 * SECOND);
-    CHECK_GE(clients[1].operations, 55); /* one between two pieces of 32 units */
+    CHECK_GE(clients[1].operations, 55); /* one between two pieces of the trim */
     dropped = 0;
     trimmer->operations->drain(trimmer, true);
     vx_clock_advance(clock_, vx_clock_now(clock_) + SECOND);

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The ``vhdx`` command.
 
-What the commands need is loaded by :func:`main` when it has seen to signals. Loading takes a moment,
-and a signal that comes in it ends the command as one that comes later does.
+The modules of the commands take a moment to load. So :func:`main` installs its signal handlers
+first: a signal during the load ends the command with a message and exit code 130, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def end_at_once(number: int, frame: FrameType | None) -> None:
-    """Nothing has begun, so there is nothing to undo."""
+    """Ends the process at once. The command has not begun, so there is nothing to undo."""
     del number, frame
     os.write(2, b"vhdx: interrupted: nothing was changed\n")
     os._exit(INTERRUPTED)

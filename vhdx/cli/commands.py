@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""All commands, put together; each stands in a module of its own, which is loaded when it is used."""
+"""The group of all commands. The module of a command is loaded when the command is used."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ _HOMES = {
     "top": _QOS,
 }
 _READING = {"info", "map", "dump", "ps"}
-"""They change nothing, so a signal ends them at once."""
+"""Commands that change nothing, so a signal ends them at once."""
 _OTHER_NAMES = {"map": "map_extents"}
 
 
 def _load(name: str) -> None:
-    """What the command would load on the main thread, where a signal must not meet an import."""
+    """Loads what the command ``name`` needs, so that no signal raises during an import."""
     for module in ("vhdx.control.disks", "vhdx.control.transport"):
         importlib.import_module(module)
     if _HOMES.get(name) == _IMAGES:
@@ -58,7 +58,7 @@ class _Commands(VhdxGroup):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name, command, rest = super().resolve_command(ctx, args)
-        if name not in _READING and name != "serve":  # which has handlers of its own
+        if name not in _READING and name != "serve":  # serve has its own handlers
             _load(name or "")
             raise_from_now()
         return name, command, rest
@@ -81,4 +81,4 @@ class _Commands(VhdxGroup):
 )
 @click.version_option(__version__, prog_name="vhdx")
 def main() -> None:
-    """Real VHDX images on Linux: create, look at, resize, convert and serve them."""
+    """Create, inspect, resize, convert and serve VHDX images."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Commands on image files: create, info, map, dump, convert."""
+"""Commands on image files: those that create, inspect, change, check and convert them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from vhdx.cli.output import (
     print_table,
     progress_bar,
 )
-from vhdx.errors import InvalidArgumentError
-from vhdx.image.formats import FORMATS, RAW_SUFFIXES
+from vhdx.image.formats import FORMATS
 from vhdx.image.vhdx import dump as dumping
 from vhdx.image.vhdx.repairing import undo_path
 from vhdx.units import format_size
@@ -43,21 +42,21 @@ __all__ = [
 ]
 
 _format = click.option(
-    "--format", "format_", type=click.Choice(FORMATS), help="Format, instead of looking."
+    "--format", "format_", type=click.Choice(FORMATS), help="Format. [default: detected]"
 )
 _OPTIONS_OF_VIEW = (
-    click.option("--header", type=click.IntRange(1, 2), help="Believe this header, current or not."),
-    click.option("--region-table", type=click.IntRange(1, 2), help="Believe this region table."),
+    click.option("--header", type=click.IntRange(1, 2), help="Use this header, current or not."),
+    click.option("--region-table", type=click.IntRange(1, 2), help="Use this region table."),
     click.option(
         "--log",
         type=SEQUENCE,
-        help="Replay what ends with this entry (see dump log), or none. [default: active]",
+        help="Replay the log up to this entry (see dump log), or none. [default: active sequence]",
     ),
 )
 
 
 def _view(command: _Command) -> _Command:
-    """For forensics: which of its copies an image is looked at through."""
+    """Adds the options for forensics: which header, region table and log sequence are used."""
     for option in reversed(_OPTIONS_OF_VIEW):
         command = option(command)
     return command
@@ -67,20 +66,20 @@ _parents = click.option(
     "--parent-dir",
     multiple=True,
     type=click.Path(file_okay=False),
-    help="Look for parents here, too; may be repeated.",
+    help="Also search this directory for parents; may be repeated.",
 )
 
 
 @click.command()
 @click.argument("path", type=click.Path())
-@click.option("--size", type=SIZE, help="Of the virtual disk, such as 64G. [default: the parent's]")
+@click.option("--size", type=SIZE, help="Virtual size, such as 64G. [default: the parent's]")
 @click.option(
     "--type",
     "kind",
     type=click.Choice(["dynamic", "fixed", "differencing"]),
     help="[default: dynamic, or differencing with a parent]",
 )
-@click.option("--parent", type=click.Path(), help="The image that a differencing one is based on.")
+@click.option("--parent", type=click.Path(), help="Parent of a differencing image.")
 @click.option(
     "--block-size",
     type=SIZE,
@@ -89,7 +88,7 @@ _parents = click.option(
 @click.option("--logical-sector", type=click.Choice(["512", "4096"]), help="[default: 512]")
 @click.option("--physical-sector", type=click.Choice(["512", "4096"]), help="[default: 4096]")
 @click.option("--no-sparse", is_flag=True, help="Leave no unallocated parts in the host file.")
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 def create(
     path: str,
     size: int | None,
@@ -101,14 +100,10 @@ def create(
     no_sparse: bool,
     force: bool,
 ) -> None:
-    """Create an empty image: a VHD where the name ends in .vhd, else a VHDX.
+    """Create an empty image: a VHD if its name ends in .vhd or .avhd, else a VHDX.
 
     Example: vhdx create disk.vhdx --size 64G
     """
-    if path.lower().endswith(RAW_SUFFIXES):
-        raise InvalidArgumentError(
-            "an image of this name would be taken for a raw one", path=path, hint="name it .vhdx"
-        )
     with progress_bar("allocating") as progress, change():
         image.create(
             path,
@@ -143,7 +138,7 @@ def info(
     log: int | None,
     as_json: bool,
 ) -> None:
-    """Show what an image is.
+    """Show the properties of an image.
 
     Example: vhdx info disk.vhdx --json
     """
@@ -203,13 +198,13 @@ def _shown(name: str, value: Any) -> str:
 @click.option(
     "--repair",
     is_flag=True,
-    help="Mend what needs no guess; what it overwrites is kept in FILE.undo.",
+    help="Repair what needs no guess; overwritten bytes are kept in PATH.undo.",
 )
-@click.option("--undo", is_flag=True, help="Take the last repair back.")
+@click.option("--undo", is_flag=True, help="Undo the last repair.")
 @json_option
 @click.pass_context
 def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: bool) -> None:
-    """Check an image against the rules of its format. Exit code 3: errors are left.
+    """Check a VHDX image against its specification. The exit code is 3 if errors remain.
 
     Example: vhdx check disk.vhdx --repair
     """
@@ -234,11 +229,11 @@ def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: 
             where = "" if finding.offset is None else f" at {finding.offset:#x}"
             click.echo(f"{finding.severity}{where}: {finding.message} [{finding.code}]")
         if report.repaired:
-            click.echo(f"what was overwritten is kept in {undo_path(path)}")
+            click.echo(f"the overwritten bytes are kept in {undo_path(path)}")
         if not report.findings:
             click.echo("no errors")
         elif any(finding.repair for finding in report.findings) and not repair:
-            click.echo("some of it can be mended with --repair")
+            click.echo("--repair can repair some of this")
     context.exit(3 if report.errors else 0)
 
 
@@ -247,7 +242,7 @@ def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: 
 @_parents
 @json_option
 def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
-    """Give the space of zeros and of trimmed blocks back to the host.
+    """Return the space of all-zero and trimmed blocks to the host.
 
     Example: vhdx compact disk.vhdx
     """
@@ -259,7 +254,7 @@ def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
         click.echo(
             f"{format_size(done.file_size_before)} became {format_size(done.file_size_after)}: "
             f"{done.zeroed} blocks were zeros, {done.moved} moved down; "
-            f"it takes {format_size(done.reclaimed)} less of the host's disk"
+            f"it takes {format_size(done.reclaimed)} less space on the host"
         )
 
 
@@ -283,7 +278,7 @@ def compact(path: str, parent_dir: tuple[str, ...], as_json: bool) -> None:
     help="Proceed even if a child image depends on this one. The child becomes unusable.",
 )
 def resize(path: str, size: int, shrink: bool, unsafe: bool, move_gpt: bool, force: bool) -> None:
-    """Change the virtual size. Partitions in it are left to the guest.
+    """Change the virtual size. The guest must adapt its partitions itself.
 
     Example: vhdx resize disk.vhdx 128G
     """
@@ -297,14 +292,20 @@ def resize(path: str, size: int, shrink: bool, unsafe: bool, move_gpt: bool, for
 
 @click.command()
 @click.argument("path", type=click.Path())
-@click.option("--checkpoint", type=click.Path(), help="The name for what there is now.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(),
+    help="Path of the checkpoint. [default: the image's name with the time, in its directory]",
+)
 @click.option(
     "--force",
     is_flag=True,
     help="Proceed even if a child image depends on this one. The child becomes unusable.",
 )
 def snapshot(path: str, checkpoint: str | None, force: bool) -> None:
-    """Keep the disk as it is now under another name, and go on in a child. Prints the other name.
+    """Keep the current content of a disk in a checkpoint, and continue in a child image.
+
+    Prints the path of the checkpoint.
 
     Example: vhdx snapshot disk.vhdx --checkpoint before-upgrade.vhdx
     """
@@ -324,7 +325,8 @@ def snapshot(path: str, checkpoint: str | None, force: bool) -> None:
 def merge(path: str, parent_dir: tuple[str, ...], force: bool) -> None:
     """Merge a differencing image into its parent, whose file takes the image's name.
 
-    The parent's own name is gone afterwards; other images based on it are lost.
+    The parent's own name is gone afterwards. If other images are based on the parent, the merge
+    is refused without --force.
 
     Example: vhdx merge disk.vhdx
     """
@@ -336,7 +338,7 @@ def merge(path: str, parent_dir: tuple[str, ...], force: bool) -> None:
 @click.argument("path", type=click.Path())
 @click.option("--parent", type=click.Path(), required=True, help="The new parent.")
 @_parents
-@click.option("--unsafe", is_flag=True, help="Believe that its content is the old one's.")
+@click.option("--unsafe", is_flag=True, help="Assume the old parent's content; copy nothing.")
 def rebase(path: str, parent: str, parent_dir: tuple[str, ...], unsafe: bool) -> None:
     """Give a differencing image another parent; its content stays.
 
@@ -386,7 +388,7 @@ def dump(
     log: int | None,
     as_json: bool,
 ) -> None:
-    """Print on-disk structures as they stand, damaged ones too.
+    """Print on-disk structures as they are stored, even damaged ones.
 
     Example: vhdx dump headers disk.vhdx
     """
@@ -412,8 +414,8 @@ def _print_records(records: Iterable[dict[str, Any]]) -> None:
 @click.command()
 @click.argument("source", type=click.Path())
 @click.argument("destination", type=click.Path())
-@click.option("--azure", is_flag=True, help="Make what Azure takes: a fixed VHD of whole MiB.")
-@click.option("--to", type=click.Choice(FORMATS), help="Format, else by the name's ending.")
+@click.option("--azure", is_flag=True, help="Make what Azure accepts: a fixed VHD of whole MiB.")
+@click.option("--to", type=click.Choice(FORMATS), help="Format to write. [default: by the suffix]")
 @_format
 @_parents
 @click.option(
@@ -423,7 +425,7 @@ def _print_records(records: Iterable[dict[str, Any]]) -> None:
 @click.option("--logical-sector", type=click.Choice(["512", "4096"]), help="[default: the source's]")
 @click.option("--no-sparse", is_flag=True, help="Leave no unallocated parts in the host file.")
 @_view
-@click.option("--force", is_flag=True, help="Replace what is there.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
 def convert(
     source: str,
     destination: str,
@@ -440,7 +442,7 @@ def convert(
     log: int | None,
     force: bool,
 ) -> None:
-    """Copy a disk into a new image; only what is stored is read.
+    """Copy a disk into a new image; only stored ranges are read.
 
     Example: vhdx convert disk.raw disk.vhdx
     """

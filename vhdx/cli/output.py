@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What all commands share: sizes, errors with their exit codes, JSON and progress."""
+"""What all commands share: parameter types, exit codes, signals, JSON, tables and progress."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ __all__ = [
 
 _LONGEST_SECONDS = 86400
 SAME_SECONDS = 0.5
-"""Signals this soon after the first one are the same request: timeout(1) and shells send several."""
+"""A signal within this time after the first is ignored: timeout(1) and shells send several."""
 DONE, FAILED, USAGE, DAMAGED, IN_USE = 0, 1, 2, 3, 4
 
 
@@ -56,7 +56,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 
 def exit_code(error: BaseException) -> int:
-    """What the command ends with for ``error``."""
+    """The exit code of a command that fails with ``error``."""
     if isinstance(error, InvalidArgumentError):
         return USAGE
     if isinstance(error, DamagedError):
@@ -118,26 +118,27 @@ class VhdxGroup(click.Group):
     """Turns errors into one line and an exit code.
 
     Attributes:
-        asking: commands that ask a server, so that nobody knows what an interrupted one has done.
+        asking: commands that send requests to a server. When one is interrupted, it is not known
+            what the server has changed.
     """
 
     asking: frozenset[str] = frozenset()
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command. Click would hide what an interruption knows."""
+        """Runs the command. Click would turn a KeyboardInterrupt, with its notes, into an Abort."""
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
             cause = error.__cause__
             if isinstance(cause, VhdxError) and cause.reason != Reason.CANCELLED:
-                raise cause from None  # it failed, and would have without the signal
+                raise cause from None  # it would have failed without the signal, too
             left = _what_is_left(error)
             if left is None and ctx.invoked_subcommand not in self.asking and not _has_begun():
                 left = "nothing was changed"
             raise _InterruptedError(left) from error
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the command; never shows a traceback for what a user can meet."""
+        """Runs the command. Errors that a user can cause are shown without a traceback."""
         signals = _Signals()
         try:
             try:
@@ -157,7 +158,7 @@ class VhdxGroup(click.Group):
         kwargs["standalone_mode"] = False
         try:
             result = super().main(*args, **kwargs)
-            if sys.stdout is not None:  # closed by whoever started us
+            if sys.stdout is not None:  # None: the parent process closed it
                 sys.stdout.flush()
         except click.exceptions.Exit as error:
             return error.exit_code
@@ -168,7 +169,7 @@ class VhdxGroup(click.Group):
             click.echo(f"vhdx: {error}", err=True)
             return exit_code(error)
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has left
+            if error.errno == errno.EPIPE:  # the reader of the output has closed its end
                 with contextlib.suppress(OSError):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
                 return FAILED
@@ -181,7 +182,7 @@ class _InterruptedError(BaseException):
     """An interruption on its way through Click.
 
     Attributes:
-        left: what is left, where that is known.
+        left: what the interrupted command leaves behind; None when that is not known.
     """
 
     def __init__(self, left: str | None) -> None:
@@ -190,7 +191,7 @@ class _InterruptedError(BaseException):
 
 
 _completion: Completion | None = None
-"""Of the change that the command makes, once it has begun."""
+"""State of the change that the running command makes; None before :func:`change` is entered."""
 
 
 def _has_begun() -> bool:
@@ -199,9 +200,9 @@ def _has_begun() -> bool:
 
 @contextlib.contextmanager
 def change() -> Iterator[None]:
-    """Around the one operation by which a command changes something.
+    """Wraps the one operation by which a command changes something.
 
-    When that is done, a signal comes too late: the command ends as it would have without.
+    A signal that arrives after that operation has no effect: the command ends normally.
     """
     global _completion
     with completing() as _completion:
@@ -209,11 +210,11 @@ def change() -> Iterator[None]:
 
 
 _signals: _Signals | None = None
-"""Of the command that runs."""
+"""The signal handling of the running command."""
 
 
 def raise_from_now() -> None:
-    """The command begins, with what this thread needs loaded: from here on a signal raises."""
+    """Makes signals raise from now on. Everything that this thread needs must be loaded."""
     if _signals is not None:
         _signals.raising = True
 
@@ -221,9 +222,9 @@ def raise_from_now() -> None:
 class _Signals:
     """The first signal raises KeyboardInterrupt; a second, later one ends the command at once.
 
-    Until :func:`raise_from_now` the first one ends our own process at once: nothing has begun, and an
-    exception in the middle of an import can get lost. A signal that comes when the command has done
-    its work, or has ended, changes nothing any more.
+    Before :func:`raise_from_now` the first signal ends the process at once, because nothing has
+    begun and an exception in the middle of an import can get lost. A signal is ignored once the
+    work of the command is done, or the command has ended.
     """
 
     def __init__(self) -> None:
@@ -234,7 +235,7 @@ class _Signals:
         self._ended = False
         self._before: dict[signal.Signals, Any] = {}
         if threading.current_thread() is not threading.main_thread():
-            return  # a test
+            return  # in a test: only the main thread can set handlers
         for number in SIGNALS:
             before = signal.getsignal(number)
             if before not in (signal.SIG_IGN, None):  # None: a handler that is not Python's
@@ -263,27 +264,27 @@ class _Signals:
         raise KeyboardInterrupt
 
     def end(self) -> None:
-        """The command has ended."""
+        """Notes that the command has ended; later signals are ignored."""
         self._ended = True
 
     def leave(self) -> None:
-        """From here on our own process ends with its exit code, whatever comes.
+        """Ignores further signals, so that the process ends with its exit code.
 
-        In the process of a program that called the command, its handlers come back.
+        If another program called the command, that program's handlers are restored instead.
         """
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_IGN if before is end_at_once else before)
 
 
 def _what_is_left(error: BaseException) -> str | None:
-    """What an operation that was interrupted came to, where one was under way."""
+    """The outcome of the interrupted operation; None if no operation was running."""
     if isinstance(error.__cause__, VhdxError):
         return str(error.__cause__)
     return DONE_NOTE if DONE_NOTE in getattr(error, "__notes__", ()) else None
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:
-    """Prints ``value`` for programs; reports become objects by the names of their fields."""
+    """Prints ``value`` as JSON; a report becomes an object with its fields as keys."""
     click.echo(json.dumps(value, indent=indent, default=_plain))
 
 
@@ -294,7 +295,7 @@ def _plain(value: object) -> Any:
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Prints columns as wide as what is in them, however narrow the terminal."""
+    """Prints columns as wide as their widest cells, even on a narrower terminal."""
     lines = [head, *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -304,7 +305,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 @contextlib.contextmanager
 def progress_bar(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing otherwise; call it with the bytes done and the bytes in all."""
+    """Draws a bar, on a terminal only; call what it yields with the bytes done and the total."""
     if sys.stderr is None or not sys.stderr.isatty():
         yield lambda done, total: None
         return

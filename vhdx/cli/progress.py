@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The progress bar; only a command that draws one loads what it takes."""
+"""The progress bar. This module is loaded only by a command that draws one."""
 
 from __future__ import annotations
 

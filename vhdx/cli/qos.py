@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Commands for Storage QoS: what served disks may use, should get, and get."""
+"""Commands for Storage QoS: limits, minimums, policies and figures of served disks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _COLORS = {Status.OK: "green", Status.INSUFFICIENT: "red", Status.UNKNOWN_POLICY
 
 
 class _Seen(NamedTuple):
-    """A disk at a moment, seconds from the beginning."""
+    """A disk's report, and its time in seconds since the watch began."""
 
     moment: float
     disk: DiskReport
@@ -72,19 +72,19 @@ _OPTIONS = {
         "minimum_depth",
         _IOPS,
         "With --keep-minimums: the minimum holds for a client that keeps at least N reads or writes "
-        "under way. [1]",
+        "in flight. [1]",
     ),
     "--weight": (
         "weight",
         _IOPS,
         "With --keep-minimums: share of the device, relative to others. [100]",
     ),
-    "--max-iops": ("maximum_iops", _IOPS, "Most normalised I/Os a second."),
-    "--max-read-iops": ("maximum_read_iops", _IOPS, "Most normalised reads a second."),
-    "--max-write-iops": ("maximum_write_iops", _IOPS, "Most normalised writes a second."),
-    "--max-bandwidth": ("maximum_bandwidth", _BYTES, "Most bytes a second (100M)."),
-    "--max-read-bandwidth": ("maximum_read_bandwidth", _BYTES, "Most bytes read a second."),
-    "--max-write-bandwidth": ("maximum_write_bandwidth", _BYTES, "Most bytes written a second."),
+    "--max-iops": ("maximum_iops", _IOPS, "Maximum normalised IOPS."),
+    "--max-read-iops": ("maximum_read_iops", _IOPS, "Maximum normalised read IOPS."),
+    "--max-write-iops": ("maximum_write_iops", _IOPS, "Maximum normalised write IOPS."),
+    "--max-bandwidth": ("maximum_bandwidth", _BYTES, "Maximum bytes a second (100M)."),
+    "--max-read-bandwidth": ("maximum_read_bandwidth", _BYTES, "Maximum bytes read a second."),
+    "--max-write-bandwidth": ("maximum_write_bandwidth", _BYTES, "Maximum bytes written a second."),
     "--burst-iops": ("burst_iops", _IOPS, "I/Os that may pass at once, on top of --max-iops. [0]"),
     "--burst-bytes": (
         "burst_bytes",
@@ -95,7 +95,7 @@ _OPTIONS = {
     "--credit-rate-iops": (
         "credit_rate_iops",
         _IOPS,
-        "Most saved I/Os that are used a second. [no bound]",
+        "Maximum saved I/Os used a second. [no bound]",
     ),
 }
 
@@ -108,7 +108,7 @@ def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def changes_of(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What was said of the settings; "none" takes one away."""
+    """The settings among ``given``; for "none" a setting gets its default."""
     nothing = {each.name: each.default for each in fields(Settings)}
     return {
         name: nothing[name] if value == "none" else value
@@ -126,7 +126,11 @@ def _server_of(path: str) -> tuple[ServerInfo, str]:
 
 
 def refuse_stuck(servers: list[ServerInfo]) -> None:
-    """Says so where what is not known may be a server's that does not answer."""
+    """Refuses to go on if a server cannot be asked, because what is missing may be there.
+
+    Raises:
+        InUseError: naming the server's process.
+    """
     for server in servers:
         if server.problem is not None:
             raise InUseError(f"process {server.pid} {server.problem}", hint="continue or end it")
@@ -140,29 +144,29 @@ def _chosen(pid: int | None) -> list[ServerInfo]:
     return found
 
 
-_pid = click.option("--pid", type=int, help="Only the server of this process.")
+_pid = click.option("--pid", type=int, help="Only the server with this process id.")
 
 
 @click.group()
 def qos() -> None:
     """Limit served disks, give them minimums, and see what they get.
 
-    An I/O counts once for each 8 KiB, as in Windows.
+    A read or write counts as one I/O for each 8 KiB begun, as in Windows.
     """
 
 
 @qos.command("set")
 @click.argument("path", type=click.Path())
 @settings_options
-@click.option("--policy", help='Name or id of the policy that counts as well; "" for none.')
+@click.option("--policy", help='Name or id of a policy that applies as well; "" for none.')
 def set_(path: str, policy: str | None, **given: Any) -> None:
-    """Change what a served disk may use and should get, at once.
+    """Change the limits, minimum or policy of a served disk, at once.
 
     Example: vhdx qos set disk.vhdx --max-iops 500 --min-iops 100
     """
     changes = changes_of(given)
     if not changes and policy is None:
-        raise click.UsageError("say what to change; --max-iops none takes a limit away")
+        raise click.UsageError("say what to change; --max-iops none removes a limit")
     server, name = _server_of(path)
     _warn(server.set_disk(name, changes, policy).warning)
 
@@ -176,7 +180,7 @@ def _warn(warning: str | None) -> None:
 @click.argument("path", type=click.Path(), required=False)
 @json_option
 def show(path: str | None, as_json: bool) -> None:
-    """Show what served disks may use, should get, and get.
+    """Show limits, minimums, policies and current figures of served disks.
 
     Example: vhdx qos show disk.vhdx --json
     """
@@ -220,12 +224,12 @@ def _only(found: QosReport, name: str) -> QosReport:
 
 
 def _scheduling(device: DeviceReport) -> list[str]:
-    """What a server says of the device that its disks share; nothing without a scheduler."""
+    """One line about the device that a server's disks share; no line without a scheduler."""
     if not device.keeps_minimums:
         return []
     capacity, kind = device.capacity_iops, device.model
-    does = "is not known yet" if capacity is None else f"does {capacity:.0f}"
-    seen = ", as seen lately" if device.capacity_measured else ""
+    does = "has no known capacity yet" if capacity is None else f"does {capacity:.0f}"
+    seen = ", as measured lately" if device.capacity_measured else ""
     worst = " at worst" if kind is not None and capacity is not None else ""
     called = "device" if kind is None else f"modelled {kind}"
     state = "are kept" if device.admitted else "cannot all be kept, so lower one"
@@ -251,14 +255,14 @@ _TEXTS = {
     "burst_bytes": "bursts of {}",
     "credit_iops": "a credit of {} I/Os",
     "credit_rate_iops": "spent at {} IOPS at most",
-    "minimum_depth": "guaranteed with {} requests under way",
+    "minimum_depth": "guaranteed with {} requests in flight",
     "weight": "weight {}",
 }
 _IN_COLUMNS = 3
 
 
 def _in_words(settings: Settings, skipped: int = 0) -> str:
-    """Settings but the first ``skipped``; nothing where there are none."""
+    """The settings in words, without the first ``skipped`` kinds; empty if none is set."""
     values = {name: getattr(settings, name) for name in list(_TEXTS)[skipped:]}
     return ", ".join(
         _TEXTS[name].format(format_size(value) if name.endswith(_OF_BYTES) else value)
@@ -289,7 +293,7 @@ def _row(disk: DiskReport, policies: list[Policy]) -> tuple[str, ...]:
 
 @qos.group()
 def policy() -> None:
-    """Named settings for several disks: of each (dedicated), or together (aggregated)."""
+    """Named settings for several disks: for each disk (dedicated), or shared (aggregated)."""
 
 
 @policy.command("set")
@@ -297,15 +301,15 @@ def policy() -> None:
 @click.option(
     "--kind",
     type=click.Choice([k.value for k in PolicyKind]),
-    help="Of a new one. [default: dedicated]",
+    help="Kind of a new policy. [default: dedicated]",
 )
-@click.option("--id", "policy_id", help="Of a new one, to bring back one that disks name.")
+@click.option("--id", "policy_id", help="Id of a new policy, to restore a removed one.")
 @settings_options
 @_pid
 def policy_set(
     name: str, kind: str | None, policy_id: str | None, pid: int | None, **given: Any
 ) -> None:
-    """Make a policy, or change one; its disks follow at once. Prints its id.
+    """Make or change a policy, and apply it to its disks at once. Prints the policy's id.
 
     Example: vhdx qos policy set gold --kind aggregated --max-iops 5000
     """
@@ -314,9 +318,9 @@ def policy_set(
     for server in (servers := _chosen(pid)):
         try:
             made = server.set_policy(api.ChangePolicy(name, changes_of(given), kind, made_id))
-        except VhdxError as error:  # the others follow nevertheless
+        except VhdxError as error:  # the other servers are still asked
             if len(servers) > 1:
-                click.echo(f"vhdx: process {server.pid} refuses it", err=True)
+                click.echo(f"vhdx: process {server.pid} refuses the policy", err=True)
             failures.append(error)
             continue
         made_id = made.policy_id  # the same in every server
@@ -361,7 +365,7 @@ def policy_list(pid: int | None, as_json: bool) -> None:
 @click.argument("name")
 @_pid
 def policy_remove(name: str, pid: int | None) -> None:
-    """Remove a policy; its disks run on with no limits but their own, until it comes back (--id).
+    """Remove a policy. Its disks keep only their own limits, until it is restored (set --id).
 
     Example: vhdx qos policy remove gold
     """
@@ -369,7 +373,7 @@ def policy_remove(name: str, pid: int | None) -> None:
     for server in (servers := _chosen(pid)):
         try:
             for disk in server.remove_policy(name):
-                click.echo(f"vhdx: {disk} runs on without it", err=True)
+                click.echo(f"vhdx: {disk} runs on without the policy", err=True)
         except NotFoundError as error:
             failures.append(error)
     if len(failures) == len(servers):
@@ -380,16 +384,16 @@ def policy_remove(name: str, pid: int | None) -> None:
 
 
 @qos.command()
-@click.option("--seconds", type=SECONDS, default=60.0, show_default=True, help="How long.")
-@click.option("--plot", type=click.Path(dir_okay=False), help="Write a picture of it (PNG, SVG).")
+@click.option("--seconds", type=SECONDS, default=60.0, show_default=True, help="Duration.")
+@click.option("--plot", type=click.Path(dir_okay=False), help="File for a plot of it (PNG, SVG).")
 @json_option
 def watch(seconds: float, plot: str | None, as_json: bool) -> None:
-    """Print what every served disk gets, once a second.
+    """Print the figures of every served disk, once a second.
 
     Example: vhdx qos watch --seconds 120 --plot run.png
     """
     if plot is not None:
-        _draw([], plot)  # what cannot be written is said now
+        _draw([], plot)  # fails now if the file cannot be written
     seen: list[_Seen] = []
     try:
         _watch(seconds, seen, as_json=as_json)
@@ -422,7 +426,7 @@ def _watch(seconds: float, seen: list[_Seen], *, as_json: bool) -> None:
 
 
 def _reports() -> list[QosReport]:
-    """What every server reports that answers; their figures go on being sampled."""
+    """The reports of all servers that answer; makes these servers sample figures."""
     found = []
     for server in control.servers():
         if server.answers:
@@ -430,7 +434,7 @@ def _reports() -> list[QosReport]:
                 server.subscribe()
                 found.append(server.qos())
             except VhdxError:
-                continue  # it ended just now
+                continue  # the server has just ended
     return found
 
 
@@ -478,7 +482,13 @@ def _draw(seen: list[_Seen], path: str | Path) -> None:
 
 
 @click.command()
-@click.option("--window", type=click.Choice(_WINDOWS), default="1", show_default=True, help="s.")
+@click.option(
+    "--window",
+    type=click.Choice(_WINDOWS),
+    default="1",
+    show_default=True,
+    help="Seconds over which figures are averaged.",
+)
 @click.option("--once", is_flag=True, help="Print one screen and end.")
 @json_option
 def top(window: str, once: bool, as_json: bool) -> int:
@@ -506,7 +516,7 @@ def top(window: str, once: bool, as_json: bool) -> int:
 
 
 def _settled() -> list[QosReport]:
-    """With figures over a second: a server that was not sampling needs that long."""
+    """Reports with figures over a full second; a server that was not sampling needs as long."""
     refuse_stuck(control.servers())
     deadline = time.monotonic() + _SETTLING_SECONDS
     while True:

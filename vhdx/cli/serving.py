@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The command that serves images over NBD."""
+"""Commands that serve images over NBD, and that list and stop servers."""
 
 from __future__ import annotations
 
@@ -64,15 +64,19 @@ def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
     "libnbd hands over, or a private unix socket]",
 )
 @click.option("--read-only", "-r", is_flag=True, help="Refuse changes.")
-@click.option("--format", "format_", type=click.Choice(FORMATS), help="Format, instead of looking.")
+@click.option("--format", "format_", type=click.Choice(FORMATS), help="Format. [default: detected]")
 @click.option(
     "--run",
     "command",
     metavar="CMD",
-    help="Run a shell command with $uri, then stop with its code.",
+    help="Run a shell command with $uri set, then exit with its exit code.",
 )
 @click.option(
-    "--drain-seconds", type=SECONDS, default=10.0, show_default=True, help="Patience at the end."
+    "--drain-seconds",
+    type=SECONDS,
+    default=10.0,
+    show_default=True,
+    help="At the end, time for clients to read their replies.",
 )
 @click.option("--max-connections", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--handshake-seconds", type=SECONDS, default=10.0, show_default=True)
@@ -99,12 +103,12 @@ def _exports(paths: tuple[str, ...]) -> dict[str, str | os.PathLike[str]]:
 @click.option(
     "--depth",
     type=click.IntRange(1, DEEPEST),
-    help="With --keep-minimums: requests that the device works on at a time. [8]",
+    help="With --keep-minimums: most requests in flight at the device. [8]",
 )
 @click.option(
     "--capacity-iops",
     type=click.IntRange(1, LARGEST_IOPS),
-    help="Normalised I/Os a second that the device does. [what is seen, or the model's]",
+    help="Normalised I/Os a second that the device can do. [measured, or the model's]",
 )
 @click.option(
     "--model",
@@ -132,9 +136,9 @@ def serve(
     """Serve images over NBD until SIGTERM, SIGHUP, Ctrl-C or vhdx stop.
 
     A second signal, more than half a second later, ends the server at once.
-    The first line on standard output is the URI of the first export, once it accepts connections;
-    nothing is printed where systemd or libnbd handed a socket over.
-    Limits count for each of the disks; vhdx qos changes them while it runs.
+    The first line on standard output is the URI of the first export, once the server accepts
+    connections. With --run, or if systemd or libnbd passed a socket, nothing is printed.
+    Limits apply to each disk; vhdx qos changes them while the server runs.
 
     Example: vhdx serve disk.vhdx --listen nbd+unix:///?socket=/run/disk.sock --max-iops 500
     """
@@ -152,7 +156,7 @@ def serve(
     inherited = nbd.inherited_socket()
     if inherited is not None and listen is not None:
         raise click.UsageError(
-            "a socket was handed over (LISTEN_FDS), so --listen does not go with it"
+            "a socket was passed to the server (LISTEN_FDS), so --listen cannot be used"
         )
     exports = _exports(paths)
     events = _Events()
@@ -173,7 +177,7 @@ def serve(
     code = DONE
     try:
         if command is None:
-            # Who handed a socket over knows it, and may have an output of its own here.
+            # A program that passed a socket knows its address, and may use standard output itself.
             for uri in server.uris.values() if inherited is None else ():
                 click.echo(uri)
         else:
@@ -234,8 +238,8 @@ def ps(as_json: bool) -> None:
 
 @click.command()
 @click.argument("paths", nargs=-1, type=click.Path(), metavar="[PATH...]")
-@click.option("--pid", "pids", type=int, multiple=True, help="The server of this process.")
-@click.option("--all", "everything", is_flag=True, help="Every server of yours.")
+@click.option("--pid", "pids", type=int, multiple=True, help="Stop the server of this process.")
+@click.option("--all", "everything", is_flag=True, help="Stop all your servers.")
 def stop(paths: tuple[str, ...], pids: tuple[int, ...], everything: bool) -> None:
     """Stop the servers of these images, and wait until the images are closed.
 
@@ -258,10 +262,10 @@ def stop(paths: tuple[str, ...], pids: tuple[int, ...], everything: bool) -> Non
 
 
 class _Events:
-    """What the main thread waits for: the first signal, or a note of another thread.
+    """Lets the main thread wait for the first signal, or for a call of :meth:`note`.
 
-    The kernel may deliver a signal to any thread; Python then writes to the wake-up descriptor, which
-    wakes the main thread out of its read, so that it runs the handler.
+    The kernel may deliver a signal to any thread. Python then writes to the wake-up descriptor.
+    This ends the read in :meth:`wait`, so the main thread runs the handler.
     """
 
     def __init__(self) -> None:
@@ -284,10 +288,10 @@ class _Events:
             return
         self._signal, self._seen = number, now
         if number == signal.SIGINT and sys.stderr is not None and sys.stderr.isatty():
-            os.write(2, b"\nvhdx: finishing requests, then stopping; Ctrl-C again ends it at once\n")
+            os.write(2, b"\nvhdx: finishing requests, then stopping; Ctrl-C again ends at once\n")
 
     def stop(self) -> None:
-        """Ends the wait as SIGTERM does. Asking twice is not insisting, as a second signal is."""
+        """Ends the wait as SIGTERM does. A second call, unlike a second signal, has no effect."""
         if self._signal is None:
             self._signal = signal.SIGTERM
         self.note()
@@ -305,7 +309,7 @@ class _Events:
 
 
 def _run(command: str, server: nbd.Server, events: _Events) -> int:
-    """Runs ``command`` beside the server; a signal is passed on to it."""
+    """Runs ``command`` while the server runs, and passes the first signal on to the command."""
     environment = os.environ | {"uri": server.uri, "unixsocket": server.socket_path or ""}
     child = subprocess.Popen(command, shell=True, env=environment)  # noqa: S602 - it is the user's
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Live control of servers: each has a socket on which it answers HTTP and JSON.
+"""Live control of servers: each server has a control socket and answers HTTP with JSON there.
 
 An image that a server holds is changed through that server. :mod:`vhdx.control.disks` has the
-operations that work the same whether an image is idle or served; :mod:`vhdx.control.service` is the
-server's side, :mod:`vhdx.control.client` finds a server and asks it.
+operations that work the same whether an image is idle or served. :mod:`vhdx.control.service` is the
+server side. :mod:`vhdx.control.client` finds servers and sends them requests.
 """
 
 from typing import TYPE_CHECKING

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT
-"""What goes over a control socket: requests, replies and errors as data, and their JSON.
+"""The requests, replies and errors of the control socket, as data and as JSON.
 
-Requests are HTTP on a unix socket. Every path but ``/version``, ``/metrics`` and ``/events`` begins
-with the version of this interface, as ``/v2/``; a server refuses any other version, and a client asks
-nothing else of a server that speaks another one.
+Requests are HTTP on a unix socket. Every path except ``/version``, ``/metrics`` and ``/events``
+begins with the version of this interface, such as ``/v2/``. A server refuses any other version. A
+client that finds a server of another version asks it only for ``/version``.
 
-An operation is answered with one JSON object a line: any number of ``{"progress": [done, total]}``
-and ``{"item": ...}``, then one ``{"result": ...}`` or ``{"error": ...}``. A request that fails before
-its first line is answered with an HTTP status and ``{"error": ...}``.
+The reply to an operation has one JSON object a line: any number of ``{"progress": [done, total]}``
+and ``{"item": ...}``, then one ``{"result": ...}`` or ``{"error": ...}``. The reply to a request
+that fails before its first line is an HTTP error status with ``{"error": ...}``.
 
-The reports of QoS are those of :mod:`vhdx.qos.report`.
+QoS reports are defined in :mod:`vhdx.qos.report`.
 """
 
 from __future__ import annotations
@@ -52,24 +52,24 @@ __all__ = [
 ]
 
 VERSION = 2
-"""Of this interface."""
+"""The version of this interface."""
 
 SUFFIX = ".control"
-"""Of the control sockets in the runtime directory."""
+"""The suffix of the names of control sockets in the runtime directory."""
 
 _Kind = TypeVar("_Kind")
 
 
 class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a client sends; a field that is not known is refused."""
+    """A request from a client; unknown fields are refused."""
 
 
 class _Reply(msgspec.Struct, frozen=True):
-    """What a server sends."""
+    """A reply from a server; unknown fields are ignored."""
 
 
 class VersionReport(_Reply, frozen=True):
-    """What a server is: its control interface, its package version, its process."""
+    """The version of a server's control interface, its package version, and its process id."""
 
     control: int
     vhdx: str
@@ -83,13 +83,13 @@ class ExportReport(_Reply, frozen=True):
     """A disk that is served.
 
     Attributes:
-        name, uri: of the export.
-        path: absolute, of the image.
+        name, uri: name and URI of the export.
+        path: the absolute path of the image.
         key: (device, inode) of the file.
         format: vhdx, vhd or raw.
         virtual_size: bytes.
-        read_only: whether clients can change it.
-        connections: clients that are past the handshake.
+        read_only: whether it refuses changes by clients.
+        connections: the number of clients past the handshake.
     """
 
     name: str
@@ -103,7 +103,7 @@ class ExportReport(_Reply, frozen=True):
 
 
 class ConnectionReport(_Reply, frozen=True):
-    """What a client did so far; bytes are payload. See :class:`vhdx.plane.ConnectionCounters`."""
+    """The counters of a connection (payload bytes): :class:`vhdx.plane.ConnectionCounters`."""
 
     export: str
     reads: int
@@ -134,7 +134,7 @@ class ServerReport(_Reply, frozen=True):
 
 
 class NoArguments(_Request, frozen=True):
-    """Of operations that take none."""
+    """The arguments of operations that take none."""
 
 
 class ResizeArguments(_Request, frozen=True):
@@ -159,18 +159,18 @@ class OperationRequest(_Request, frozen=True):
 
 
 class Done(_Reply, frozen=True):
-    """An operation that has nothing to tell but that it is done."""
+    """The result of an operation that returns nothing."""
 
 
 class Info(_Reply, frozen=True):
-    """What ``vhdx info --json`` shows of the image, and of each layer."""
+    """What ``vhdx info --json`` prints for the image, and for each layer."""
 
     facts: dict[str, Any]
     chain: list[dict[str, Any]]
 
 
 class Resized(_Reply, frozen=True):
-    """What is left to be done in the guest, or None."""
+    """A note about what is left to do in the guest, or None."""
 
     note: str | None
 
@@ -182,20 +182,20 @@ class SnapshotTaken(_Reply, frozen=True):
 
 
 ExtentItems = list[tuple[int, int, ExtentState, int | None]]
-"""Of :class:`vhdx.image.disk.Extent`: offset, length, state, depth."""
+"""Fields of :class:`vhdx.image.disk.Extent`: offset, length, state, depth."""
 
 
 # ---- QoS ----
 
 
 class Subscribe(_Request, frozen=True):
-    """Has figures sampled for so many seconds, up to a day."""
+    """Keeps sampling on for this many seconds, at most a day."""
 
     seconds: float
 
 
 class ChangeDisk(_Request, frozen=True, tag_field="change", tag="disk"):
-    """Changes what is wanted of a disk; see :meth:`vhdx.qos.Domain.set_disk`."""
+    """Changes the QoS settings of a disk; see :meth:`vhdx.qos.Domain.set_disk`."""
 
     name: str
     settings: dict[str, int | None] = {}
@@ -203,13 +203,13 @@ class ChangeDisk(_Request, frozen=True, tag_field="change", tag="disk"):
 
 
 class ChangePolicy(_Request, frozen=True, tag_field="change", tag="policy"):
-    """Makes a policy or changes one.
+    """Creates a policy or changes one.
 
     Attributes:
-        name: of the policy, or the id of one that there is.
-        settings: those that change; null takes one away.
-        kind: dedicated or aggregated, of a new one.
-        policy_id: of a new one, to bring one back that disks name.
+        name: the name of the policy, or the id of an existing one.
+        settings: the settings to change; null removes a setting.
+        kind: dedicated or aggregated, for a new policy; null means dedicated.
+        policy_id: the id of a new policy, to restore a deleted policy that disks still refer to.
     """
 
     name: str
@@ -225,7 +225,7 @@ class RemovePolicy(_Request, frozen=True, tag_field="change", tag="remove_policy
 
 
 class DiskChanged(_Reply, frozen=True):
-    """A warning where the minimums cannot all be kept, or None."""
+    """A warning if not all minimums can be kept, or None."""
 
     warning: str | None
 
@@ -258,14 +258,14 @@ class ErrorReport(_Reply, frozen=True):
 
     @classmethod
     def of(cls, error: BaseException) -> ErrorReport:
-        """What goes over the socket for ``error``."""
+        """The report that is sent for ``error``."""
         if not isinstance(error, VhdxError):
             return cls("VhdxError", f"the server failed: {error!r}")
         reason, path = error.reason.value, error.path
         return cls(type(error).__name__, error.message, reason, path, error.offset, error.hint)
 
     def exception(self) -> VhdxError:
-        """The exception again; an unknown type is a plain VhdxError."""
+        """Rebuilds the exception; an unknown type becomes a plain VhdxError."""
         kind = getattr(errors, self.type, VhdxError)
         if not (isinstance(kind, type) and issubclass(kind, VhdxError)):
             kind = VhdxError
@@ -280,30 +280,30 @@ class ErrorReport(_Reply, frozen=True):
 
 
 def encode(value: Any) -> bytes:
-    """The JSON of any of these, in one line.
+    """The JSON of any of these objects, on one line.
 
-    The standard library writes it, because a path may hold bytes that are no UTF-8.
+    The standard library encodes it, because a path may contain bytes that are not valid UTF-8.
     """
     plain = msgspec.to_builtins(value, enc_hook=str)
     return json.dumps(plain).encode()
 
 
 def decode_request(data: bytes, kind: Any) -> Any:
-    """The request of that type (or union of types) which ``data`` is.
+    """Decodes ``data`` as a request of type (or union of types) ``kind``.
 
     Raises:
-        InvalidArgumentError: it is none.
+        InvalidArgumentError: ``data`` is not such a request.
     """
     try:
         return convert_request(json.loads(data), kind)
     except (ValueError, RecursionError) as error:
         if isinstance(error, InvalidArgumentError):
             raise
-        raise InvalidArgumentError(f"the request is no JSON that can be read: {error!r}") from error
+        raise InvalidArgumentError(f"the request is not valid JSON: {error!r}") from error
 
 
 def convert_request(value: Any, kind: Any) -> Any:
-    """Like :func:`decode_request`, for JSON that is decoded already."""
+    """Like :func:`decode_request`, for decoded JSON."""
     try:
         return msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -311,10 +311,10 @@ def convert_request(value: Any, kind: Any) -> Any:
 
 
 def decode_reply(value: Any, kind: type[_Kind]) -> _Kind:
-    """The reply of that type which the decoded JSON ``value`` is.
+    """Converts the decoded JSON ``value`` to a reply of type ``kind``.
 
     Raises:
-        ProtocolError: it is none.
+        ProtocolError: ``value`` is not such a reply.
     """
     try:
         return msgspec.convert(value, kind)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Finds the servers of this user by their control sockets, and asks them."""
+"""Finds the servers of this user by their control sockets, and sends them requests."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
     from vhdx.control import api, transport
     from vhdx.qos import QosReport
-else:  # JSON and HTTP are loaded where there is a server to ask
+else:  # JSON and HTTP are loaded only when there is a server to ask
     api = lazy.Module("vhdx.control.api")
     transport = lazy.Module("vhdx.control.transport")
 
 __all__ = ["Owner", "ServerInfo", "find_owner", "owners", "servers"]
 
 _ANSWER_SECONDS = 5.0
-_SUFFIX = ".control"  # as vhdx.control.api has it, which is not loaded only to find nothing
+_SUFFIX = ".control"  # a copy of api.SUFFIX, so that api need not be loaded if no socket exists
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class ServerInfo:
 
     Attributes:
         socket: its control socket.
-        pid: its process.
+        pid: its process id.
         started: seconds since 1970.
-        exports, connections: what it serves.
-        problem: why nothing more than its process is known; None where it answers.
-        is_other_version: whether the problem is that it speaks another version.
+        exports, connections: its exports, and the counters of its connections.
+        problem: why only its process id is known; None if the server answers.
+        is_other_version: whether the problem is another version of the control interface.
     """
 
     socket: Path
@@ -52,7 +52,7 @@ class ServerInfo:
 
     @property
     def answers(self) -> bool:
-        """Whether it can be asked: it is not stuck, and speaks the same version."""
+        """Whether it answers requests, and in the same version of the control interface."""
         return self.problem is None
 
     def _ask(self, method: str, target: str, body: object = None) -> Any:
@@ -62,11 +62,11 @@ class ServerInfo:
         return transport.ask(self.socket, method, target, body, _ANSWER_SECONDS)
 
     def stop(self, seconds: float = 60.0) -> None:
-        """Asks it to end, and waits until it has closed its images.
+        """Asks the server to end, and waits until it has closed its images.
 
         Raises:
-            InUseError: it has not ended after ``seconds``.
-            ProtocolError: it does not answer, or speaks another version.
+            InUseError: the server has not ended after ``seconds``.
+            ProtocolError: the server does not answer, or speaks another version.
         """
         self._ask("POST", "/stop", {})
         deadline = time.monotonic() + seconds
@@ -78,13 +78,13 @@ class ServerInfo:
             time.sleep(0.02)
 
     def qos(self) -> QosReport:
-        """What its disks want and get; see :meth:`vhdx.qos.Domain.report`."""
+        """The QoS report of the server; see :meth:`vhdx.qos.Domain.report`."""
         from vhdx.qos import QosReport
 
         return api.decode_reply(self._ask("GET", "/qos"), QosReport)
 
     def subscribe(self, seconds: float | None = None) -> None:
-        """Has figures sampled for so long; see :meth:`vhdx.qos.Domain.subscribe`."""
+        """Keeps sampling on for ``seconds``; see :meth:`vhdx.qos.Domain.subscribe`."""
         from vhdx.qos import SUBSCRIPTION_SECONDS
 
         wanted = SUBSCRIPTION_SECONDS if seconds is None else seconds
@@ -93,12 +93,12 @@ class ServerInfo:
     def set_disk(
         self, name: str, settings: dict[str, int | None], policy: str | None = None
     ) -> api.DiskChanged:
-        """Changes what is wanted of a disk; see :meth:`vhdx.qos.Domain.set_disk`."""
+        """Changes the QoS settings of a disk; see :meth:`vhdx.qos.Domain.set_disk`."""
         change = api.ChangeDisk(name, settings, policy)
         return api.decode_reply(self._ask("POST", "/qos", change), api.DiskChanged)
 
     def set_policy(self, change: api.ChangePolicy) -> api.PolicyChanged:
-        """Makes or changes a policy."""
+        """Creates or changes a policy."""
         return api.decode_reply(self._ask("POST", "/qos", change), api.PolicyChanged)
 
     def remove_policy(self, name: str) -> list[str]:
@@ -107,13 +107,13 @@ class ServerInfo:
         return api.decode_reply(found, api.PolicyRemoved).disks
 
     def metrics(self) -> str:
-        """What Prometheus would scrape."""
+        """The metrics of the server, in Prometheus' text format."""
         return transport.get_text(self.socket, "/metrics", _ANSWER_SECONDS)
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A server that holds an image, and the export that it is."""
+    """A server that holds an image, and the name of the export of that image."""
 
     server: ServerInfo
     export: str
@@ -127,14 +127,14 @@ class Owner:
         cancel: Callable[[], bool] | None = None,
         item: Callable[[Any], None] | None = None,
     ) -> Any:
-        """Has the owner do something; returns its result, or raises its exception.
+        """Runs an operation in the owner; returns its result, or raises its exception.
 
         Args:
             operation: info, map, resize, compact or snapshot.
-            arguments: of the operation, as :mod:`vhdx.control.api` has them.
-            progress: called with what is done and what is to do.
-            cancel: asked whenever there is progress; when it answers True, the owner stops.
-            item: called with parts of a long result.
+            arguments: arguments of the operation, as defined in :mod:`vhdx.control.api`.
+            progress: called with the work done and the total.
+            cancel: called after each progress report or item; True cancels the operation.
+            item: called with each part of a long result.
         """
         body = {"export": self.export, "arguments": {} if arguments is None else arguments}
         target = f"/v{api.VERSION}/operations/{operation}"
@@ -149,12 +149,12 @@ class Owner:
                 elif "item" in line and item is not None:
                     item(line["item"])
                 if cancel is not None and cancel():
-                    raise VhdxError("it was cancelled", reason=Reason.CANCELLED)
-        raise ProtocolError("the server ended before its answer", path=self.server.socket)
+                    raise VhdxError("the operation was cancelled", reason=Reason.CANCELLED)
+        raise ProtocolError("the server ended before it answered", path=self.server.socket)
 
 
 def _known(path: Path) -> ServerInfo:
-    """What the server with that control socket says of itself."""
+    """Asks the server at that control socket for its description."""
     pid = int(path.name.partition("-")[0])
     try:
         found = transport.ask(path, "GET", f"/v{api.VERSION}/server", None, _ANSWER_SECONDS)
@@ -166,8 +166,8 @@ def _known(path: Path) -> ServerInfo:
 
 
 def _other_version(path: Path, pid: int) -> str:
-    """How a server and this client do not fit together."""
-    theirs, package = 1, "an older vhdx"  # the first version could not be asked
+    """The message that a server speaks another version of the control interface."""
+    theirs, package = 1, "an older vhdx"  # version 1 had no /version
     with contextlib.suppress(NotFoundError):
         found = transport.ask(path, "GET", "/version", None, _ANSWER_SECONDS)
         version = api.decode_reply(found, api.VersionReport)
@@ -179,10 +179,10 @@ def _other_version(path: Path, pid: int) -> str:
 
 
 def servers(*, everywhere: bool = False) -> list[ServerInfo]:
-    """The servers of this user, oldest first; sockets of dead ones are removed.
+    """The servers of this user, oldest first; sockets of servers that have died are removed.
 
     Args:
-        everywhere: those too that were started with another ``XDG_RUNTIME_DIR``, or without.
+        everywhere: include servers that were started with another ``XDG_RUNTIME_DIR`` or none.
     """
     found = []
     directories = runtime_directories() if everywhere else [runtime_directory()]
@@ -192,9 +192,9 @@ def servers(*, everywhere: bool = False) -> list[ServerInfo]:
         try:
             found.append(_known(path))
         except VhdxError:
-            if is_alive(path):  # else it ended just now
+            if is_alive(path):  # otherwise the server ended meanwhile
                 pid = int(path.name.partition("-")[0])
-                stuck = "does not answer: it is stopped, or stuck"
+                stuck = "does not answer: it is suspended or hangs"
                 found.append(ServerInfo(path, pid, problem=stuck))
     return sorted(found, key=lambda server: (server.started, server.pid))
 
@@ -217,8 +217,8 @@ def owners(path: str | os.PathLike[str], *, by_name: bool = False) -> list[Owner
     """The servers of this user that serve the image at ``path``.
 
     Args:
-        path: of the image.
-        by_name: also those that serve what had this name when they opened it.
+        path: the path of the image.
+        by_name: also match servers whose image had this path when they opened it.
     """
     return _owners(path, servers(everywhere=True), by_name=by_name)
 
@@ -227,12 +227,12 @@ def find_owner(path: str | os.PathLike[str]) -> Owner | None:
     """The server of this user that serves the image at ``path``, or None.
 
     Raises:
-        ProtocolError: none is known to serve it, but a server of another version may.
+        ProtocolError: no known server serves it, but one that speaks another version may.
     """
     try:
         known = servers(everywhere=True)
     except VhdxError:
-        return None  # no place where servers could be found
+        return None  # there is no runtime directory
     found = _owners(path, known, by_name=False)
     if found:
         return found[0]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Operations on an image that work the same whether it is idle or served.
 
-An idle image is opened; one that a server of this user holds is changed by that server, while it is
-served. One that another program holds is refused with who it is.
+An idle image is opened here. If a server of this user serves the image, that server carries out the
+operation. If another program holds the image, the operation fails, and the error names the program.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ def info(
     chain: bool = True,
     view: image.View | None = None,
 ) -> dict[str, Any]:
-    """What ``vhdx info --json`` shows, and under "chain" its layers; sizes in bytes.
+    """What ``vhdx info --json`` prints, with the layers under "chain"; sizes in bytes.
 
     Args:
-        path: of the image.
-        format, parent_search, chain, view: as for :func:`vhdx.open`; not used where a server holds
-            it.
+        path: the path of the image.
+        format, parent_search, chain, view: as for :func:`vhdx.open`; ignored if a server holds the
+            image.
     """
 
     def idle() -> _Info:
@@ -75,7 +75,7 @@ def info(
         found = api.decode_reply(owner.ask("info"), api.Info)
         return _Info(found.facts, found.chain)
 
-    # A server does not look at its image by a view.
+    # A server cannot apply a view, so an image with a view is opened here.
     found = idle() if view not in {None, image.View()} else _either(path, idle, served)
     return {**found.facts, "path": os.fsdecode(path), "chain": found.chain}
 
@@ -115,12 +115,12 @@ def resize(
     """Changes the virtual size of an image; see :meth:`vhdx.Disk.resize`.
 
     Args:
-        path: of the image.
+        path: the path of the image.
         size, shrink, unsafe, move_gpt: as there; a GPT is not moved while the image is served.
-        force: although a child is based on it; that child is lost.
+        force: resize even if a child is based on the image; that child becomes invalid.
 
     Returns:
-        What is left to be done in the guest, or None.
+        A note about what is left to do in the guest, or None.
     """
 
     def idle() -> str | None:
@@ -130,7 +130,7 @@ def resize(
     def served(owner: Owner) -> str | None:
         if move_gpt:
             raise InUseError(
-                "it is served, so a guest may use its GPT, which must not be moved then",
+                "it is served, and a guest may use its GPT, so the GPT cannot be moved",
                 path=path,
                 hint="stop the server first (vhdx stop), or let the guest move it",
             )
@@ -148,9 +148,9 @@ def compact(
     progress: Callable[[int, int], None] | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Compacted:
-    """Gives the space of zeros and of trimmed blocks back; see :meth:`vhdx.Disk.compact`.
+    """Frees the space of zeroed and trimmed blocks; see :meth:`vhdx.Disk.compact`.
 
-    The content does not change, so images that are based on it stay valid.
+    The content does not change, so images that are based on this image stay valid.
     """
 
     def idle() -> Compacted:
@@ -164,12 +164,12 @@ def compact(
 
 @uninterruptible
 def snapshot(path: StrPath, checkpoint: StrPath | None = None, *, force: bool = False) -> str:
-    """Keeps an image as it is now and goes on in a child; see :meth:`vhdx.Disk.snapshot`.
+    """Makes the image a checkpoint with a new child on top; see :meth:`vhdx.Disk.snapshot`.
 
     Args:
-        path: of the image.
-        checkpoint: the name for what there is now.
-        force: although a child beside it is based on it; that child is lost.
+        path: the path of the image.
+        checkpoint: the path for the present state.
+        force: proceed even if a child in its directory is based on it; that child becomes invalid.
 
     Returns:
         The path of the checkpoint.

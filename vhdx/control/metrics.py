@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What Prometheus scrapes: counters of connections, and what disks want and get."""
+"""Metrics for Prometheus: counters of connections, and the QoS settings and figures of disks."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _FIGURES = {
     "bandwidth": ("bytes a second", 1.0),
     "latency": ("mean latency, seconds", 1e-3),
     "latency_p99": ("latency of 99 of 100 requests, seconds", 1e-3),
-    "queue_time": ("mean time held up by limits, seconds", 1e-3),
+    "queue_time": ("mean time that limits hold a request, seconds", 1e-3),
 }
 
 
 class _Server(Collector):
-    """The figures of one server, read when they are asked for."""
+    """The metrics of one server, read at each scrape."""
 
     def __init__(self, server: nbd.Server) -> None:
         self._server = server
@@ -62,12 +62,12 @@ class _Server(Collector):
         yield from (count, requests, moved)
 
     def _disks(self) -> Iterable[Metric]:
-        self._server.qos.subscribe()  # the next scrape finds figures of the last minute
+        self._server.qos.subscribe()  # so that the next scrape has figures of the last minute
         found = self._server.qos.report()
         device = found.scheduling
         for which, what in (
-            ("capacity_iops", "Normalised I/Os a second that the shared device does."),
-            ("reserved_iops", "The sum of minimums."),
+            ("capacity_iops", "Capacity of the shared device, normalised I/Os a second."),
+            ("reserved_iops", "Sum of minimums, normalised I/Os a second."),
             ("waiting", "Requests that wait for a slot of the shared device."),
         ):
             value = getattr(device, which)
@@ -97,7 +97,7 @@ class _Server(Collector):
 
 
 def exposition(server: nbd.Server) -> bytes:
-    """The figures of ``server`` in Prometheus' text format."""
+    """The metrics of ``server`` in Prometheus' text format."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Server(server))
     return generate_latest(registry)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Operations on a served disk, and the stream of lines that answers one.
+"""Operations on a served disk, and the stream of lines that answers each.
 
-An operation runs on a thread of an executor, because it may take long. It sends lines through the
-event loop, and ends when its client leaves.
+An operation may take long, so it runs on a thread of an executor. It sends lines through the event
+loop. It is cancelled when its client disconnects.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class Stream:
     """The answer to one operation.
 
     Args:
-        request: what is answered.
-        loop: of the service.
-        pace: called before background work, with its bytes.
+        request: the request to answer.
+        loop: the event loop of the service.
+        pace: called before background I/O with its size in bytes; blocks until it may start.
 
     Attributes:
-        cancelled: set when the client has left, or the server closes.
+        cancelled: set when the client has disconnected or the server closes.
     """
 
     def __init__(
@@ -65,21 +65,21 @@ class Stream:
         pace: Callable[[int], None],
     ) -> None:
         self._request, self._loop, self.pace = request, loop, pace
-        self._response: web.StreamResponse | None = None  # of the loop's thread
+        self._response: web.StreamResponse | None = None  # only used on the loop's thread
         self._sending = asyncio.Lock()
-        self._next_progress = 0.0  # of the operation's thread
+        self._next_progress = 0.0  # only used on the operation's thread
         self._underway: Future[None] | None = None
         self.cancelled = threading.Event()
 
     def abort(self) -> None:
-        """Ends the operation, and cuts its client off."""
+        """Cancels the operation, and disconnects its client."""
         self.cancelled.set()
         transport = self._request.transport
         if transport is not None:
             self._loop.call_soon_threadsafe(transport.abort)
 
     async def send(self, line: dict[str, Any]) -> None:
-        """Sends a line; the first one begins the answer."""
+        """Sends a line; the first line is preceded by the HTTP header."""
         async with self._sending:
             if self._response is None:
                 headers = {"Content-Type": "application/x-ndjson"}
@@ -95,7 +95,7 @@ class Stream:
         return self._response
 
     async def fail(self, error: BaseException) -> web.StreamResponse:
-        """Sends what failed: as a status, or as a line where lines were sent."""
+        """Reports ``error``: as an HTTP status, or as a line if lines were sent before."""
         if self._response is None:
             return refusal(error)
         await self.send({"error": api.ErrorReport.of(error)})
@@ -103,10 +103,10 @@ class Stream:
         return self._response
 
     def emit(self, line: dict[str, Any]) -> None:
-        """Sends a line from the operation's thread, and waits until the client takes it.
+        """Sends a line from the operation's thread, and waits until it is sent.
 
         Raises:
-            VhdxError: the client has left, or has not read for a minute.
+            VhdxError: the client has disconnected, or has not read for a minute.
         """
         sent = asyncio.run_coroutine_threadsafe(self.send(line), self._loop)
         deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -121,10 +121,10 @@ class Stream:
             else:
                 return
             self.abort()
-            raise VhdxError("the client has left, or does not listen", reason=Reason.CANCELLED)
+            raise VhdxError("the client has disconnected or does not read", reason=Reason.CANCELLED)
 
     def progress(self, done: int, total: int) -> None:
-        """Sends a line of progress now and then, and none while the last one is on its way."""
+        """Sends progress, at most ten lines a second, and none before the last one is sent."""
         now = time.monotonic()
         if self._underway is not None and not self._underway.done():
             return
@@ -135,7 +135,7 @@ class Stream:
 
 
 class Operation(NamedTuple):
-    """An operation on a disk: the type of its arguments, and what carries it out."""
+    """An operation on a disk: the type of its arguments, and the function that runs it."""
 
     arguments: Any
     run: Callable[[Stream, Disk, Any], Any]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Changes of what is wanted of disks, as they come over a control socket."""
+"""Carries out QoS changes that are requested over a control socket."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def change_qos(
     """Makes one change.
 
     Raises:
-        InvalidArgumentError, NotFoundError, ExistsError: nothing is changed.
+        InvalidArgumentError, NotFoundError, ExistsError: the change is refused and has no effect.
     """
     if isinstance(change, api.ChangeDisk):
         return api.DiskChanged(domain.set_disk(change.name, change.settings, change.policy))
@@ -34,7 +34,7 @@ def change_qos(
 
 
 def _changed(domain: Domain, change: api.ChangePolicy, old: Policy | None) -> Policy:
-    """The policy as it is to be."""
+    """The policy after the change."""
     if old is None:
         return _new(domain, change)
     if change.kind not in (None, old.kind.value):
@@ -50,7 +50,7 @@ def _new(domain: Domain, change: api.ChangePolicy) -> Policy:
         kind = PolicyKind.DEDICATED if change.kind is None else PolicyKind(change.kind)
         identity = {} if change.policy_id is None else {"policy_id": UUID(change.policy_id)}
     except ValueError as error:
-        raise InvalidArgumentError(f"it can be no policy: {error}") from error
+        raise InvalidArgumentError(f"the policy is invalid: {error}") from error
     for policy_id in identity.values():
         _refuse_known(domain, policy_id)
     return Policy(change.name, kind, Settings().changed(change.settings), **identity)

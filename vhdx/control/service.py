@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""A server's control socket: it lists what is served and changes it while it is served.
+"""The server side of the control socket: reports about the server, and changes to served disks.
 
-Threads: one runs the event loop; each operation runs on a thread of a small executor, because it
-may take long. Only processes of the same user are answered (the kernel says who connects).
+Threads: one thread runs the event loop. Each operation may take long, so it runs on a thread of a
+small executor. The server answers only processes of its own user, which the kernel identifies.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _LONGEST_SUBSCRIPTION = 86_400.0
 
 
 def _is_a_fault(record: logging.LogRecord) -> bool:
-    """Of ours: who sends no HTTP is told so, and nobody else needs to know."""
+    """Whether to log a record: a client's invalid HTTP is answered but not logged."""
     error = record.exc_info[1] if record.exc_info else None
     return not isinstance(error, HttpProcessingError)
 
@@ -64,8 +64,8 @@ class Control:
     """The control socket of ``server``, from now until the server has closed.
 
     Args:
-        server: what is controlled.
-        on_stop: called on a thread of its own when a client wants the server to end.
+        server: the server to control.
+        on_stop: called on a new thread when a client asks the server to end.
     """
 
     def __init__(self, server: nbd.Server, on_stop: Callable[[], None]) -> None:
@@ -74,13 +74,13 @@ class Control:
         self._lock = threading.Lock()
         self._closing = False
         self._streams: set[Stream] = set()
-        self._listeners: list[web.Request] = []  # of the loop's thread
+        self._listeners: list[web.Request] = []  # only used on the loop's thread
         directory = runtime_directory()
         self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}{api.SUFFIX}"
         self._loop = asyncio.new_event_loop()
         self._runner: web.AppRunner | None = None
         self._executor = ThreadPoolExecutor(_WORKERS, "vhdx-control")
-        # Threads of their own: changes wait for the QoS file, and operations take long.
+        # Changes may wait for the QoS file, and operations take long; neither delays the others.
         self._changes = ThreadPoolExecutor(1, "vhdx-qos-change")
         self._reports = ThreadPoolExecutor(1, "vhdx-qos-report")
         ready = threading.Event()
@@ -132,24 +132,24 @@ class Control:
             application,
             access_log=None,
             handle_signals=False,
-            handler_cancellation=True,  # a client that leaves cancels its operation
+            handler_cancellation=True,  # a client that disconnects cancels its operation
             shutdown_timeout=_LAST_ANSWER_SECONDS,
             logger=_http_log,
         )
         await runner.setup()
         listener = listen_unix(os.fspath(self.path))
-        self.path.chmod(0o600)  # the directory let nobody else in before
+        self.path.chmod(0o600)  # until now the mode of the directory protected it
         await web.SockSite(runner, listener).start()
         self._runner = runner
 
     def _refuse(self) -> None:
-        """The server is about to close: what takes long is cancelled, and nothing begins."""
+        """Cancels all operations and refuses new ones; called when the server starts to close."""
         with self._lock:
             self._closing = True
             streams = list(self._streams)
         for stream in streams:
             stream.abort()
-        # Who listens sees the end; who does not read does not hold it up.
+        # Listeners see the end of their stream; those that do not read are cut off after a delay.
         self._loop.call_soon_threadsafe(
             self._loop.call_later, 2 * _EVENT_POLL_SECONDS, self._cut_listeners
         )
@@ -160,7 +160,7 @@ class Control:
                 request.transport.abort()
 
     def close(self) -> None:
-        """Answers nobody any more, and removes the socket; operations under way were finished."""
+        """Stops the service and removes its socket; by then all operations have ended."""
         with contextlib.suppress(OSError):
             self.path.unlink()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
@@ -177,7 +177,7 @@ class Control:
         return _reply(api.VersionReport(api.VERSION, metadata.version("vhdx"), os.getpid()))
 
     async def _refuse_version(self, request: web.Request) -> web.Response:
-        """Says which versions do not fit together."""
+        """Refuses a request of another version, and names both versions."""
         theirs = request.match_info["version"]
         if theirs == str(api.VERSION):
             raise web.HTTPNotFound(text=f"there is nothing at {request.path}")
@@ -231,7 +231,7 @@ class Control:
         return _reply(api.Done())
 
     async def _change_qos(self, request: web.Request) -> web.Response:
-        """One change of what is wanted; it may write a file, so it runs on a thread."""
+        """Makes one QoS change; it may write the QoS file, so it runs on another thread."""
         try:
             kinds = api.ChangeDisk | api.ChangePolicy | api.RemovePolicy
             change = api.decode_request(await _body(request), kinds)
@@ -249,14 +249,14 @@ class Control:
         return web.Response(body=text, headers={"Content-Type": METRICS_TYPE})
 
     async def _events(self, request: web.Request) -> web.StreamResponse:
-        """Alerts, one JSON object a line: those of before, then each as it comes."""
+        """Streams alerts, one JSON object a line: first the kept ones, then each new one."""
         if len(self._listeners) >= _MOST_LISTENERS:
-            raise web.HTTPServiceUnavailable(text=f"{_MOST_LISTENERS} listen to events already")
+            raise web.HTTPServiceUnavailable(text=f"there are {_MOST_LISTENERS} listeners already")
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         queue: asyncio.Queue[Alert] = asyncio.Queue(_MOST_EVENTS)
 
         def put(alert: Alert) -> None:
-            with contextlib.suppress(asyncio.QueueFull):  # a client that does not read loses some
+            with contextlib.suppress(asyncio.QueueFull):  # a client that does not read loses alerts
                 queue.put_nowait(alert)
 
         def note(alert: Alert) -> None:
@@ -291,7 +291,7 @@ class Control:
             return await self._carry_out(stream, work, disk, arguments)
         except ConnectionError:
             stream.cancelled.set()
-            return web.Response()  # nobody takes it
+            return web.Response()  # the client is gone
         finally:
             with self._lock:
                 self._streams.discard(stream)
@@ -303,7 +303,7 @@ class Control:
         try:
             result = await asyncio.shield(done)
         except asyncio.CancelledError:
-            stream.cancelled.set()  # the client has left
+            stream.cancelled.set()  # the client has disconnected
             await asyncio.wait([done])
             raise
         except Exception as error:
@@ -313,7 +313,7 @@ class Control:
         return await stream.finish(result)
 
     def _wanted(self, request: web.Request, body: bytes) -> tuple[Operation, Disk, Any]:
-        """What is to be done, on which disk, and how."""
+        """Decodes a request into its operation, the disk, and the arguments."""
         operation = chosen(request.match_info["operation"])
         found = api.decode_request(body, api.OperationRequest)
         disk = self._server.exports().get(found.export)
@@ -359,19 +359,20 @@ def serve(
     scheduling: Scheduling | None = None,
     on_stop: Callable[[], None] | None = None,
 ) -> nbd.Server:
-    """Starts to serve disks over NBD; a context manager that stops at its end.
+    """Starts a server for disks over NBD; as a context manager, it stops at the end of the block.
 
-    The server has a control socket in the runtime directory, by which ``vhdx ps``, ``vhdx resize``
-    and the like find it. Where there can be none, a warning is logged and it serves all the same.
+    The server has a control socket in the runtime directory, by which commands such as ``vhdx ps``
+    and ``vhdx resize`` find it. If the socket cannot be created, a warning is logged and the server
+    runs without it.
 
     Args:
         exports, listen: as for :class:`vhdx.Server`.
         read_only, limits, format, qos, qos_file, qos_unit, qos_hook, scheduling: as for
             :class:`vhdx.host.ServerOptions`.
-        on_stop: called when ``vhdx stop`` asks; closes the server when None.
+        on_stop: called when ``vhdx stop`` asks the server to end; None closes the server.
 
     Raises:
-        InvalidArgumentError, InUseError, HostIOError: it cannot listen.
+        InvalidArgumentError, InUseError, HostIOError: the server cannot listen.
         VhdxError: an image cannot be opened.
     """
     options = ServerOptions(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""HTTP and JSON over a server's control socket, the client's side."""
+"""The client side of HTTP and JSON over the control socket of a server."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class _Connection(http.client.HTTPConnection):
 def lines_of(
     path: Path, method: str, target: str, body: object, seconds: float | None
 ) -> Iterator[Iterator[dict[str, Any]]]:
-    """The lines of the answer to one request.
+    """Sends one request, and yields the decoded lines of the answer.
 
     Args:
-        path: of the control socket.
-        method, target: of the request.
-        body: what is encoded as its body; None for nothing.
-        seconds: of silence that are an error; None waits.
+        path: the path of the control socket.
+        method, target: HTTP method and target of the request.
+        body: the object to send as JSON; None sends no body.
+        seconds: the timeout of each socket operation; None waits without a limit.
 
     Raises:
         NotFoundError: the server has nothing at ``target``.
-        ProtocolError: it does not answer, or with what is no JSON.
-        VhdxError: what the server failed with.
+        ProtocolError: the server does not answer, or its answer is not JSON.
+        VhdxError: the error that the server reports.
     """
     connection = _Connection(path, seconds)
     try:
@@ -78,16 +78,16 @@ def _failure(response: http.client.HTTPResponse, path: Path) -> VhdxError:
 
 
 def ask(path: Path, method: str, target: str, body: object, seconds: float | None) -> Any:
-    """The only line of an answer; raises as :func:`lines_of` does."""
+    """Sends one request, and returns the first line of the answer; raises as :func:`lines_of`."""
     with lines_of(path, method, target, body, seconds) as lines:
         found = next(lines, None)
     if found is None:
-        raise ProtocolError("the server ended before its answer", path=path)
+        raise ProtocolError("the server ended before it answered", path=path)
     return found
 
 
 def get_text(path: Path, target: str, seconds: float) -> str:
-    """The text behind ``target`` on the socket at ``path``."""
+    """Gets ``target`` from the server at ``path`` as text."""
     connection = _Connection(path, seconds)
     try:
         connection.request("GET", target)

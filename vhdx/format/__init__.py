@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""On-disk structures of VHDX, as data: parsing, validating and packing, never any I/O.
+"""On-disk structures of VHDX and VHD: parsing, validating and packing, without any I/O.
 
-Source: [MS-VHDX] v6.0 (2021-06-25); sections are cited where a structure is defined. Numbers from a
-file are validated here, once, into types that cannot hold a bad value.
+The source for VHDX is [MS-VHDX] v6.0 (2021-06-25); each structure cites its section. Values from a
+file are validated here, once, when they are parsed.
 """

@@ -53,7 +53,7 @@ class BitmapState(IntEnum):
 
 @dataclass(frozen=True)
 class Geometry:
-    """Where blocks stand in the table (2.5); sizes in bytes."""
+    """Positions of the blocks' entries in the table (2.5); sizes in bytes."""
 
     virtual_size: int
     block_size: int
@@ -62,42 +62,42 @@ class Geometry:
 
     @property
     def chunk_ratio(self) -> int:
-        """Payload blocks described by one sector bitmap block."""
+        """Number of payload blocks that one sector bitmap block describes."""
         return (1 << 23) * self.logical_sector_size // self.block_size
 
     @property
     def blocks(self) -> int:
-        """Payload blocks."""
+        """Number of payload blocks."""
         return -(-self.virtual_size // self.block_size)
 
     @property
     def bitmaps(self) -> int:
-        """Sector bitmap blocks."""
+        """Number of sector bitmap blocks."""
         return -(-self.blocks // self.chunk_ratio)
 
     @property
     def entries(self) -> int:
-        """Entries of the table, those of sector bitmaps included."""
+        """Number of table entries, including those of sector bitmap blocks."""
         if self.has_parent:
             return self.bitmaps * (self.chunk_ratio + 1)
         return self.blocks + (self.blocks - 1) // self.chunk_ratio
 
     @property
     def table_length(self) -> int:
-        """Bytes of the region that the table needs, a multiple of 1 MiB."""
+        """Size of the region that the table needs: bytes, a multiple of 1 MiB."""
         return round_up(self.entries * ENTRY_SIZE, MIB)
 
     def index(self, block: int) -> int:
-        """Entry of a payload block."""
+        """Index of a payload block's entry."""
         return block + block // self.chunk_ratio
 
     def indices(self, blocks: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """Entries of payload blocks."""
+        """Indices of the payload blocks' entries."""
         result: npt.NDArray[np.uint64] = blocks + blocks // np.uint64(self.chunk_ratio)
         return result
 
     def bitmap_index(self, chunk: int) -> int:
-        """Entry of the sector bitmap block of a chunk."""
+        """Index of the entry of a chunk's sector bitmap block."""
         return (chunk + 1) * self.chunk_ratio + chunk
 
 

@@ -25,15 +25,15 @@ def crc32c(data: bytes) -> int:
 
 
 def seal(structure: bytearray) -> None:
-    """Stores the checksum of ``structure``, computed with its own field zero."""
+    """Stores the checksum of ``structure``, computed with the checksum field zero."""
     structure[_FIELD] = bytes(4)
     structure[_FIELD] = struct.pack("<I", crc32c(bytes(structure)))
 
 
 def sealed(structure: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """``structure`` itself, a large one, with its checksum in place of a field that is zero."""
+    """Stores the checksum in ``structure``, whose checksum field must be zero, and returns it."""
     value = 0
-    for start in range(0, len(structure), _PIECE):  # copies of all of it would be fresh memory
+    for start in range(0, len(structure), _PIECE):  # in pieces, to avoid a copy of the whole
         value = google_crc32c.extend(value, structure[start : start + _PIECE].tobytes())
     structure[_FIELD].view("<u4")[0] = value
     return structure

@@ -28,9 +28,9 @@ __all__ = [
 
 SIGNATURE = b"vhdxfile"
 IDENTIFIER_SIZE = 64 * KIB
-"""Bytes of the file type identifier, never written again after creation (2.2.1)."""
+"""Bytes of the file type identifier, which is not written after creation (2.2.1)."""
 HEADER_SECTION = 1 * MIB
-"""Bytes in which identifier, headers and region tables stand (2.2)."""
+"""Bytes of the section that holds identifier, headers and region tables (2.2)."""
 HEADER_OFFSETS = (64 * KIB, 128 * KIB)
 HEADER_SIZE = 4 * KIB
 NIL = UUID(int=0)
@@ -39,9 +39,9 @@ _LAYOUT = struct.Struct("<4sIQ16s16s16sHHIQ")
 assert _LAYOUT.size == 80
 _CREATOR_BYTES = 512
 LARGEST_FILE = 1 << 48
-"""Bytes of the largest file that is believed: 256 TiB, four times the largest disk."""
+"""Bytes of the largest accepted file: 256 TiB, four times the largest disk."""
 _LARGEST_SEQUENCE = (1 << 64) - (1 << 32)
-_LARGEST_LOG = 256 * MIB  # a hostile length must not make us read without end
+_LARGEST_LOG = 256 * MIB  # limits what a hostile length makes us read
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class Header:
     """A valid header (2.2.2).
 
     Attributes:
-        slot: 0 or 1, where it stands.
-        sequence_number: the greater one is current.
-        file_write_guid: changes before the first change of the file in an open.
-        data_write_guid: changes before the first change a guest could see.
+        slot: 0 or 1, the header's position in the file.
+        sequence_number: the header with the greater number is current.
+        file_write_guid: replaced after an open, before the file is first changed.
+        data_write_guid: replaced after an open, before a change that a guest could see.
         log_guid: nil when there is nothing to replay.
         log_version: 0.
         version: 1.
@@ -101,7 +101,7 @@ class Header:
 
 
 def pack_identifier(creator: str) -> bytes:
-    """The identifier's 64 KiB; ``creator`` is cut to 256 UTF-16 units."""
+    """The 64 KiB of the identifier; ``creator`` is cut to 256 UTF-16 code units."""
     data = bytearray(IDENTIFIER_SIZE)
     data[:8] = SIGNATURE
     text = creator.encode("utf-16-le")[:_CREATOR_BYTES]
@@ -110,13 +110,13 @@ def pack_identifier(creator: str) -> bytes:
 
 
 def parse_creator(identifier: bytes) -> str:
-    """The creator's name; informative only, so bad text is replaced."""
+    """The creator's name; it is informative only, so invalid UTF-16 is replaced."""
     text = identifier[8 : 8 + _CREATOR_BYTES].decode("utf-16-le", "replace")
     return text.partition("\0")[0]
 
 
 def parse_header(data: bytes, slot: int) -> Header | None:
-    """The header in ``data`` (4 KiB), or None where signature or checksum is wrong."""
+    """The header in ``data`` (4 KiB), or None if the signature or checksum is wrong."""
     if len(data) != HEADER_SIZE or data[:4] != b"head" or not verify(data):
         return None
     fields = _LAYOUT.unpack_from(data)
@@ -137,10 +137,10 @@ def parse_header(data: bytes, slot: int) -> Header | None:
 def choose_header(first: Header | None, second: Header | None) -> Header:
     """The current header (2.2.2): the only valid one, or the one with the greater number.
 
-    Equal numbers are accepted when both say the same, as Disk2vhd writes them.
+    Equal numbers are accepted if both headers have the same content; Disk2vhd writes such headers.
 
     Raises:
-        DamagedError: none is valid, or the current one cannot be processed.
+        DamagedError: neither header is valid, or the current one cannot be processed.
     """
     if first is None and second is None:
         raise DamagedError(

@@ -22,13 +22,13 @@ _MOST_ENTRIES = 256
 
 @dataclass(frozen=True)
 class ParentLocator:
-    """Keys and values of a locator, in their order."""
+    """Keys and values of a locator, in file order."""
 
     entries: dict[str, str]
 
     @property
     def linkages(self) -> tuple[UUID, ...]:
-        """DataWriteGuids that the parent may have; Hyper-V's nil parent_linkage2 is none."""
+        """DataWriteGuids that the parent may have; Hyper-V's nil parent_linkage2 is skipped."""
         found = []
         for key in ("parent_linkage", "parent_linkage2"):
             try:
@@ -41,16 +41,16 @@ class ParentLocator:
 
     @property
     def paths(self) -> tuple[tuple[str, str], ...]:
-        """Kind and value of the parent's paths, in the specified order of trial."""
+        """Kind and value of the parent's paths, in the order in which they must be tried."""
         kinds = ("relative_path", "volume_path", "absolute_win32_path")
         return tuple((kind, self.entries[kind]) for kind in kinds if kind in self.entries)
 
 
 def parse_locator(data: bytes, offset: int) -> ParentLocator:
-    """The locator in the item ``data``, which stands at ``offset`` of the file.
+    """The locator in the item ``data``, which begins at ``offset`` of the file.
 
     Raises:
-        DamagedError: another type, entries outside the item, bad text, or no linkage.
+        DamagedError: the locator is malformed, has an unknown type, or lacks parent_linkage.
     """
 
     def refuse(message: str, where: int = 0) -> DamagedError:

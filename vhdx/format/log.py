@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Log entries and the active sequence ([MS-VHDX] 2.3).
 
-The log is a circular buffer of 4 KiB sectors. An entry is a header, descriptors, and a data sector
-for each data descriptor. Nothing here reads or writes a file: the log comes in as bytes.
+The log is a circular buffer of 4 KiB sectors. An entry consists of a header, descriptors, and a
+data sector for each data descriptor. These functions take the log as bytes and do no I/O.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _DATA_FIELDS = [
 
 @dataclass(frozen=True)
 class Patch:
-    """A change that replay makes: ``data``, or zeros when it is None; bytes."""
+    """A change that replay makes: writes ``data``, or zeros if None; offset and length in bytes."""
 
     offset: int
     length: int
@@ -68,13 +68,13 @@ class Entry:
     """A valid entry (2.3.1).
 
     Attributes:
-        offset: where it stands in the log, bytes.
+        offset: position in the log, bytes.
         length: bytes, a multiple of 4096.
-        tail: offset in the log of the oldest entry that is needed with this one.
+        tail: offset in the log of the oldest entry that must be replayed with this one.
         sequence_number: 1 or more.
-        flushed_file_offset: bytes that the file had, durably, when the entry was written.
-        last_file_offset: bytes that hold all structures.
-        patches: what it changes, in order.
+        flushed_file_offset: durable file size when the entry was written, bytes.
+        last_file_offset: file size that holds all allocated structures, bytes.
+        patches: the changes that the entry makes, in order.
     """
 
     offset: int
@@ -88,7 +88,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Sequence:
-    """The active sequence (2.3.3): entries from the head's tail to its head, in order."""
+    """A valid sequence of entries (2.3.3), in order from the head's tail to the head."""
 
     entries: tuple[Entry, ...]
 
@@ -103,7 +103,7 @@ def _descriptor_sectors(count: int) -> int:
 
 
 def entry_length(pages: int) -> int:
-    """Bytes of an entry with this many data descriptors and no others."""
+    """Bytes of an entry with this number of data descriptors and no zero descriptors."""
     return (_descriptor_sectors(pages) + pages) * SECTOR
 
 
@@ -154,7 +154,7 @@ def pack_entry(
 
 
 def guid_at(log: bytes, offset: int) -> UUID:
-    """The LogGuid that the entry header at ``offset`` names, valid or not."""
+    """The LogGuid in the entry header at ``offset``; the entry need not be valid."""
     return UUID(bytes_le=bytes(_HEADER.unpack_from(log, offset)[7]))
 
 
@@ -206,13 +206,13 @@ def _parse_patches(
 
 
 def parse_entry(log: bytes, offset: int, guid: UUID, log_offset: int) -> Entry | None:
-    """The entry at ``offset`` of ``log``, or None where no valid entry of this GUID stands.
+    """The entry at ``offset`` of ``log``, or None if no valid entry with this GUID begins there.
 
     Args:
         log: the whole log.
         offset: bytes, a multiple of 4096.
         guid: the header's LogGuid.
-        log_offset: where the log stands in the file; no entry may change the log itself.
+        log_offset: the log's offset in the file; no entry may change the log itself.
     """
     if log[offset : offset + 4] != b"loge":
         return None
@@ -251,7 +251,7 @@ def _run_from(log: bytes, start: int, guid: UUID, log_offset: int, budget: list[
         used += entry.length
         patches += len(entry.patches)
         if used > len(log) or patches > _MOST_PATCHES:
-            break  # it would overwrite its own beginning, or is made to exhaust us
+            break  # it overlaps its own beginning, or has too many patches
         run.append(entry)
         offset = (offset + entry.length) % len(log)
     return run
@@ -267,11 +267,11 @@ def find_active_sequence(log: bytes, guid: UUID, log_offset: int) -> Sequence | 
     """The valid sequence with the greatest head (2.3.3), cut to begin at the head's tail.
 
     Returns:
-        None when the log holds no valid sequence, although its GUID says that it must.
+        None if the log holds no valid sequence.
     """
     best: Sequence | None = None
     start = 0
-    # A log made to be slow claims long entries everywhere; a real one is read about twice.
+    # A hostile log may claim long entries everywhere; a normal log is read about twice.
     budget = [8 * len(log) + 16 * MIB]
     while start < len(log):
         run = _run_from(log, start, guid, log_offset, budget)
@@ -286,7 +286,7 @@ def find_active_sequence(log: bytes, guid: UUID, log_offset: int) -> Sequence | 
             best = Sequence(tuple(run[offsets.index(head.tail) :]))
         following = (head.offset + head.length) % len(log)
         if following <= start:
-            break  # it wrapped: every later start was seen
+            break  # the run wrapped around: no other start is left
         start = following
     return best
 
@@ -307,5 +307,5 @@ def find_sequence(log: bytes, guid: UUID, log_offset: int, number: int) -> Seque
 
 
 def patches_of(sequence: Sequence) -> list[Patch]:
-    """Everything replay changes, in order; later changes win."""
+    """All changes that replay makes, in order; later changes override earlier ones."""
     return [patch for entry in sequence.entries for patch in entry.patches]

@@ -41,7 +41,7 @@ VIRTUAL_DISK_ID = UUID("beca12ab-b2e6-4523-93ef-c309e000c746")
 LOGICAL_SECTOR_SIZE = UUID("8141bf1d-a96f-4709-ba47-f233a8faab5f")
 PHYSICAL_SECTOR_SIZE = UUID("cda348c7-445d-4471-9cc9-e9885251c556")
 PARENT_LOCATOR = UUID("a8d35f2d-b30b-454d-abf7-d3d84834ab0c")
-# Not in the specification; known to Microsoft's own parser (openvmm known_meta.rs).
+# Not in the specification, but in Microsoft's own parser (openvmm known_meta.rs).
 CHS_PARAMETERS = UUID("da02d7bc-3d3a-423c-ac88-2a36ab21479b")
 PMEM_LABEL = UUID("10e1ae8a-4b7e-4169-a40f-cd70de928393")
 INCOMPLETE = UUID("71cc85f0-1b69-4e28-9558-c3bf83ae75d3")
@@ -83,10 +83,10 @@ class Item:
     """An entry of the metadata table (2.6.1.2).
 
     Attributes:
-        guid: what it is.
+        guid: identifies the item.
         offset: bytes from the start of the region; 0 when the item is empty.
         length: bytes.
-        is_user, is_virtual_disk, is_required: its flags.
+        is_user, is_virtual_disk, is_required: flags of the entry.
     """
 
     guid: UUID
@@ -99,7 +99,7 @@ class Item:
 
 @dataclass(frozen=True)
 class DiskParameters:
-    """What the known items say (2.6.2); sizes in bytes."""
+    """The values of the known items (2.6.2); sizes in bytes."""
 
     virtual_size: int
     block_size: int
@@ -114,7 +114,7 @@ def parse_table(data: bytes, region_offset: int, region_length: int) -> list[Ite
     """The items of the table in ``data`` (64 KiB).
 
     Raises:
-        DamagedError: it is no table, or an item breaks a rule or must be refused.
+        DamagedError: there is no valid table, or an item is invalid, or required and unknown.
     """
 
     def refuse(message: str, where: int, reason: Reason = Reason.METADATA_TABLE) -> DamagedError:
@@ -163,7 +163,7 @@ def parse_table(data: bytes, region_offset: int, region_length: int) -> list[Ite
 
 
 def find_reserved(data: bytes) -> tuple[int, str] | None:
-    """Where a valid table sets bits that must be zero (2.6.1), and what; bytes from its start."""
+    """Offset in a valid table of bits that must be zero (2.6.1) but are set, and a message."""
     if any(data[8:10]) or any(data[12:32]):
         return 8, "the metadata table's header has reserved bits"
     for i in range(_HEADER.unpack_from(data)[2]):
@@ -174,7 +174,7 @@ def find_reserved(data: bytes) -> tuple[int, str] | None:
 
 
 def find_reserved_parameters(values: dict[UUID, bytes]) -> str | None:
-    """What of the valid file parameters must be zero and is not (2.6.2.1)."""
+    """A message if the valid file parameters set bits that must be zero (2.6.2.1)."""
     flags = struct.unpack("<II", values[FILE_PARAMETERS])[1]
     return "the file parameters have reserved bits" if flags & ~3 else None
 
@@ -187,7 +187,7 @@ def parse_parameters(values: dict[UUID, bytes], region_offset: int) -> DiskParam
     """The parameters of the disk from the bytes of its known items.
 
     Raises:
-        DamagedError: an item is missing, has the wrong length or an impossible value.
+        DamagedError: an item is missing, or has a wrong length or an invalid value.
     """
 
     def number(guid: UUID, name: str, layout: str) -> tuple[int, ...]:
@@ -241,7 +241,7 @@ def pack_metadata(
     Args:
         parameters: of the disk.
         parent_locator: of a differencing image.
-        items: further ones, with their content; their offsets do not count.
+        items: additional items, with their content; their offsets are ignored.
     """
     flags = (_LEAVE_ALLOCATED if parameters.leave_blocks_allocated else 0) | (
         _HAS_PARENT if parameters.has_parent else 0

@@ -39,7 +39,7 @@ _MOST_ENTRIES = 2047
 
 @dataclass(frozen=True)
 class Region:
-    """A region: what it is, and where (bytes)."""
+    """A region of the file; offset and length in bytes."""
 
     guid: UUID
     offset: int
@@ -70,7 +70,7 @@ def pack_table(regions: list[Region]) -> bytes:
 
 
 def parse_table(data: bytes) -> list[Region] | None:
-    """The regions in ``data`` (64 KiB), or None where it is not a valid table."""
+    """The regions in ``data`` (64 KiB), or None if it is not a valid table."""
     if len(data) != TABLE_SIZE or data[:4] != b"regi" or not verify(data):
         return None
     count = _HEADER.unpack_from(data)[2]
@@ -84,7 +84,7 @@ def parse_table(data: bytes) -> list[Region] | None:
 
 
 def find_reserved(data: bytes) -> tuple[int, str] | None:
-    """Where a valid table sets bits that must be zero (2.2.3), and what; bytes from its start."""
+    """Offset in a valid table of bits that must be zero (2.2.3) but are set, and a message."""
     if any(data[12:16]):
         return 12, "the region table's header has reserved bits"
     for i in range(_HEADER.unpack_from(data)[2]):
@@ -97,12 +97,13 @@ def find_reserved(data: bytes) -> tuple[int, str] | None:
 def check_regions(
     regions: list[Region], table_offset: int, log_offset: int, log_length: int
 ) -> tuple[Region, Region]:
-    """BAT and metadata region of a table whose rules all hold.
+    """Checks a table against all rules and returns its BAT and metadata regions.
 
-    QEMU leaves the Required bit of both out, so it is not insisted on.
+    QEMU does not set the Required bit of these two, so the bit is not checked.
 
     Raises:
-        DamagedError: misplaced, repeated, overlapping, missing or unknown required regions.
+        DamagedError: a region is misplaced, listed twice, overlapping, missing, or required and
+            unknown.
     """
     known: dict[UUID, Region] = {}
     spans = [(0, HEADER_SECTION, "the header section")]

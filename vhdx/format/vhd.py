@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """The legacy VHD format: footer, dynamic header, block allocation table.
 
-Source: Microsoft, "Virtual Hard Disk Image Format Specification", version 1.0 (2006); sections are
-named as there. All numbers are big-endian.
+The source is Microsoft, "Virtual Hard Disk Image Format Specification", version 1.0 (2006); section
+names are those of the specification. All numbers are big-endian.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ SECTOR = 512
 FOOTER_SIZE = 512
 HEADER_SIZE = 1024
 UNUSED = 0xFFFFFFFF
-"""A block allocation table entry of a block that is not stored."""
+"""The block allocation table entry of a block that is not stored."""
 
 LARGEST_DISK = 2040 * GIB
 DEFAULT_BLOCK_SIZE = 2 * MIB
@@ -59,7 +59,7 @@ _SMALLEST_BLOCK, _LARGEST_BLOCK = 4 * KIB, 256 * MIB
 _LARGEST_LOCATOR = 64 * KIB
 _LARGEST_GEOMETRY = 65535 * 16 * 255
 
-# Who writes "vpc " computes a disk's size from its geometry; everybody else goes by the size.
+# The creator "vpc " computes a disk's size from its geometry; all others use the size field.
 _BY_GEOMETRY = b"vpc "
 
 
@@ -76,16 +76,16 @@ class Footer:
     """Hard Disk Footer Format.
 
     Attributes:
-        data_offset: bytes; of the dynamic header, all ones for fixed disks.
+        data_offset: offset of the dynamic header, bytes; all ones for fixed disks.
         timestamp: seconds since 2000-01-01 UTC.
-        creator: four bytes that name the program.
-        creator_version, host_system: as they stand.
+        creator: four bytes that identify the program.
+        creator_version, host_system: uninterpreted.
         original_size, current_size: bytes.
-        geometry: cylinders, heads, sectors a track.
+        geometry: cylinders, heads, sectors per track.
         disk_type: fixed, dynamic or differencing.
         unique_id: of the disk.
-        saved_state: as it stands.
-        original: the footer as it was read.
+        saved_state: uninterpreted.
+        original: the bytes of the footer as they were read; empty in a new one.
     """
 
     data_offset: int
@@ -111,7 +111,7 @@ class Footer:
         return self.current_size
 
     def pack(self) -> bytes:
-        """The footer with its checksum; one that was read is what it was."""
+        """The footer with its checksum; a footer that was read is returned unchanged."""
         return self.original or _sealed(
             _FOOTER.pack(
                 COOKIE,
@@ -139,10 +139,10 @@ class DynamicHeader:
     """Dynamic Disk Header Format.
 
     Attributes:
-        table_offset: bytes; of the block allocation table.
-        entries: of the table.
+        table_offset: offset of the block allocation table, bytes.
+        entries: number of table entries.
         block_size: bytes, without the sector bitmap.
-        parent_id: unique id of the parent, of a differencing disk.
+        parent_id: unique id of a differencing disk's parent.
         parent_timestamp: seconds since 2000-01-01 UTC.
         parent_name: the parent's file name.
         locators: platform code, offset and length (bytes) of each parent locator.
@@ -174,7 +174,7 @@ class DynamicHeader:
 
 
 def _checksum(data: bytes, at: int) -> int:
-    """The one's complement of the sum of all bytes but the checksum's own."""
+    """The one's complement of the sum of all bytes except those of the checksum."""
     return ~(sum(data) - sum(data[at : at + 4])) & 0xFFFFFFFF
 
 
@@ -183,12 +183,12 @@ def _sealed(data: bytes, at: int) -> bytes:
 
 
 def bitmap_length(block_size: int) -> int:
-    """Bytes of the sector bitmap before each block, whole sectors."""
+    """Bytes of the sector bitmap before each block, rounded up to sectors."""
     return -(-block_size // SECTOR // 8 // SECTOR) * SECTOR
 
 
 def geometry_of(size: int) -> tuple[int, int, int]:
-    """Cylinders, heads and sectors a track of ``size`` bytes (Appendix: CHS Calculation)."""
+    """Cylinders, heads and sectors per track for ``size`` bytes (Appendix: CHS Calculation)."""
     total = min(size // SECTOR, _LARGEST_GEOMETRY)
     if total >= 65535 * 16 * 63:
         sectors, heads = 255, 16
@@ -203,9 +203,9 @@ def geometry_of(size: int) -> tuple[int, int, int]:
 
 
 def new_footer(size: int, disk_type: DiskType, unique_id: UUID) -> Footer:
-    """Of a new disk of ``size`` bytes.
+    """The footer of a new disk of ``size`` bytes.
 
-    The creator is the one by which every reader takes the size as it stands, and not the geometry.
+    With its creator, every reader uses the size field and not the geometry.
     """
     now = datetime.datetime.now(datetime.UTC)
     return Footer(
@@ -223,10 +223,10 @@ def new_footer(size: int, disk_type: DiskType, unique_id: UUID) -> Footer:
 
 
 def parse_footer(data: bytes) -> Footer | None:
-    """The footer in these 512 bytes; None where there is no valid one.
+    """The footer in these 512 bytes; None if it is not valid.
 
     Raises:
-        UnsupportedError: it is valid, but of a kind that is not known.
+        UnsupportedError: the footer is valid, but of an unknown version or type.
     """
     if len(data) != FOOTER_SIZE or data[:8] != COOKIE:
         return None
@@ -256,10 +256,10 @@ def parse_footer(data: bytes) -> Footer | None:
 
 
 def parse_header(data: bytes, offset: int, footer: Footer) -> DynamicHeader:
-    """The dynamic header in these 1024 bytes, which stand at ``offset`` of the file.
+    """The dynamic header in these 1024 bytes, which begin at ``offset`` of the file.
 
     Raises:
-        DamagedError: it is not valid, or does not fit the footer.
+        DamagedError: the header is not valid, or does not match the footer.
     """
 
     def refuse(message: str) -> DamagedError:
@@ -292,7 +292,7 @@ def parse_header(data: bytes, offset: int, footer: Footer) -> DynamicHeader:
 
 
 def parse_locator(code: bytes, data: bytes) -> PureWindowsPath | None:
-    """The path in a parent locator; None for kinds that name none (Parent Locator Entry)."""
+    """The path in a parent locator; None for codes that hold no path (Parent Locator Entry)."""
     if code not in {b"W2ru", b"W2ku"}:
         return None
     return PureWindowsPath(data.decode("utf-16-le", errors="replace").partition("\0")[0])

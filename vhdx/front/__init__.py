@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: MIT
-"""Front ends: each is a wire by which clients reach the disks of a session, and nothing else."""
+"""Front ends: each gives clients access to the disks of a session over one network protocol."""

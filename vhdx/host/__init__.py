@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""A running session: open disks, the pool of threads, Storage QoS, and the runtime directory."""
+"""A running session: open disks, the thread pool, Storage QoS, and the runtime directory."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""How disks are served: what clients may use, and what is wanted of each disk."""
+"""How disks are served: the limits of clients, and the QoS settings of disks."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["Limits", "ServerOptions"]
 
 @dataclass(frozen=True)
 class Limits:
-    """What clients may use.
+    """The resources that clients may use; each value is a maximum.
 
     Attributes:
-        connections: at once, over all exports.
-        handshake_seconds: until an export is chosen.
-        options: of a handshake.
-        option_bytes: data of one option.
-        requests: under way in one connection.
-        connection_bytes: payload under way in one connection.
-        server_bytes: payload under way in all connections. Each connection has 4 MiB of its own. The
-            rest is shared, but never less than a quarter of this value.
+        connections: connections at a time, over all exports.
+        handshake_seconds: time until the client has chosen an export.
+        options: options in one handshake.
+        option_bytes: bytes of data of one option.
+        requests: requests in flight on one connection.
+        connection_bytes: bytes of payload in flight on one connection.
+        server_bytes: bytes of payload in flight on all connections. Each connection has 4 MiB of
+            its own. The rest is shared, and is at least a quarter of this value.
         payload: bytes of one READ or WRITE.
     """
 
@@ -43,25 +43,27 @@ class Limits:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes that connections may borrow, beyond what each has of its own."""
+        """Bytes that connections may borrow in addition to their own 4 MiB each."""
         own = self.connections * plane.CONNECTION_BYTES
         return max(self.server_bytes - own, self.server_bytes // 4)
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Everything about a session but its disks and where clients reach it.
+    """All options of a session except its disks and its address.
 
     Attributes:
         read_only: refuse changes.
-        limits: what clients may use.
-        format: of the paths, as in :func:`vhdx.open`.
-        qos: what is wanted of each disk, by the name of its export: changes of what the file says,
-            in which None takes a setting away, or settings, which change what they have.
-        qos_file: where that is kept, and taken from; see :class:`vhdx.qos.Store`.
+        limits: the resources that clients may use.
+        format: the format of images that are given as paths, as in :func:`vhdx.open`.
+        qos: QoS settings by the name of the export, applied on top of those in ``qos_file``. In a
+            mapping, None removes a setting. In a :class:`vhdx.qos.Settings`, only fields that
+            differ from their default change a setting.
+        qos_file: the file that QoS settings are read from and saved to; see
+            :class:`vhdx.qos.Store`.
         qos_unit: bytes that count as one normalised I/O.
         qos_hook: a command that is run for each alert.
-        scheduling: whether minimums are kept, and how; watched only when None.
+        scheduling: whether and how minimums are kept; with None they are only watched.
     """
 
     read_only: bool = False

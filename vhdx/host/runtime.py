@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The runtime directory of a user, where servers have their sockets, and unix sockets there."""
+"""The runtime directory of a user, which holds the sockets of servers, and its unix sockets."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = [
 ]
 
 LONGEST_SOCKET_PATH = 107
-"""Bytes of the name of a unix socket (unix(7))."""
+"""The largest length in bytes of the path of a unix socket (unix(7))."""
 
 BACKLOG = 128
-"""Connections that wait to be accepted."""
+"""The largest number of connections that wait to be accepted."""
 
-# Of a login, of somebody without one, and of root's services; their owner is checked.
+# For login sessions, for users without one, and for services of root; the owner is checked.
 _OTHER_DIRECTORIES = ["/run/user/{}/vhdx", "/tmp/vhdx-{}", "/run/vhdx"]  # noqa: S108
 
 
@@ -47,20 +47,20 @@ class Peer(NamedTuple):
 
 
 def process_of(connected: socket.socket) -> Peer:
-    """Which process is at the other end, as the kernel noted it when the socket was connected.
+    """The process at the other end, as the kernel recorded it when the socket was connected.
 
     Raises:
-        OSError: it is no unix socket.
+        OSError: the socket is not a unix socket.
     """
     found = connected.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     return Peer(*_CREDENTIALS.unpack(found))
 
 
 def runtime_directory() -> Path:
-    """The directory of this user's sockets, made with mode 0700.
+    """The directory of this user's sockets, which is created with mode 0700 if needed.
 
     Raises:
-        HostIOError: it belongs to somebody else, or cannot be made.
+        HostIOError: the directory belongs to another user, or cannot be created.
     """
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base:
@@ -73,18 +73,18 @@ def runtime_directory() -> Path:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = path.lstat()
     except OSError as error:
-        raise HostIOError(f"it cannot be made: {error.strerror}", path=path) from error
+        raise HostIOError(f"it cannot be created: {error.strerror}", path=path) from error
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
-        raise HostIOError("it belongs to somebody else", reason=Reason.PERMISSION, path=path)
+        raise HostIOError("it is not a directory of this user", reason=Reason.PERMISSION, path=path)
     if status.st_mode & 0o077:
         path.chmod(0o700)
     return path
 
 
 def runtime_directories() -> list[Path]:
-    """Where this user's servers may have their sockets: :func:`runtime_directory` comes first.
+    """All directories where this user's servers may have sockets, :func:`runtime_directory` first.
 
-    A service manager starts servers without ``XDG_RUNTIME_DIR``, and a login sets it.
+    A login sets ``XDG_RUNTIME_DIR``, but a service manager starts servers without it.
     """
     user = os.geteuid()
     found = [runtime_directory()]
@@ -97,7 +97,7 @@ def runtime_directories() -> list[Path]:
 
 
 def is_alive(path: Path) -> bool:
-    """Whether a server listens there; the socket of a dead one is removed."""
+    """Whether a server listens on the socket; the socket of a server that has died is removed."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
@@ -106,7 +106,7 @@ def is_alive(path: Path) -> bool:
             path.unlink(missing_ok=True)
             return False
         except BlockingIOError:
-            return True  # its queue is full
+            return True  # its backlog is full
         except OSError:
             return False
     return True
@@ -116,12 +116,13 @@ def listen_unix(path: str) -> socket.socket:
     """A socket that listens at ``path``.
 
     Raises:
-        InUseError: another one does.
+        InUseError: another server listens there.
     """
     if Path(path).is_socket() and is_alive(Path(path)):
         raise InUseError("another server listens there", path=path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    # Under its own name it listens from the start: one that does not would be taken for dead.
+    # Bind to a temporary name and rename after listen(), because is_alive() removes a socket that
+    # does not listen yet.
     first = f"{path}~{secrets.token_hex(2)}"
     renamed = len(os.fsencode(first)) <= LONGEST_SOCKET_PATH and not os.path.lexists(path)
     try:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Disks that are open to be served, and what they share: a pool of threads and Storage QoS.
+"""The open disks of a server, and what they share: a thread pool and Storage QoS.
 
-A session knows no wire. Front ends bring clients to it; operations on served disks reach it through
-the control socket.
+A session knows no network protocol. Front ends connect clients to it, and the control socket brings
+operations on served disks.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Export(NamedTuple):
 
     Attributes:
         disk: the disk.
-        device: what its requests go to, below QoS.
+        device: the device below QoS that its requests go to.
     """
 
     disk: Disk
@@ -43,17 +43,18 @@ class Session:
     """Opens disks and serves them to front ends until :meth:`close`.
 
     Args:
-        exports: by name, a path or an open :class:`Disk`. A path is opened and closed by the session;
-            a Disk stays the caller's, and cannot be closed while it is served.
-        options: how they are served.
+        exports: a path or an open :class:`Disk` for each export name. The session opens and closes
+            images given as paths. A Disk stays the caller's, and cannot be closed while it is
+            served.
+        options: how the disks are served.
 
     Attributes:
-        pool: of the threads that do what may block.
-        exports: by name, in the order in which they were given.
-        qos: what is wanted of the disks, and what they get.
+        pool: the thread pool for operations that may block.
+        exports: the exports by name, in the order in which they were given.
+        qos: the QoS of the disks.
 
     Raises:
-        InvalidArgumentError: there is nothing to serve, or under a name that no export can have.
+        InvalidArgumentError: there is no export, or an export has an invalid name.
         VhdxError: an image cannot be opened.
     """
 
@@ -118,15 +119,15 @@ class Session:
         return {name: export.disk for name, export in self.exports.items()}
 
     def begin(self) -> None:
-        """Clients can come now."""
+        """Saves the QoS settings, and shortens the interpreter's switch interval."""
         self.qos.begin()
         self._cleanup.enter_context(plane.serving())
 
     def flush(self) -> None:
-        """Makes every disk durable that can be changed.
+        """Flushes every writable disk.
 
         Raises:
-            VhdxError: one could not; the others were flushed all the same.
+            VhdxError: the flush of a disk failed; the other disks were flushed nevertheless.
         """
         with contextlib.ExitStack() as stack:
             for export in self.exports.values():
@@ -134,5 +135,5 @@ class Session:
                     stack.callback(export.device.flush)
 
     def close(self) -> None:
-        """Ends QoS and closes what it opened; no client may be left."""
+        """Ends QoS and closes the images that the session opened; no client may be connected."""
         self._cleanup.close()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """Image formats: opening, creating and converting disks.
 
-Owns: which bytes of a host file mean what. Never: how they are moved (the plane does).
+This package defines what the bytes of a host file mean. It never moves them: the plane does.
 """
 
 from typing import TYPE_CHECKING

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Owner, mode, access control list and extended attributes of a name, when another file takes it."""
+"""Keeps owner, mode, ACL and extended attributes when a new file replaces another one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vhdx.errors import HostIOError, Reason
 __all__ = ["OWN_PREFIX", "check_owner", "copy_attributes"]
 
 OWN_PREFIX = "user.vhdx."
-"""Extended attributes that say something of one file, not of a name: they are not copied."""
+"""Prefix of extended attributes that describe one file only, so they are not copied."""
 
 _ACL = "system.posix_acl_access"
 _PRIVILEGED = ("security.", "trusted.")
@@ -21,7 +21,7 @@ _NOT_THERE = {errno.ENOTSUP, errno.ENODATA}
 
 
 def check_owner(source: str | os.PathLike[str]) -> None:
-    """Refuses where a new file cannot get the owner and group of ``source``.
+    """Raises if a new file cannot get the owner and group of ``source``.
 
     Raises:
         HostIOError: reason PERMISSION.
@@ -45,7 +45,7 @@ def copy_attributes(source: str | os.PathLike[str], fd: int) -> None:
     """Gives the open file ``fd`` the owner, mode, ACL, labels and attributes of ``source``.
 
     Raises:
-        HostIOError: they cannot be kept.
+        HostIOError: the owner or an attribute cannot be copied.
     """
     wanted, now = os.stat(source), os.fstat(fd)
     if (wanted.st_uid, wanted.st_gid) != (now.st_uid, now.st_gid):
@@ -54,7 +54,7 @@ def copy_attributes(source: str | os.PathLike[str], fd: int) -> None:
         except OSError as error:
             raise _refused(source, wanted) from error
     names = _names(source)
-    if _ACL not in names:  # one that the directory gave it would let others in
+    if _ACL not in names:  # an ACL inherited from the directory would let others in
         with contextlib.suppress(OSError):
             os.removexattr(fd, _ACL)
     os.fchmod(fd, stat.S_IMODE(wanted.st_mode))
@@ -74,11 +74,11 @@ def _copy(source: str | os.PathLike[str], fd: int, name: str) -> None:
         value = os.getxattr(source, name)
         with contextlib.suppress(OSError):
             if os.getxattr(fd, name) == value:
-                return  # a label that the system gave it
+                return  # a label that the system set already
         os.setxattr(fd, name, value)
     except OSError as error:
         if error.errno in _NOT_THERE or name.startswith(_PRIVILEGED):
-            return  # it went in between, or only the system may set it
+            return  # it was removed meanwhile, or only the system may set it
         raise HostIOError(
             f"its extended attribute {name} cannot be kept: {error.strerror}", path=source
         ) from error

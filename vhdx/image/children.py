@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT
-"""Who is based on an image, so that nobody changes it under them.
+"""Finds the children of an image, so that a change of their parent can be refused.
 
-An image does not know its children. They are looked for in the image's own directory, and where a
-hint says that there are some elsewhere: an extended attribute of the image's file, which others
-ignore. What makes a file a child depends on the format; ``children.py`` of each format decides it.
+An image does not record its children. They are searched for in the image's own directory and at the
+paths in its hint. The hint is an extended attribute of the image's file; other programs ignore it.
+What makes a file a child depends on the format; ``children.py`` of each format decides it.
 
-Hint (``user.vhdx.children``): ``vhdx children 1``, CRC-32C of the rest (8 hexadecimal digits), and
-the absolute paths of children, each behind a NUL byte. It is replaced as a whole. Recovery: one that
-does not fit its checksum counts as none; a path that leads to no child is ignored, and dropped when
-the next child is added.
+Hint (``user.vhdx.children``): ``vhdx children 1``, a space, the CRC-32C of the rest (8 hexadecimal
+digits), and the absolute paths of children, each after a NUL byte. The hint is replaced as a whole.
+Recovery: a hint with a wrong checksum counts as no hint. A path that leads to no child is ignored.
+A path where no file exists is dropped when the next child is added.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ StrPath = str | os.PathLike[str]
 _log = logging.getLogger(__name__)
 _HINT = OWN_PREFIX + "children"
 _HEAD = b"vhdx children 1"
-_LARGEST_HINT = 2048  # ext4 has 4 KiB at most for all attributes of a file
+_LARGEST_HINT = 2048  # ext4 has at most 4 KiB for all attributes of a file
 _FORMATS = ("vhdx.image.vhdx.children", "vhdx.image.vhd.children")
 
 
 def pack_hint(paths: list[str]) -> bytes:
-    """The attribute's value; the oldest paths are left out where there are too many."""
+    """The attribute's value; the oldest paths are dropped if there are too many."""
     encoded = [b"\0" + os.fsencode(path) for path in paths]
     while sum(map(len, encoded)) > _LARGEST_HINT - len(_HEAD) - 9:
         del encoded[0]
@@ -45,7 +45,7 @@ def pack_hint(paths: list[str]) -> bytes:
 
 
 def parse_hint(value: bytes) -> list[str]:
-    """The paths in an attribute's value; none where it is not whole."""
+    """The paths in an attribute's value; none if the value is invalid."""
     head, body = value[: len(_HEAD) + 9], value[len(_HEAD) + 9 :]
     if head != _HEAD + b" %08x" % google_crc32c.value(body):
         return []
@@ -53,26 +53,26 @@ def parse_hint(value: bytes) -> list[str]:
 
 
 def hinted(path: StrPath) -> list[str]:
-    """The paths that the hint at the image ``path`` names."""
+    """The paths in the hint of the image ``path``."""
     try:
         return parse_hint(os.getxattr(path, _HINT))
     except OSError:
-        return []  # none, or a file system without them
+        return []  # no hint, or no extended attributes
 
 
 def note_child(path: StrPath, child: StrPath, *, of: StrPath | None = None) -> None:
-    """Leaves a hint at the image ``path`` that ``child`` is based on it, or is about to be.
+    """Adds ``child``, which is or will be based on the image ``path``, to the image's hint.
 
     Args:
-        path: of the image now.
-        child: where the child is, or will be.
-        of: where the image will be; ``path`` when None.
+        path: the image's path now.
+        child: the child's path, now or later.
+        of: the image's later path; ``path`` when None.
     """
     name = os.path.realpath(child)
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            with contextlib.suppress(OSError):  # some file systems have no such locks
+            with contextlib.suppress(OSError):  # some file systems do not support flock
                 fcntl.flock(fd, fcntl.LOCK_EX)
             kept = [each for each in hinted(path) if each != name and os.path.lexists(each)]
             os.setxattr(fd, _HINT, pack_hint([*kept, name]))
@@ -82,7 +82,7 @@ def note_child(path: StrPath, child: StrPath, *, of: StrPath | None = None) -> N
         there = os.path.realpath(path if of is None else of)
         if os.path.dirname(name) != os.path.dirname(there):
             _log.warning(
-                "%s: no hint of %s can be left there (%s), so a change of it will not be refused",
+                "%s: cannot record its child %s (%s), so changes to the parent will not be refused",
                 there,
                 name,
                 error.strerror,
@@ -95,11 +95,11 @@ def guard_replaced(path: StrPath) -> None:
     Raises:
         InUseError: naming the child.
     """
-    for each in _FORMATS:  # they stand above this module, so they are found by name
+    for each in _FORMATS:  # they belong to a higher layer, so they are imported by name
         importlib.import_module(each).guard_replaced(path)
 
 
 def shown(child: Path, path: StrPath) -> str:
-    """``child`` as messages name it: without the directory where that is the image's, too."""
+    """The path of ``child`` for messages: only its name if it is in the image's directory."""
     beside = child.parent == Path(os.path.realpath(path)).parent
     return child.name if beside else os.fspath(child)

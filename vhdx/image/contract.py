@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What an image format gives a disk, and what its operations answer."""
+"""The interface between a disk and its image format, and the results of its operations."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ __all__ = ["Compacted", "Format"]
 
 @dataclass
 class Compacted:
-    """What a compaction did; bytes.
+    """The result of a compaction; sizes in bytes.
 
     Attributes:
-        file_size_before, file_size_after: of the file.
-        allocated_before, allocated_after: what the host has set aside for it.
-        zeroed: blocks that held nothing but zeros.
-        moved: blocks that were moved down.
+        file_size_before, file_size_after: size of the file.
+        allocated_before, allocated_after: space that the host has allocated to the file.
+        zeroed: number of blocks that held only zeros.
+        moved: number of blocks that were moved towards the start of the file.
     """
 
     file_size_before: int
@@ -45,7 +45,7 @@ class Compacted:
 
 
 class Format(Protocol):
-    """What an image format gives a disk."""
+    """What a disk requires of an image format."""
 
     name: str
     block_size: int
@@ -60,20 +60,20 @@ class Format(Protocol):
 
     @property
     def minimum_size(self) -> int | None:
-        """Bytes, or None where nothing says what is in use."""
+        """The smallest size for a shrink, bytes; None if it is unknown what is in use."""
 
     @property
     def device(self) -> plane.Device:
-        """What requests go to."""
+        """The device that serves requests."""
 
     def describe(self) -> dict[str, Any]:
         """What ``vhdx info`` shows beyond the common part; sizes in bytes."""
 
     def resize(self, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> str | None:
-        """Changes the size of the disk; what is left to be done in the guest, or None."""
+        """Changes the size of the disk; returns what remains to be done in the guest, or None."""
 
     def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
-        """Keeps the disk as it is now under another name, and goes on in a child."""
+        """Keeps the current content as a checkpoint and continues in a child; returns its path."""
 
     def compact(
         self,
@@ -88,10 +88,10 @@ class Format(Protocol):
 
     @property
     def has_released(self) -> bool:
-        """Whether space that was trimmed waits for a flush to be given back."""
+        """Whether trimmed space waits for a flush before it goes back to the host."""
 
     def extents(self, offset: int, length: int) -> Iterator[plane.RawExtent]:
         """Runs of one state that cover the range, in order; neighbours may have equal states."""
 
     def close(self) -> None:
-        """Makes everything durable and lets go of the files."""
+        """Makes everything durable and closes the files."""

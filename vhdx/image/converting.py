@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Converts images: only what the source stores is read, only what is not zero is written."""
+"""Converts images: reads only what the source stores, and writes only what is not zero."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ _WORKERS = 2
 
 
 def destination_format(path: StrPath, to: str | None) -> str:
-    """The format of a destination: ``to``, or by the ending of its name.
+    """The format of a destination: ``to``, or the one that its file name suffix stands for.
 
     Raises:
-        InvalidArgumentError: neither tells.
+        InvalidArgumentError: the format is unknown.
     """
     if to is not None:
         if to not in FORMATS:
@@ -56,7 +56,7 @@ def destination_format(path: StrPath, to: str | None) -> str:
     found = format_of_name(path)
     if found is None:
         raise InvalidArgumentError(
-            "its name does not tell the format", path=path, hint="say it with --to"
+            "its name has no suffix of a known format", path=path, hint="specify --to"
         )
     return found
 
@@ -83,27 +83,28 @@ def convert(
 ) -> int:
     """Copies a disk into a new image.
 
-    The destination is written under a temporary name and gets its own when it is whole and durable;
-    when the copy fails or is cancelled nothing is left behind.
+    The destination is written under a temporary name. It gets its own name when it is complete and
+    durable. If the copy fails or is cancelled, nothing is left behind.
 
     Args:
-        source: an image.
-        destination: where; an existing file is refused unless ``force``.
-        to: "vhdx", "vhd" or "raw"; by the ending of the name when None.
-        format: of the source, as in :func:`vhdx.open`.
+        source: path of an image.
+        destination: path of the new image; an existing file is refused unless ``force``.
+        to: "vhdx", "vhd" or "raw"; chosen by the destination's suffix when None.
+        format: format of the source, as in :func:`vhdx.open`.
         type: "dynamic" or "fixed", for VHDX and VHD.
-        block_size, logical_sector_size, physical_sector_size: for VHDX; the source's sectors and
-            32 MiB blocks when None. For VHD the block size only, 2 MiB when None.
-        azure: make what Azure takes: a fixed VHD of whole MiB.
+        block_size, logical_sector_size, physical_sector_size: for VHDX; 32 MiB blocks and the
+            source's sector sizes when None. A VHD has 2 MiB blocks when None; a logical sector size
+            of 512 allows a source with sectors of 4096 bytes.
+        azure: make an image that Azure accepts: a fixed VHD whose size is a multiple of 1 MiB.
         chain, parent_search, view: as in :func:`vhdx.open`.
         sparse: leave holes in the host file where the disk is zero.
-        force: replace what is there.
+        force: replace an existing destination.
         progress: called with the bytes done and the bytes that the source stores.
-        cancel: asked between pieces; the copy stops when it answers True.
+        cancel: called between pieces; the copy stops when it returns True.
 
     Returns:
-        Bytes of zeros that were added to fill the last sector (for Azure, the last MiB); 0 unless
-        the source's size is no multiple of that.
+        Bytes of zeros that were added to fill the last sector (for Azure, the last MiB); 0 if the
+        source's size is a multiple of that.
 
     Raises:
         VhdxError: as :func:`vhdx.open` and :func:`vhdx.create`; reason CANCELLED when cancelled.
@@ -118,7 +119,7 @@ def convert(
     target = "vhd" if azure and to is None and named is None else destination_format(destination, to)
     if azure:
         if target != "vhd":
-            raise InvalidArgumentError("Azure takes VHD only", path=destination, hint="name it .vhd")
+            raise InvalidArgumentError("Azure needs a VHD", path=destination, hint="name it .vhd")
         type = "fixed"
     with (
         open_disk(
@@ -137,7 +138,7 @@ def convert(
                 raise InvalidArgumentError(
                     "a VHD has sectors of 512 bytes, the source has 4096",
                     path=destination,
-                    hint="no guest would find its partitions; --logical-sector 512 does it anyway",
+                    hint="no guest would find its partitions; --logical-sector 512 converts anyway",
                 )
             size = round_up(disk.size, MIB if azure else vhd.SECTOR)
             block = check_vhd(destination, size, type=type, block_size=block_size)
@@ -180,7 +181,7 @@ def _is_same_file(source: StrPath, destination: StrPath) -> bool:
     try:
         return os.path.samefile(source, destination)
     except (OSError, ValueError):
-        return False  # one of them is not there
+        return False  # one of them does not exist
 
 
 def _fill_vhd(
@@ -211,17 +212,17 @@ def _pieces(disk: Disk) -> Iterator[tuple[int, int]]:
         end = extent.offset + extent.length
         at = extent.offset
         while at < end:
-            # To multiples of the piece, so that pieces and blocks do not straddle.
+            # Ends at a multiple of the piece size, so that pieces and blocks are aligned.
             stop = min(end, (at // _PIECE + 1) * _PIECE)
             yield at, stop - at
             at = stop
 
 
 class _Copy:
-    """Pieces of a disk on their way into a new image; zeros are not written.
+    """Copies the pieces of a disk into a new image; zeros are not written.
 
-    Workers take pieces in order, and each reads and writes its own, so that one reads while another
-    writes; the host lets only one at a time write a file, so more than two do not help.
+    Workers take pieces in order. Each worker reads and writes its own pieces, so one reads while
+    another writes. The host serialises writes to one file, so more than two workers do not help.
     """
 
     def __init__(
@@ -240,7 +241,7 @@ class _Copy:
         self._failure: BaseException | None = None
 
     def run(self) -> None:
-        """Copies all of it and makes it durable.
+        """Copies all pieces and makes them durable.
 
         Raises:
             VhdxError: the first failure of any worker; reason CANCELLED when cancelled.
@@ -259,7 +260,7 @@ class _Copy:
                 thread.join()
         if self._failure is not None:
             raise self._failure
-        self._tell(self._total)  # the last pieces may have been the other worker's
+        self._tell(self._total)  # other workers do not report their pieces
         self._target.flush()
 
     def _take(self) -> tuple[int, int] | None:
@@ -267,7 +268,7 @@ class _Copy:
             return None if self._failure is not None else next(self._pieces, None)
 
     def _work(self, *, first: bool = False) -> None:
-        """Copies pieces until there are none; the first worker is the caller's thread."""
+        """Copies pieces until none are left; the first worker runs on the caller's thread."""
         buffer = memoryview(bytearray(_PIECE))
         try:
             while (piece := self._take()) is not None:
@@ -302,13 +303,13 @@ _GRAIN = 64 << 10
 
 
 def _write_data(target: plane.Device, data: memoryview, offset: int) -> None:
-    """Writes ``data`` but for its grains of 64 KiB that are all zero."""
+    """Writes ``data``, except for grains of 64 KiB that are all zero."""
     for start, end in _not_zero(data):
         target.write(data[start:end], offset + start)
 
 
 def _not_zero(data: memoryview) -> Iterator[tuple[int, int]]:
-    """Runs of grains that are not all zero."""
+    """Start and end (bytes) of each run of grains that are not all zero."""
     grains = -(-len(data) // _GRAIN)
     wanted = np.ones(grains, np.bool_)
     whole = len(data) // _GRAIN

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Creates images of any type: what :func:`vhdx.create` is."""
+"""Creates images of any type: implements :func:`vhdx.create`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BY_SUFFIX = {
 
 
 def format_of_name(path: StrPath) -> str | None:
-    """The format that an ending stands for: "vhdx", "vhd", "raw", or None."""
+    """The format that a file name suffix stands for: "vhdx", "vhd", "raw", or None."""
     suffix = os.path.splitext(os.fsdecode(path))[1].lower()
     return _BY_SUFFIX.get(suffix)
 
@@ -53,30 +53,34 @@ def create_disk(
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> None:
-    """Creates an empty image: a VHD where the name ends in .vhd, else a VHDX.
+    """Creates an empty image: a VHD if the name ends in .vhd or .avhd, else a VHDX.
 
     Args:
-        path: where; an existing file is refused unless ``force``.
-        size: of the virtual disk, bytes: a multiple of the logical sector, 1 sector to 64 TiB. A
-            differencing image has its parent's when None.
-        type: "dynamic", "fixed" (all space allocated now) or "differencing"; differencing with a
-            parent and dynamic without one when None.
+        path: of the new image; an existing file is refused unless ``force``.
+        size: of the virtual disk, bytes: a multiple of the logical sector, 1 sector to 64 TiB. When
+            None, a differencing image has its parent's size.
+        type: "dynamic", "fixed" (all space allocated now) or "differencing". When None, an image
+            with a parent is differencing, and one without a parent is dynamic.
         parent: the image that a differencing one is based on; it must not be changed afterwards.
         block_size: bytes, a power of two from 1 MiB to 256 MiB; when None 32 MiB, or 2 MiB for a
-            differencing image. A VHD has 512 KiB, 1 MiB or 2 MiB.
+            differencing image. A VHD has 512 KiB, 1 MiB or 2 MiB, and 2 MiB when None.
         logical_sector_size, physical_sector_size: 512 or 4096; 512 and 4096 when None. A
-            differencing image has its parent's.
-        sparse: False writes a fixed image out with zeros, so that the host file has no unwritten
-            parts either.
-        force: replace what is there.
-        disk_id: the virtual disk id (SCSI page 83); random when None, the parent's in a child.
-        progress, cancel: called while a fixed image is allocated; nothing is left when ``cancel``
-            answers True.
+            differencing image has its parent's. A VHD has 512 for both.
+        sparse: False writes zeros over a fixed image, so that its file has no unwritten extents.
+        force: replace an existing file.
+        disk_id: the virtual disk id (SCSI page 83); random when None. A differencing image has its
+            parent's.
+        progress, cancel: called while a fixed image is allocated; if ``cancel`` returns True,
+            nothing is left behind.
 
     Raises:
         InvalidArgumentError, ExistsError, NotFoundError, NoSpaceError, HostIOError: as the message
-            says; with a parent also what :func:`vhdx.open` raises.
+            says; with a parent also the exceptions of :func:`vhdx.open`.
     """
+    if format_of_name(path) == "raw":
+        raise InvalidArgumentError(
+            "an image of this name would be taken for a raw one", path=path, hint="name it .vhdx"
+        )
     if type is None:
         type = "dynamic" if parent is None else "differencing"
     if type == "differencing":
@@ -87,7 +91,7 @@ def create_disk(
         given: list[object] = [logical_sector_size, physical_sector_size, disk_id]
         if given != [None, None, None]:
             raise InvalidArgumentError(
-                "a differencing image has the sectors and the id of its parent", path=path
+                "a differencing image has the sector sizes and the id of its parent", path=path
             )
         create_child(path, parent, size=size, block_size=block_size, force=force)
         return

@@ -26,10 +26,10 @@ __all__ = ["Disk", "Extent", "ExtentState"]
 
 
 class ExtentState(StrEnum):
-    """What a range of a disk is.
+    """The state of a range of a disk.
 
-    DATA: some layer of the chain stores it. ZERO: a layer says that it reads zeros. HOLE: nothing is
-    stored, and it reads zeros.
+    DATA: some layer of the chain stores the range. ZERO: a layer marks it as zeros. HOLE: no layer
+    stores it, and it reads as zeros.
     """
 
     DATA = "data"
@@ -46,8 +46,9 @@ class Extent:
     Attributes:
         offset: bytes from the start of the disk.
         length: bytes.
-        state: what it is.
-        depth: 0 when this image says so, 1 its parent, and so on; None for holes.
+        state: the state of the whole run.
+        depth: the layer that determines the state: 0 is this image, 1 its parent, and so on; None
+            for holes.
     """
 
     __slots__ = ("depth", "length", "offset", "state")
@@ -77,11 +78,11 @@ class Extent:
 class Disk:
     """An open disk image; every method may be called from any thread.
 
-    Offsets and lengths are bytes, and any value inside the disk will do. What :meth:`flush` has
-    covered survives a crash of the host. Use it as a context manager, or call :meth:`close`.
+    Offsets and lengths are in bytes; they need no alignment. What :meth:`flush` has covered
+    survives a crash of the host. Use the disk as a context manager, or call :meth:`close`.
 
-    Signal handlers of Python never interrupt an operation in the middle: one that raises, as Ctrl-C
-    does, makes a long operation stop at a point where the image is whole.
+    Python's signal handlers never interrupt an operation in the middle. A handler that raises, as
+    Ctrl-C does, makes a long operation stop at a point where the image is consistent.
     """
 
     def __init__(self, image: Format) -> None:
@@ -100,32 +101,32 @@ class Disk:
 
     @property
     def path(self) -> str:
-        """Of the image, as it was opened."""
+        """The path of the image, as it was opened."""
         return self._image.path
 
     @property
     def format(self) -> str:
-        """The name of the image format: "vhdx" or "raw"."""
+        """The name of the image format: "vhdx", "vhd" or "raw"."""
         return self._image.name
 
     @property
     def size(self) -> int:
-        """Bytes of the virtual disk."""
+        """Size of the virtual disk in bytes."""
         return self._device.size
 
     @property
     def block_size(self) -> int:
-        """Bytes that the format allocates at once."""
+        """Bytes of a block, the unit in which the format allocates space."""
         return self._image.block_size
 
     @property
     def logical_sector_size(self) -> int:
-        """512 or 4096 bytes; what a guest addresses."""
+        """512 or 4096 bytes; the unit in which a guest addresses the disk."""
         return self._image.logical_sector_size
 
     @property
     def physical_sector_size(self) -> int:
-        """512 or 4096 bytes; what a guest should align to."""
+        """512 or 4096 bytes; the alignment that a guest should use."""
         return self._image.physical_sector_size
 
     @property
@@ -140,17 +141,17 @@ class Disk:
 
     @property
     def key(self) -> tuple[int, int]:
-        """(device, inode) of the image's file, by which programs find who has it open."""
+        """(device, inode), which identify the image's file whatever its path."""
         return self._image.key
 
     @property
     def minimum_size(self) -> int | None:
-        """Bytes below which a shrink would cut off a partition; None where that is not known."""
+        """Bytes below which a shrink would cut off a partition; None if that is unknown."""
         self._check_open()
         return self._image.minimum_size
 
     def describe(self) -> dict[str, Any]:
-        """What ``vhdx info --json`` shows; sizes in bytes."""
+        """The facts that ``vhdx info --json`` shows; sizes in bytes."""
         self._check_open()
         return {
             "path": self.path,
@@ -165,10 +166,10 @@ class Disk:
     # ---- reading ----
 
     def pread(self, length: int, offset: int) -> bytes:
-        """``length`` bytes from ``offset`` on.
+        """Reads ``length`` bytes at ``offset``.
 
         Raises:
-            RangeError: the range is not inside the disk; nothing is read short.
+            RangeError: the range is not inside the disk; there are no short reads.
         """
         return self._device.read(length, offset)
 
@@ -178,7 +179,7 @@ class Disk:
 
     def preadv(self, buffers: Iterable[Buffer], offset: int) -> int:
         """Fills ``buffers`` one after the other; returns the bytes read."""
-        buffers = list(buffers)  # looked at twice: an iterator will do, too
+        buffers = list(buffers)  # read twice, and it may be an iterator
         self._check_range(buffers, offset)
         done = 0
         for buffer in buffers:
@@ -206,15 +207,16 @@ class Disk:
         """Writes ``data`` at ``offset``; returns its length.
 
         Args:
-            data: anything with the buffer protocol.
+            data: any object with the buffer protocol.
             offset: bytes.
-            fua: durable on return.
+            fua: make the data durable before returning.
 
         Raises:
-            RangeError: the range is not inside the disk; nothing is written short.
-            ReadOnlyError: the disk is open for reading.
-            NoSpaceError: the host is full; sectors of the range hold old or new content, everything
-                else is unchanged, and the disk is usable as soon as there is space.
+            RangeError: the range is not inside the disk; there are no short writes.
+            ReadOnlyError: the disk is open for reading only.
+            NoSpaceError: the host is out of space. Each sector of the range holds its old or new
+                content; everything else is unchanged. The disk is usable again as soon as there is
+                space.
         """
         return self._device.write(data, offset, fua=fua)
 
@@ -228,7 +230,7 @@ class Disk:
         return done
 
     def _check_range(self, buffers: Sequence[Buffer], offset: int) -> None:
-        # The whole range before its first part, so that nothing is done short.
+        # Checks the whole range first, so that there is no partial transfer.
         end = offset + sum(memoryview(buffer).nbytes for buffer in buffers)
         if offset < 0 or end > self.size:
             raise RangeError(
@@ -236,19 +238,19 @@ class Disk:
             )
 
     def zero(self, offset: int, length: int, *, fua: bool = False) -> None:
-        """Makes the range read as zeros; whole blocks of a dynamic image give their space back."""
+        """Makes the range read as zeros; a dynamic image frees the space of whole blocks."""
         self._device.zero(offset, length, fua=fua)
 
     def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
-        """Says that the range's content is no longer needed; it reads as before, or zeros."""
+        """Discards the range; afterwards it reads as before or as zeros."""
         self._device.trim(offset, length, fua=fua)
 
     def flush(self) -> None:
-        """Makes durable what was written by every call that has returned."""
+        """Makes durable what every call that has returned has written."""
         self._device.flush()
 
     def reclaim(self) -> None:
-        """Gives the space of trimmed blocks back to the host now; flushes if that needs it."""
+        """Returns the space of trimmed blocks to the host now, by a flush if any space waits."""
         self._check_open()
         if self._image.has_released:
             self.flush()
@@ -257,41 +259,41 @@ class Disk:
     def resize(
         self, size: int, *, shrink: bool = False, unsafe: bool = False, move_gpt: bool = False
     ) -> str | None:
-        """Changes the size while the disk is used; what is new reads as zeros.
+        """Changes the size while the disk is in use; the added range reads as zeros.
 
-        Partitions and file systems in it are left to the guest. After a crash the disk has the old
+        The guest must adjust its partitions and file systems. After a crash the disk has the old
         size or the new one.
 
         Args:
             size: bytes, a multiple of the logical sector.
-            shrink: allow a smaller size. It is refused below the end of the last partition.
-            unsafe: allow it where there is no partition table, so that nothing says what is in use,
-                and where a GPT's second copy would be cut off.
-            move_gpt: move the second copy of a GPT to the new end; no guest may use the disk then.
+            shrink: allow a smaller size, but not below the end of the last partition.
+            unsafe: allow a shrink that cuts off the backup GPT, or one where the partition table is
+                missing or empty, so that it is unknown what is in use.
+            move_gpt: move the backup GPT to the new end; no guest may use the disk meanwhile.
 
         Returns:
-            What is left to be done in the guest, or None.
+            What remains to be done in the guest, or None.
 
         Raises:
-            InvalidArgumentError: not a possible size, or it would cut off a partition.
-            NoSpaceError: the host has no room; nothing is changed.
-            UnsupportedError: the format cannot, or a parent would show.
+            InvalidArgumentError: the size is not possible, or it would cut off a partition.
+            NoSpaceError: the host is out of space; nothing is changed.
+            UnsupportedError: the format does not support it, or the size is below the parent's.
         """
         self._check_open()
         return self._image.resize(size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt)
 
     @uninterruptible
     def snapshot(self, checkpoint: str | os.PathLike[str] | None = None) -> str:
-        """Keeps the disk as it is now, while it is used, and goes on in a fresh child.
+        """Keeps the current content as a checkpoint and continues in a new child.
 
-        The file is found under the name of the checkpoint afterwards, and the child under the
-        disk's. Requests wait for a moment, for as long as a flush takes; the checkpoint holds what
-        was written by every request that had returned, and nothing of a later one. After a crash
-        there is the disk as it was, or the child over the checkpoint.
+        The disk may be in use. The current file becomes the checkpoint, and the child takes the
+        disk's name. Requests wait for as long as a flush takes. The checkpoint holds what every
+        request that had returned has written, and nothing of a later request. After a crash there
+        is the disk as it was, or the child over the checkpoint.
 
         Args:
-            checkpoint: the name for what there is now, in the same file system; the disk's name
-                with the time when None.
+            checkpoint: the path of the checkpoint, in the same file system; when None, the disk's
+                name with the time.
 
         Returns:
             The path of the checkpoint. It must not be changed as long as the child needs it.
@@ -311,14 +313,14 @@ class Disk:
         cancel: Callable[[], bool] | None = None,
         pace: Callable[[int], None] | None = None,
     ) -> Compacted:
-        """Gives space back to the host while the disk is used.
+        """Gives space back to the host while the disk is in use.
 
-        Blocks of zeros are given up, blocks are moved down in the file, and the file is cut. A crash
-        or a cancellation at any moment leaves the disk as it reads now.
+        Blocks of zeros are freed, other blocks are moved towards the start of the file, and the
+        file is truncated. A crash or a cancellation at any moment leaves the content unchanged.
 
         Args:
-            progress: called with what is done and what is to do, in units of its own.
-            cancel: asked between blocks; the compaction stops when it answers True.
+            progress: called with the work done and the total work, in an internal unit.
+            cancel: called between blocks; the compaction stops when it returns True.
             pace: called before each block with the bytes of I/O to come; it may wait.
 
         Raises:
@@ -333,10 +335,10 @@ class Disk:
         self._check_open()
         return self._image.chain()
 
-    # ---- the end, and other libraries ----
+    # ---- closing, and use by other libraries ----
 
     def as_file(self) -> io.RawIOBase:
-        """The disk as a file object with a position of its own, for other libraries."""
+        """A file object over the disk, with its own position, for other libraries."""
         return _DiskFile(self)
 
     @uninterruptible
@@ -344,9 +346,8 @@ class Disk:
         """Flushes and closes; a second call does nothing.
 
         Raises:
-            InUseError: a server still serves it.
-            VhdxError: what was not durable yet could not be made so. The files are closed all the
-                same.
+            InUseError: a server still serves the disk.
+            VhdxError: some data could not be made durable. The files are closed nevertheless.
         """
         with self._lock:
             if self._closed:
@@ -385,7 +386,7 @@ class Disk:
             return self._device
 
     def unshare(self) -> None:
-        """A front end is done with the device."""
+        """Releases the device that :meth:`share` returned."""
         with self._lock:
             self._users -= 1
 
@@ -399,7 +400,7 @@ def _extent(raw: plane.RawExtent) -> Extent:
 
 
 class _DiskFile(io.RawIOBase):
-    """A disk behind the interface of a raw binary file; closing it leaves the disk open."""
+    """A raw binary file over a disk; closing the file leaves the disk open."""
 
     def __init__(self, disk: Disk) -> None:
         self._disk = disk

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Images whose Disk was dropped without being closed, or is open at the end of the process.
+"""Closes images whose Disk became garbage unclosed, or is still open when the process ends.
 
-A finaliser may run in any thread, inside any call and in the middle of a garbage collection. So it
-only puts the image into a queue, and a thread closes it. The image is held here as long as it is
-open: only the Disk can become garbage, and what a close needs is never collected with it. An open
-that meets a lock waits for these closes and then tries again.
+A finaliser may run in any thread, inside any call and in the middle of a garbage collection. So the
+finaliser only puts the image into a queue, and a thread closes it. This module refers to the image
+as long as it is open. So only the Disk can become garbage, never an object that the close needs. An
+open that finds the file locked waits for these closes and then tries again.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ class _Image(Protocol):
     path: str
 
     def close(self) -> None:
-        """Makes everything durable and lets go of the files."""
+        """Makes everything durable and closes the files."""
 
 
-_open: dict[int, _Image] = {}  # by identity, until the image is closed or its close is queued
+_open: dict[int, _Image] = {}  # by id(), until the image is closed or its close is queued
 _dropped: queue.SimpleQueue[_Image | threading.Event] = queue.SimpleQueue()
-_closed = 0  # how many were closed; callers only check whether it has changed
-_process = 0  # the process in which the thread runs
+_closed = 0  # number of images closed here; callers only check whether it has changed
+_process = 0  # pid of the process in which the thread runs
 
 
 def keep(disk: object, image: _Image) -> Callable[[], object]:
-    """Has ``image`` closed when ``disk`` is garbage, or at the end of the process.
+    """Arranges that ``image`` is closed when ``disk`` is garbage, or at the end of the process.
 
     Returns:
-        What to call when somebody closes it.
+        A function that ends this; to be called when the image is closed.
     """
     _begin()
     _open[id(image)] = image
@@ -63,7 +63,7 @@ def _begin() -> None:
     try:
         thread.start()
         _process = os.getpid()
-    except RuntimeError:  # the interpreter ends: what is open is closed by _close_all
+    except RuntimeError:  # the interpreter is exiting: _close_all closes the open images
         return
 
 
@@ -85,7 +85,7 @@ def _run() -> None:
 
 
 def _close(image: _Image) -> None:
-    """Closes ``image``; what fails is logged, because nobody is there to be told."""
+    """Closes ``image``; logs a failure, because there is no caller to raise it to."""
     global _closed
     try:
         image.close()
@@ -95,7 +95,7 @@ def _close(image: _Image) -> None:
 
 
 def wait_for_dropped() -> int:
-    """Waits until every dropped image is closed; returns how many were closed so far."""
+    """Waits until every dropped image is closed; returns the number closed so far."""
     if _process == os.getpid():
         done = threading.Event()
         _dropped.put(done)
@@ -104,19 +104,19 @@ def wait_for_dropped() -> int:
 
 
 def closed_so_far() -> int:
-    """How many dropped images were closed so far."""
+    """The number of dropped images closed so far."""
     return _closed
 
 
 def _close_all() -> None:
-    """At the end of the process, as long as everything that a close needs is there."""
+    """Closes all images at the end of the process, while what a close needs still exists."""
     wait_for_dropped()
     while _open:
         _close(_open.popitem()[1])
 
 
 def _forget_in_child() -> None:
-    """The images of a parent process are not a forked child's to close."""
+    """A forked child must not close the images of its parent process."""
     global _dropped
     _open.clear()
     _dropped = queue.SimpleQueue()

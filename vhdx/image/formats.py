@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Names of the formats, and of files that have none of their own."""
+"""Names of the formats, and the file name suffixes of raw images."""
 
 __all__ = ["FORMATS", "RAW_SUFFIXES"]
 
 FORMATS = ("vhdx", "vhd", "raw")
 RAW_SUFFIXES = (".raw", ".img")
-"""A file whose name ends so is opened as a raw image, whatever it holds."""
+"""A file with such a suffix is opened as a raw image, whatever its content."""

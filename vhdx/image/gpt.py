@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Moves the backup GPT of a disk that gets another size (UEFI 2.10, 5.3).
+"""Moves the backup GPT when the size of a disk changes (UEFI 2.10, 5.3).
 
-A GPT keeps a second copy of itself in the last sectors of the disk, and the first copy says where.
-When the disk grows the copy is no longer at its end; when it shrinks the copy is cut off. The new
-backup is written and made durable before the primary refers to it, so a crash leaves a whole table.
-Nobody else may write the disk meanwhile: a guest that runs has its own idea of the table.
+The backup GPT is in the last sectors of the disk, and the primary GPT records its location. If the
+disk grows, the backup is no longer at the end; if the disk shrinks, the backup is cut off. The new
+backup is durable before the primary refers to it, so after a crash there is a valid table. No guest
+may use the disk meanwhile: a running guest keeps its own copy of the table.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HINT = "repair it in the guest (sgdisk -v, gdisk) first"
 
 @dataclass(frozen=True)
 class _Header:
-    """The fields of a GPT header; sectors, but for entries and sizes of them (bytes)."""
+    """The fields of a GPT header: locations in sectors, ``length`` and ``entry_size`` in bytes."""
 
     signature: bytes
     revision: int
@@ -48,11 +48,11 @@ class _Header:
     count: int
     entry_size: int
     entries_checksum: int
-    rest: bytes  # of the sector, behind the fields
+    rest: bytes  # of the sector, after the fields
 
     @staticmethod
     def parse(sector: bytes) -> _Header | None:
-        """The header in a sector, or None where none is valid."""
+        """The header in a sector, or None if it is not valid."""
         fields: list[Any] = [*_HEADER.unpack_from(sector), sector[_HEADER.size :]]
         header = _Header(*fields)
         if header.signature != b"EFI PART" or not _HEADER.size <= header.length <= len(sector):
@@ -61,7 +61,7 @@ class _Header:
         return header if zlib.crc32(plain) == header.checksum else None
 
     def pack(self) -> bytes:
-        """The sector, with its checksum."""
+        """The sector on disk, with the header's checksum."""
         fields = [getattr(self, name) for name in list(self.__dataclass_fields__)[:-1]]
         fields[3] = 0
         plain = _HEADER.pack(*fields) + self.rest
@@ -73,8 +73,8 @@ class Moved:
     """The writes of a move. Each field is a list of (offset in the disk in bytes, data).
 
     Attributes:
-        backup: entries and header of the second copy.
-        primary: the first header, and the protective MBR.
+        backup: entries and header of the backup GPT.
+        primary: the primary header, and the protective MBR.
     """
 
     backup: list[tuple[int, bytes]]
@@ -82,25 +82,25 @@ class Moved:
 
 
 def plan_move(read: Read, size: int, new_size: int, sector: int) -> Moved | None:
-    """What makes the GPT of a disk fit a disk of another size.
+    """The writes that adapt the GPT of a disk to a new size.
 
     Args:
-        read: (length, offset) gives bytes of the disk.
-        size, new_size: of the disk now and then, bytes.
+        read: returns bytes of the disk, called with (length, offset).
+        size, new_size: of the disk before and after the change, bytes.
         sector: logical sector size, bytes.
 
     Returns:
-        None where the disk has no GPT, or one that fits already.
+        None if the disk has no GPT, or one that fits already.
 
     Raises:
-        InvalidArgumentError: its first copy is not whole, or a partition is in the way.
+        InvalidArgumentError: the primary GPT is not valid, or a partition is in the way.
     """
     if size < 3 * sector:
         return None
     first = _Header.parse(read(sector, sector))
     if first is None:
         if _protective(read, new_size // sector):
-            raise InvalidArgumentError("the first copy of its GPT is not whole", hint=_HINT)
+            raise InvalidArgumentError("its primary GPT header is not valid", hint=_HINT)
         return None
     total = first.count * first.entry_size
     outside = first.entries_at * sector + total > size
@@ -108,7 +108,7 @@ def plan_move(read: Read, size: int, new_size: int, sector: int) -> Moved | None
     odd = first.entry_size < 128 or first.entry_size & (first.entry_size - 1)
     misplaced = first.mine != 1 or first.entries_at < 2 or behind >= first.first_usable
     if odd or misplaced or outside or total > _LARGEST_ARRAY:
-        raise InvalidArgumentError("its GPT is not whole", hint=_HINT)
+        raise InvalidArgumentError("its primary GPT is not valid", hint=_HINT)
     entries = read(total, first.entries_at * sector)
     if zlib.crc32(entries) != first.entries_checksum:
         raise InvalidArgumentError("the entries of its GPT have a wrong checksum", hint=_HINT)
@@ -117,7 +117,7 @@ def plan_move(read: Read, size: int, new_size: int, sector: int) -> Moved | None
     furthest = max((_ends(entries, first.entry_size)), default=first.first_usable - 1)
     if entries_at <= max(furthest, first.first_usable):
         raise InvalidArgumentError(
-            f"there is no room for the second copy of the GPT behind sector {furthest}",
+            f"there is no room for the backup GPT behind sector {furthest}",
             hint="make the last partition smaller in the guest first",
         )
     mbr = _protective(read, new_size // sector)
@@ -143,7 +143,7 @@ def _ends(entries: bytes, entry_size: int) -> list[int]:
 
 
 def _protective(read: Read, sectors: int) -> list[tuple[int, bytes]]:
-    """The MBR whose one partition covers the disk, where it is of that kind."""
+    """The write that adapts a protective MBR to ``sectors``; empty if the disk has none."""
     data = bytearray(read(512, 0))
     for at in range(446, 446 + _MBR_ENTRIES * _MBR_ENTRY, _MBR_ENTRY):
         if data[at + 4] == _PROTECTIVE and struct.unpack_from("<I", data, at + 8)[0] == 1:

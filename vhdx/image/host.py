@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Host files that hold images: opened, checked, locked, and turned into a leaf of the plane."""
+"""Opens, checks and locks the host file of an image, and makes it a leaf of the plane."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class HostFile:
 
     Attributes:
         path: as the caller gave it.
-        leaf: the device that reaches its bytes.
-        read_only: whether it was opened for reading.
+        leaf: the device that reads and writes the file.
+        read_only: whether changes are refused.
         sparse: whether released space is given back to the host.
-        key: (device, inode), which tell whether two paths are the same file.
-        keep: leave the leaf open in :meth:`close`, because it is the caller's.
-        fd: the leaf's descriptor, to ask the host about the file.
+        key: (device, inode), which are equal if two paths lead to the same file.
+        keep: leave the leaf open in :meth:`close`, because the caller owns it.
+        fd: the leaf's descriptor, for locks and fstat.
     """
 
     def __init__(
@@ -58,18 +58,18 @@ class HostFile:
         self._fd = fd
 
     def close(self) -> None:
-        """Closes the file and so lets go of its locks; nothing may use the leaf any more."""
+        """Closes the file, which releases its locks; the leaf must not be used afterwards."""
         if isinstance(self.leaf, plane.File) and not self._keep:
             self.leaf.close()
 
     def freeze(self, path: str) -> None:
-        """The file, now called ``path``, is only read from here on; its lock says so."""
+        """Makes the file, now named ``path``, read-only and downgrades its lock."""
         self.path, self.leaf.path, self.read_only = path, path, True
         if self._fd is not None:
             lock.downgrade(self._fd)
 
     def allocated(self) -> int:
-        """Bytes that the host has set aside for the file."""
+        """Bytes that the host has allocated to the file."""
         if self._fd is None:
             return 0
         try:
@@ -83,12 +83,13 @@ def open_host(
 ) -> HostFile:
     """Opens a regular file or block device, and locks it unless ``locked`` is False.
 
-    The file is the one that has the name once it is locked: a snapshot or merge may give the name to
-    another file in between, and then that one is opened.
+    A snapshot or merge may give the name to another file before the lock is taken. The open is then
+    repeated, so the returned file had the name while it was locked.
 
     Raises:
-        NotFoundError, ReadOnlyError, HostIOError: it is not there, not writable, or no such file.
-        InUseError: somebody else has it open in a way that excludes this.
+        NotFoundError, ReadOnlyError, HostIOError: the file does not exist, cannot be written, or is
+            neither a regular file nor a block device.
+        InUseError: the image is open elsewhere in a way that excludes this.
     """
     for _ in range(_MOST_TRIES):
         closed = closed_so_far()
@@ -96,7 +97,7 @@ def open_host(
             host = _open_once(path, write=write, sparse=sparse, locked=locked)
         except InUseError:
             if wait_for_dropped() == closed:
-                raise  # the lock belongs to somebody else, not to a dropped Disk of this process
+                raise  # no dropped Disk was closed, so another opener holds the lock
             host = _open_once(path, write=write, sparse=sparse, locked=locked)
         try:
             status = os.stat(host.path)
@@ -106,7 +107,7 @@ def open_host(
         if same or not locked:
             return host
         host.close()
-    raise InUseError("its name goes from file to file", path=path, hint="try again")
+    raise InUseError("its name keeps moving to another file", path=path, hint="try again")
 
 
 def _open_once(path: str | os.PathLike[str], *, write: bool, sparse: bool, locked: bool) -> HostFile:
@@ -137,7 +138,7 @@ def _open_once(path: str | os.PathLike[str], *, write: bool, sparse: bool, locke
             raise HostIOError(f"it is {kind}", reason=Reason.NOT_A_FILE, path=name)
         if locked:
             lock.acquire(fd, name, write=write)
-        size = os.lseek(fd, 0, os.SEEK_END)  # now nobody else changes it
+        size = os.lseek(fd, 0, os.SEEK_END)  # under the lock, so the size is stable
     except BaseException:
         os.close(fd)
         raise

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT
 """Image locks that QEMU understands.
 
-QEMU's file driver takes open-file-description locks on single bytes: byte ``100 + p`` says "I use
-permission p", byte ``200 + p`` says "I do not share permission p"; both as read locks, so that they
-never exclude each other. Then each side looks whether the other's byte is taken. vhdx does the same,
-so images are guarded between vhdx, qemu-img, qemu-nbd and QEMU alike (block/file-posix.c,
-include/block/block-common.h).
+QEMU's file driver takes open-file-description locks on single bytes. Byte ``100 + p`` means "I use
+permission p", byte ``200 + p`` means "I do not share permission p". All are read locks, so they
+never exclude each other. Each side then checks whether anyone else has locked a conflicting byte.
+vhdx does the same, so conflicting opens by vhdx, qemu-img, qemu-nbd and QEMU exclude each other
+(block/file-posix.c, include/block/block-common.h).
 
-Readers use CONSISTENT_READ and do not share WRITE and RESIZE; a writer uses these too. The locks
-belong to the open file description: they go when it is closed, also by a crash.
+A reader uses CONSISTENT_READ and does not share WRITE and RESIZE. A writer also uses WRITE and
+RESIZE. The locks belong to the open file description, so the kernel releases them when that is
+closed, also after a crash.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def acquire(fd: int, path: str, *, write: bool) -> bool:
     """Locks the open file for reading, or for writing.
 
     Returns:
-        False where the file system knows no locks, so that nobody can be kept out.
+        False if the file system does not support locks, so that the file is not protected.
 
     Raises:
-        InUseError: somebody else has it open in a way that excludes this; says who where /proc
-            shows it.
+        InUseError: the file is open elsewhere in a way that excludes this; names the processes that
+            /proc shows.
     """
     used = [_CONSISTENT_READ] + ([_WRITE, _RESIZE] if write else [])
     unshared = [_WRITE, _RESIZE]
@@ -77,14 +78,14 @@ def acquire(fd: int, path: str, *, write: bool) -> bool:
 
 
 def downgrade(fd: int) -> None:
-    """A writer's locks become a reader's."""
+    """Reduces a writer's locks to a reader's."""
     with contextlib.suppress(OSError):  # a file system without locks
         for byte in (_USED + _WRITE, _USED + _RESIZE):
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
 
 
 def _holders(fd: int) -> str:
-    """Who has locks on the file, as far as /proc lets us see."""
+    """The processes that hold locks on the file, as far as /proc shows them."""
     status = os.fstat(fd)
     inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
     found = []

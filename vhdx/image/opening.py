@@ -45,26 +45,27 @@ def open_disk(
 ) -> Disk:
     """Opens a disk image.
 
-    The format is told by its signature. Raw only by name (.raw, .img) or by ``format``, and then the
-    content is never looked at, because a guest can write any signature into its disk.
+    The signature in the file determines the format. An image is raw only by its name (.raw, .img)
+    or by ``format``; its content is then not checked, because a guest can write any signature to
+    its disk.
 
     Args:
         path: of the image.
         mode: "r", or "r+" to change it. With "r" a log that must be replayed is replayed in memory
             and the file is not changed; with "r+" it is replayed into the file.
-        format: "vhdx", "vhd" or "raw" instead of looking.
-        chain: open the parents of a differencing image; else this layer alone.
-        parent_search: further directories to look for parents in.
+        format: "vhdx", "vhd" or "raw"; detected when None.
+        chain: open the parents of a differencing image, too; False opens this layer alone.
+        parent_search: additional directories in which to search for parents.
         sparse: give the space of trimmed and zeroed blocks back to the host.
-        force: change an image although a child beside it is based on it; that child is lost.
-        view: for forensics, with "r" only: which header, region table and log sequence of a VHDX
-            are believed.
+        force: allow changes to an image that has children; the children become unusable.
+        view: for forensics, with "r" only: selects which header, region table and log sequence of a
+            VHDX to use.
 
     Raises:
         NotFoundError, HostIOError, ReadOnlyError: the file cannot be opened.
-        InUseError: another program has it open in a way that excludes this.
-        UnsupportedError: no known format.
-        DamagedError, MissingParentError: it must not be used as it is.
+        InUseError: the image is open elsewhere in a way that excludes this.
+        UnsupportedError: the format is unknown.
+        DamagedError, MissingParentError: the image is damaged, or a parent is missing or wrong.
     """
     if mode not in _MODES:
         raise InvalidArgumentError(f"the mode is {mode!r}", hint='use "r" or "r+"')
@@ -74,9 +75,9 @@ def open_disk(
         )
     write = _MODES[mode]
     if view is not None and write:
-        raise InvalidArgumentError("through a view it is only read", path=path, hint='use "r"')
+        raise InvalidArgumentError("a view allows only reading", path=path, hint='use "r"')
     if write:
-        lazy.load_everything("vhdx.image")  # it may be open for long, and changed by all of it
+        lazy.load_everything("vhdx.image")  # the disk may stay open across an upgrade
     host = open_host(path, write=write, sparse=sparse)
     raw = format == "raw" or (format is None and host.path.lower().endswith(RAW_SUFFIXES))
     pool = plane.default_pool()
@@ -92,7 +93,7 @@ def open_disk(
                 "it begins like a VHDX and ends like a VHD; a guest may have written either",
                 reason=Reason.UNKNOWN_FORMAT,
                 path=host.path,
-                hint="say which it is with --format (format=)",
+                hint="specify --format (format=)",
             )
         format = "vhdx"
     if format == "vhdx" or (format is None and _looks(is_vhdx, host)):
@@ -122,7 +123,7 @@ def open_disk(
         )
     host.close()
     raise UnsupportedError(
-        "its format is not known" if format is None else "it is not a VHD file",
+        "its format is unknown" if format is None else "it is not a VHD file",
         reason=Reason.UNKNOWN_FORMAT,
         path=host.path,
         hint='a raw image is opened with --format raw (format="raw")',
@@ -146,7 +147,7 @@ def snapshot(
     *,
     force: bool = False,
 ) -> str:
-    """Keeps a disk image as it is now and goes on in a child; see :meth:`vhdx.Disk.snapshot`.
+    """Keeps the content of an image and continues in a child; see :meth:`vhdx.Disk.snapshot`.
 
     Returns:
         The path of the checkpoint.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Parents of differencing images, whatever their format: one that is missing, and names of files."""
+"""Parents of differencing images of any format: missing parents, and file name matching."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["Missing", "existing"]
 
 
 class Missing:
-    """Stands for a parent that was not opened: every read of it says so."""
+    """Stands for a parent that was not opened: every read of it raises MissingParentError."""
 
     def __init__(self, path: str, why: MissingParentError) -> None:
         self._path = path
@@ -49,12 +49,12 @@ class Missing:
         raise UnsupportedError("a missing parent has no size", path=self._path)
 
     def extents(self, offset: int, length: int) -> Iterable[plane.device.RawExtent]:
-        # Not a hole: it does not read as zeros, it does not read at all.
+        # Not a hole: a hole reads as zeros, but this range cannot be read.
         return [plane.device.RawExtent(offset, length, plane.DATA, 0)]
 
 
 def existing(path: Path) -> Path | None:
-    """The file of that name; letters of either case will do, as on Windows."""
+    """The file of that name; if there is none, the only one that differs just in letter case."""
     try:
         if path.is_file():
             return path

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Files under a temporary name, until they are whole and take the name that they are for.
+"""Unfinished files under a temporary name, which take their final name when they are complete.
 
-The name is ``.NAME.XXXXXXXX.partial``, beside the target. The file is locked as long as somebody
-writes it. So one that nobody has locked was left by a program that was killed, and the next one that
-makes a file of the same name removes it.
+The temporary name is ``.NAME.XXXXXXXX.partial``, beside the target. The file is locked as long as a
+process writes it. So an unlocked file was left by a process that was killed, and the next process
+that makes a file for the same target removes it.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def _stem(target: Path) -> str:
 
 
 def create_partial(target: Path) -> tuple[Path, int]:
-    """A new, locked file that will be ``target``; what killed programs left for it is removed.
+    """Makes a new, locked file for ``target``, and removes unlocked left-overs for the same target.
 
     Returns:
-        Its path, and a descriptor for reading and writing.
+        The file's path, and a descriptor for reading and writing.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the file cannot be made.
     """
     _remove_left_overs(target)
     for _ in range(_MOST_TRIES):
@@ -53,14 +53,15 @@ def create_partial(target: Path) -> tuple[Path, int]:
             if _is_named(path, fd):
                 return path, fd
         except InUseError:
-            # Somebody took it for a left-over before it was locked, and may not remove it now.
+            # Another process took the file for a left-over and locked it first. It may not get to
+            # remove it, so remove it here.
             path.unlink(missing_ok=True)
         except BaseException:
             os.close(fd)
             path.unlink(missing_ok=True)
             raise
         os.close(fd)
-    raise InUseError("its temporary files are removed all the time", path=target, hint="try again")
+    raise InUseError("its temporary files keep being removed", path=target, hint="try again")
 
 
 def _is_named(path: Path, fd: int) -> bool:
@@ -75,7 +76,7 @@ def _remove_left_overs(target: Path) -> None:
     try:
         names = os.listdir(target.parent)
     except OSError:
-        return  # whoever makes a file there will say so
+        return  # making the new file will raise the error
     for name in names:
         if name.startswith(stem) and _SUFFIX.fullmatch(name[len(stem) :]):
             with contextlib.suppress(OSError):
@@ -85,7 +86,7 @@ def _remove_left_overs(target: Path) -> None:
 def _remove_unlocked(path: Path) -> None:
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        # Without locks nobody can tell whether the file is still being written, so it stays.
+        # Without locks it is unknown whether the file is still being written, so it stays.
         if lock.acquire(fd, os.fspath(path), write=True) and _is_named(path, fd):
             path.unlink()
     finally:

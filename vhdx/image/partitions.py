@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
 """MBR and GPT partition tables, as far as shrinking a disk needs them (UEFI 2.10, chapter 5).
 
-Reads the guest's bytes, so nothing in them is believed before it is checked.
+The guest writes these bytes, so every field is checked before it is used.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _GPT_HEADER = struct.Struct("<8sIIIIQQQQ16sQIII")
 _GPT_ENTRY = struct.Struct("<16s16sQQQ72s")
 _PROTECTIVE = 0xEE
 _LARGEST_ARRAY = 1 << 20
-_BACKUP_SECTORS = 33  # entries and header of the second copy, behind the last usable sector
+_BACKUP_SECTORS = 33  # entries and header of the backup GPT, behind the last usable sector
 
 
 @dataclass(frozen=True)
 class Partition:
-    """One partition; bytes.
+    """One partition; offsets in bytes.
 
     Attributes:
-        number: from 1, as the table counts.
+        number: position in the table, from 1.
         start: first byte.
         end: first byte behind it.
-        name: GPT's, or "".
+        name: from a GPT; "" for MBR.
     """
 
     number: int
@@ -47,13 +47,13 @@ class Partition:
 
 @dataclass(frozen=True)
 class PartitionTable:
-    """What a disk says of its partitions.
+    """The partition table of a disk.
 
     Attributes:
         kind: "mbr" or "gpt".
         partitions: in the table's order.
-        readable: False when a GPT is announced and cannot be read.
-        reserved: bytes behind the last partition that the table itself needs.
+        readable: False if the MBR announces a GPT and neither of its copies is valid.
+        reserved: bytes that the backup GPT needs behind the last partition.
     """
 
     kind: str
@@ -62,21 +62,21 @@ class PartitionTable:
     reserved: int = 0
 
     def minimum_size(self, sector: int) -> int | None:
-        """The least size, bytes, that cuts no partition off; None where that is not known."""
+        """The least size, bytes, that cuts no partition off; None if it is unknown."""
         if not self.readable or not self.partitions:
             return None
         return round_up(max(p.end for p in self.partitions) + self.reserved, sector)
 
     def last(self) -> Partition | None:
-        """The partition that ends furthest back."""
+        """The partition with the greatest end, or None."""
         return max(self.partitions, key=lambda p: p.end, default=None)
 
 
 def read_partitions(read: Read, size: int, sector: int) -> PartitionTable | None:
-    """The partition table of a disk, or None where there is none.
+    """The partition table of a disk, or None if there is none.
 
     Args:
-        read: (length, offset) gives bytes of the disk.
+        read: returns bytes of the disk, called with (length, offset).
         size: of the disk, bytes.
         sector: logical sector size, bytes.
     """
@@ -87,7 +87,7 @@ def read_partitions(read: Read, size: int, sector: int) -> PartitionTable | None
         return None
     entries = [_MBR_ENTRY.unpack_from(first, 446 + 16 * i) for i in range(4)]
     if any(entry[0] not in {0, 0x80} for entry in entries):
-        return None  # a boot sector of a file system, not a table
+        return None  # the boot sector of a file system, not an MBR
     used = [(i, e) for i, e in enumerate(entries, 1) if e[2] != 0 and e[5] != 0]
     if any(entry[2] == _PROTECTIVE for _, entry in used):
         return _read_gpt(read, size, sector)

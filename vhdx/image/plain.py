@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What formats without a structure of VHDX's kind have in common: they refuse to change it."""
+"""The base of raw and VHD images: it refuses resize, snapshot and compaction."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["PlainImage"]
 
 
 class PlainImage:
-    """An open image whose size and layers are what they are; the file belongs to it.
+    """An open image whose size and layers cannot be changed; it owns the file.
 
     Attributes:
-        name: of the format.
+        name: name of the format.
         host: the file.
-        device: what requests go to.
+        device: the device that serves requests.
     """
 
     name = ""
@@ -46,11 +46,11 @@ class PlainImage:
 
     @property
     def minimum_size(self) -> int | None:
-        """Not told, because it cannot be resized."""
+        """None, because the image cannot be resized."""
         return None
 
     def describe(self) -> dict[str, Any]:
-        """File size, and what of it the host has set aside."""
+        """File size, and the space that the host has allocated to it."""
         return {"file_size": self.host.leaf.size, "allocated_size": self.host.allocated()}
 
     def resize(self, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> str | None:
@@ -84,7 +84,7 @@ class PlainImage:
 
     @property
     def has_released(self) -> bool:
-        """The host has released space at once."""
+        """False: space goes back to the host at once."""
         return False
 
     def chain(self) -> list[dict[str, Any]]:
@@ -110,8 +110,8 @@ class PlainImage:
                 self.device.close()
                 if poisoned and not self.read_only:
                     raise PoisonedError(
-                        "an earlier flush failed, so what was written since the last good one may "
-                        "be lost",
+                        "an earlier flush failed, so data written since the last successful one "
+                        "may be lost",
                         path=self.path,
                     )
                 if not self.read_only:
@@ -120,4 +120,4 @@ class PlainImage:
                 self.host.close()
 
     def finish(self) -> None:
-        """What is left to do with the file when nobody uses the device any more."""
+        """Hook for final work on the file after the device is closed."""

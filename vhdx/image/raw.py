@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Raw images: the bytes of the file are the bytes of the disk.
 
-A raw disk is a map too, of one page after the other on the file: so flushes are shared and a close
-waits for what is under way, as with every other format.
+A raw disk is a map, too; each page lies at its own offset in the file. So, as with every other
+format, concurrent flushes are shared and a close waits for requests in flight.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _PAGE = 4 * GIB
 
 
 class RawImage(PlainImage):
-    """An open raw image; the file belongs to it.
+    """An open raw image, which owns the file.
 
     Args:
         host: the file.
-        write: whether it may be changed.
+        write: allow changes.
         pool: for background work.
-        size: bytes of the disk, where the file has more than that.
+        size: bytes of the disk; the file's size when None.
     """
 
     name = "raw"
@@ -53,20 +53,20 @@ class RawImage(PlainImage):
         )
 
     def load(self, first: int, count: int) -> None:
-        """Every page lies where it belongs."""
+        """Maps each page to the same offset in the file."""
         offsets = np.arange(first, first + count, dtype=np.uint64) * np.uint64(_PAGE)
         self.device.install(first, plane.entries(plane.Kind.DATA, 0, offsets, 0))
 
     def grant(self, wanted: int) -> None:
-        """Never asked for: no page is a hole."""
+        """Never called: no page is a hole."""
         raise UnsupportedError("a raw image has no holes to fill", path=self.path)
 
     def open_gate(self) -> None:
-        """Nothing to prepare."""
+        """Opens the gate at once: there is nothing to prepare."""
         self.device.set_gate(is_open=True)
 
     def change_range(self, operation: plane.Operation, first: int, count: int, size: int) -> None:
-        """Never asked for: the file does it."""
+        """Never called: the file zeroes and trims ranges itself."""
         raise UnsupportedError(f"a raw image does not {operation.name} by pages", path=self.path)
 
     def commit(self, changes: plane.Changes) -> None:

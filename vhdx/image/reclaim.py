@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Gives released space back to the host when nobody flushes.
+"""Gives released space back to the host when the guest does not flush.
 
-Space of trimmed and zeroed blocks is free as soon as a commit made the change durable. A guest that
-trims and then rests never asks for that commit. One thread a process asks for it instead: one second
-after the last release, or at once when much is waiting.
+The space of trimmed and zeroed blocks is free as soon as a commit has made the change durable. A
+guest that trims and then is idle never requests that commit. So one thread per process flushes the
+device: one second after the last release, or at once when much space waits.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _IDLE_SECONDS = 1.0
 
 
 class _Reclaimer:
-    """The thread, and the devices whose flush is due at a time (monotonic seconds)."""
+    """The thread, and the time (monotonic seconds) at which each device must be flushed."""
 
     def __init__(self) -> None:
         self.process = os.getpid()
@@ -44,10 +44,10 @@ class _Reclaimer:
 
     def _run(self) -> None:
         while (device := self._next()) is not None:
-            # The device may be closed. Any other failure is shown to its next user.
+            # The device may be closed. The next request on it reports any other failure.
             with contextlib.suppress(VhdxError):
                 device.flush()
-            del device  # nobody is kept open by this thread
+            del device  # so that this thread keeps no device alive
 
     def _next(self) -> plane.Device | None:
         """The next device whose flush is due; None at the end of the process."""
@@ -64,7 +64,7 @@ class _Reclaimer:
 
     def _end(self) -> None:
         if self.process != os.getpid():
-            return  # a forked child has no such thread
+            return  # the thread does not exist in a forked child
         with self._changed:
             self._ending = True
             self._changed.notify()
@@ -80,15 +80,15 @@ def _unlock_in_child() -> None:
 
 
 os.register_at_fork(after_in_child=_unlock_in_child)
-_reclaimers: list[_Reclaimer] = []  # under _lock: one, of this process
+_reclaimers: list[_Reclaimer] = []  # under _lock; holds at most one
 
 
 def flush_soon(device: plane.Device, *, much: bool) -> None:
-    """Has ``device`` flushed a second after the last call for it, or at once when ``much`` waits."""
+    """Flushes ``device`` a second after the last call for it, or at once if ``much`` waits."""
     with _lock:
         if not _reclaimers or _reclaimers[0].process != os.getpid():
             try:
                 _reclaimers[:] = [_Reclaimer()]
-            except RuntimeError:  # no thread can begin: the space comes back at the next flush
+            except RuntimeError:  # no thread can start: the next flush returns the space
                 return
         _reclaimers[0].add(device, 0.0 if much else _IDLE_SECONDS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""New files that take a name when they are whole, with the attributes that the name had before."""
+"""New files that take their name when complete, with the attributes of the file they replace."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ __all__ = ["new_file", "rename_new", "sync_directory"]
 def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[plane.Device]:
     """A leaf over a new file that gets the name ``path`` when the block ends without an exception.
 
-    The content and the name are durable afterwards. With an exception nothing is left behind. With
-    ``force`` the existing file is replaced. A symbolic link is kept, and its target is replaced.
+    The content and the name are durable afterwards. After an exception nothing is left behind. With
+    ``force`` an existing file is replaced; if ``path`` is a symbolic link, its target is replaced.
 
     Raises:
-        ExistsError: ``path`` is there already and ``force`` is not set.
-        InUseError: what has the name is open, or another image is based on it.
+        ExistsError: ``path`` exists already and ``force`` is not set.
+        InUseError: the existing file is open, or another image is based on it.
         NotFoundError, NoSpaceError, HostIOError: the file cannot be made.
     """
     guard: int | None = None
@@ -94,11 +94,11 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
 
 
 def _refuse_deleted(path: StrPath) -> None:
-    """A descriptor's name (/proc/self/fd/N) may lead to a file that has no name any more."""
+    """Refuses a deleted file, which a path such as /proc/self/fd/N can still lead to."""
     try:
         links = os.stat(path).st_nlink
     except (OSError, ValueError):
-        return  # there is no file yet, or there can be none
+        return  # no such file exists, or the name is impossible
     if links == 0:
         raise InvalidArgumentError(
             "the file was deleted, so there is no name that a new one could take", path=path
@@ -106,13 +106,13 @@ def _refuse_deleted(path: StrPath) -> None:
 
 
 def _guard_target(target: Path, *, force: bool) -> int | None:
-    """A locked descriptor of what is to be replaced, so that nobody loses an image that is open."""
+    """Locks the file to be replaced, so that no open image is lost; returns its descriptor."""
     if not os.path.lexists(target):
         return None
     if not force:
         raise _exists(target)
     if target.exists() and not target.is_file():
-        raise HostIOError("it is no regular file", reason=Reason.NOT_A_FILE, path=target)
+        raise HostIOError("it is not a regular file", reason=Reason.NOT_A_FILE, path=target)
     check_owner(target)
     try:
         fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
@@ -122,7 +122,7 @@ def _guard_target(target: Path, *, force: bool) -> int | None:
         try:
             lock.acquire(fd, os.fspath(target), write=True)
         except InUseError:
-            guard_replaced(target)  # where it is open because a child of it is read, say that
+            guard_replaced(target)  # if a child has it open, name the child
             raise
         guard_replaced(target)
     except BaseException:
@@ -132,18 +132,18 @@ def _guard_target(target: Path, *, force: bool) -> int | None:
 
 
 def rename_new(temporary: Path, target: Path) -> None:
-    """Gives a file the name ``target``, which nobody may have; the temporary name may stay.
+    """Gives a file the name ``target``, which must be free; the temporary name may remain.
 
     Raises:
-        FileExistsError: somebody has it.
+        FileExistsError: the name is taken.
     """
     try:
         os.link(temporary, target)
     except FileExistsError:
         raise
     except OSError:
-        # A file system without hard links: somebody may take the name in between. Nobody sees an
-        # incomplete file.
+        # A file system without hard links: a file that gets this name after the check is replaced.
+        # An incomplete file never has the name.
         if os.path.lexists(target):
             raise FileExistsError(target) from None
         temporary.rename(target)
@@ -154,7 +154,7 @@ def _exists(path: StrPath) -> ExistsError:
 
 
 def _host_error(error: OSError, path: StrPath) -> HostIOError | NoSpaceError:
-    """What the host refused, for ``path``."""
+    """The exception for a failure that the host reported on ``path``."""
     if error.errno == NoSpaceError.error_number:
         return NoSpaceError("no space left on the host", path=path)
     reason = Reason.PERMISSION if isinstance(error, PermissionError) else Reason.IO
@@ -162,10 +162,10 @@ def _host_error(error: OSError, path: StrPath) -> HostIOError | NoSpaceError:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes names in a directory durable.
+    """Makes the names in a directory durable.
 
     Raises:
-        HostIOError: it is unknown which names are durable.
+        HostIOError: the sync failed, so it is unknown which names are durable.
     """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Sets space in a new file aside before anything is written there."""
+"""Allocates space in a new file before data are written there."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def reserve(
     progress: Progress | None,
     cancel: Cancel | None,
 ) -> None:
-    """Sets the space from ``start`` to ``end`` (bytes) aside: unwritten, or written with zeros.
+    """Allocates the space from ``start`` to ``end`` (bytes): written with zeros unless ``sparse``.
 
     Raises:
-        VhdxError: reason CANCELLED when ``cancel`` answered True.
+        VhdxError: reason CANCELLED when ``cancel`` returned True.
     """
     zeros = bytes(4 * MIB)
     step = _AT_ONCE if sparse else len(zeros)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The only Python face of the C data plane.
+"""The Python interface to the C data plane; no other package calls C.
 
-Owns: devices, page tables, the thread pool and NBD connections as Python objects, and the way from
-C's error codes to exceptions. Knows nothing of any on-disk format. The contracts of the devices
-stand in ``csrc/core/device.h`` and ``csrc/map/map.h``.
+It has devices, page tables, the thread pool and NBD connections as Python objects, and converts the
+error codes of C to exceptions. It knows no on-disk format. The contracts of the devices are in
+``csrc/core/device.h`` and ``csrc/map/map.h``.
 """
 
 from vhdx.plane.callback import Backend, Callback

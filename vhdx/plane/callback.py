@@ -21,7 +21,7 @@ __all__ = ["Backend", "Callback"]
 
 
 class Backend(Protocol):
-    """What a callback device stands on; every method may be called from several threads.
+    """The storage behind a callback device; each method may be called from several threads.
 
     Raising a :class:`vhdx.errors.VhdxError` refuses the request; any other exception poisons the
     device.
@@ -37,10 +37,10 @@ class Backend(Protocol):
         """Makes the range read as zeros."""
 
     def trim(self, offset: int, length: int) -> None:
-        """May forget the range's content."""
+        """May discard the content of the range."""
 
     def flush(self) -> None:
-        """Makes everything durable that was written."""
+        """Makes all earlier writes durable."""
 
     def extents(self, offset: int, length: int) -> Iterable[RawExtent]:
         """Runs that cover the range, in order."""
@@ -50,7 +50,7 @@ class Backend(Protocol):
 
 
 class Callback(Device):
-    """A device whose bytes live behind a :class:`Backend` (``csrc/leaf/callback.h``)."""
+    """A device whose content is stored by a :class:`Backend` (``csrc/leaf/callback.h``)."""
 
     def __init__(self, backend: Backend, size: int, *, read_only: bool = False) -> None:
         identity = failures.new_identity()
@@ -59,7 +59,7 @@ class Callback(Device):
         super().__init__(lib.vx_callback_create(size, read_only, identity, upcalls()))
 
     def perform(self, request: Any) -> None:
-        """Does what ``request`` (a ``vx_request *``) asks."""
+        """Carries out ``request`` (a ``vx_request *``)."""
         backend, offset, length = self.backend, request.offset, request.length
         operation = request.operation
         if operation == Operation.READ:
@@ -93,11 +93,11 @@ class Callback(Device):
 
 @contextlib.contextmanager
 def _lent(view: memoryview) -> Iterator[memoryview]:
-    """Takes ``view`` back at the end: the memory is C's, and nobody may keep a view of it."""
+    """Releases ``view`` at the end: C owns the memory, so no view of it may outlive the upcall."""
     try:
         yield view
     finally:
-        with contextlib.suppress(BufferError):  # a part of it is still in use by a traceback
+        with contextlib.suppress(BufferError):  # a traceback still refers to a part of it
             view.release()
 
 
@@ -152,15 +152,16 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def upcalls() -> Any:
-    """The ``vx_upcalls`` of every device. A separate thread carries out those of the main thread.
+    """The ``vx_upcalls`` of every device; starts the delegate thread when needed.
 
-    So a signal handler, which Python runs on the main thread, never ends an upcall in the middle.
+    The delegate carries out the upcalls of the main thread. Python runs signal handlers on the main
+    thread, so a signal handler never interrupts an upcall.
     """
     global _delegate_of
     with _lock:
-        if _delegate_of != os.getpid():  # nothing begun, or a forked child: its thread is not there
+        if _delegate_of != os.getpid():  # not started, or lost in a fork
             _upcalls.delegate = ffi.NULL
-            with contextlib.suppress(RuntimeError):  # the interpreter ends: no thread can begin
+            with contextlib.suppress(RuntimeError):  # the interpreter ends: no new threads
                 _begin_delegate()
             _delegate_of = os.getpid()
         return _upcalls

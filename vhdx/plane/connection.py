@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 __all__ = ["CONNECTION_BYTES", "Connection", "ConnectionCounters"]
 
 CONNECTION_BYTES: int = lib.VX_NBD_CONNECTION_BYTES
-"""What a connection may take without asking the pool (``VX_NBD_CONNECTION_BYTES``)."""
+"""Bytes that a connection may use without charging the pool (``VX_NBD_CONNECTION_BYTES``)."""
 
 
 class ConnectionCounters(NamedTuple):
-    """What a connection did so far; bytes are payload."""
+    """The counters of a connection; bytes are payload (see ``vx_nbd_counters``)."""
 
     reads: int
     writes: int
@@ -37,18 +37,18 @@ class ConnectionCounters(NamedTuple):
 
 
 class Connection:
-    """Serves a socket; :meth:`serve` runs on a thread of the caller's with the GIL released.
+    """Serves a socket; :meth:`serve` runs on the caller's thread with the GIL released.
 
     Args:
-        fd: a connected stream socket in blocking mode; it belongs to the connection from here on.
-        device: what is served.
-        pool: for what may block.
-        early: bytes already received after the handshake.
+        fd: a connected stream socket in blocking mode; the connection takes ownership of it.
+        device: the device to serve.
+        pool: runs operations that may block.
+        early: bytes already received that follow the handshake.
         slot: a number that differs between connections.
         read_only, structured: as negotiated.
-        context_id: of base:allocation, or None when it was not selected.
+        context_id: the id of the base:allocation context, or None if it was not selected.
         largest_payload, requests_limit, bytes_limit: see ``vx_nbd_terms``.
-        meter: counts what it does.
+        meter: counts the requests of the connection.
     """
 
     def __init__(
@@ -83,19 +83,19 @@ class Connection:
             lib.vx_nbd_set_meter(self._handle, meter.handle)
 
     def serve(self) -> int:
-        """Until the client leaves or :meth:`stop`; 0, or a negative code."""
+        """Serves until the client disconnects or :meth:`stop` is called; 0, or a negative code."""
         return lib.vx_nbd_serve(self._handle)
 
     def stop(self) -> None:
-        """Takes no new request; what is under way is finished and answered."""
+        """Takes no new requests; requests in flight are finished and answered."""
         lib.vx_nbd_stop(self._handle)
 
     def abort(self) -> None:
-        """Cuts the connection; what is under way is finished, nothing is answered."""
+        """Closes the connection; requests in flight are finished but not answered."""
         lib.vx_nbd_abort(self._handle)
 
     def counters(self) -> ConnectionCounters:
-        """A snapshot; each number is exact, their relation is not."""
+        """Reads the counters; each number is exact, but they are not read at the same instant."""
         found = ffi.new("vx_nbd_counters *")
         lib.vx_nbd_counters_of(self._handle, found)
         rest = (found.bytes_read, found.bytes_written, found.errors, found.pooled, found.under_way)

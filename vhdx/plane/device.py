@@ -2,8 +2,8 @@
 """Devices: byte-addressed requests to C, with the GIL released while they run.
 
 All offsets and lengths are bytes. Every method may be called from any thread. Methods raise
-:class:`vhdx.errors.RangeError` for a range outside the device, and the error of the failing layer
-otherwise.
+:class:`vhdx.errors.RangeError` for a range outside the device. On other failures they raise the
+error of the layer that failed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ os.register_at_fork(after_in_child=_fail_in_child)
 
 
 class Pool:
-    """Threads for what may block (``csrc/core/pool.h``)."""
+    """A thread pool for operations that may block (``csrc/core/pool.h``)."""
 
     def __init__(self, threads: int = _POOL_THREADS, byte_limit: int = _POOL_BYTES) -> None:
         handle = lib.vx_pool_create(threads, byte_limit)
@@ -96,13 +96,13 @@ class Pool:
 
     @property
     def bytes_waiting(self) -> int:
-        """Bytes of payload that requests in the pool hold now."""
+        """Bytes of payload that connections borrow from the pool now."""
         return lib.vx_pool_charged(self.handle)
 
     def close(self) -> None:
-        """Runs what is queued and stops the threads; nothing may use the pool any more."""
+        """Runs all queued jobs and stops the threads; the pool must not be used afterwards."""
         handle, self.handle = self.handle, ffi.NULL
-        if self._process == os.getpid():  # its threads are not in a forked child
+        if self._process == os.getpid():  # a forked child does not have its threads
             lib.vx_pool_destroy(handle)
 
 
@@ -111,7 +111,7 @@ _default_pool_lock = threading.Lock()
 
 
 def default_pool() -> Pool:
-    """The pool that images of this process share; one thread from the start, more when needed."""
+    """The pool that all images of this process share; it starts with one thread and adds more."""
     with _default_pool_lock:
         if not _default_pool or _default_pool[0][0] != os.getpid():
             _default_pool[:] = [(os.getpid(), Pool())]
@@ -119,7 +119,7 @@ def default_pool() -> Pool:
 
 
 class Device:
-    """A device of the plane; the object owns one reference to it.
+    """A device of the data plane; the object owns one reference to it.
 
     Attributes:
         handle: the C device.
@@ -135,16 +135,16 @@ class Device:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """The size in bytes."""
         return lib.vx_device_size(self.handle)
 
     @property
     def state(self) -> int:
-        """0, or the negative code that every further request fails with."""
+        """0, or the negative code with which every further request fails."""
         return lib.vx_device_state(self.handle)
 
     def read_into(self, buffer: Buffer, offset: int) -> int:
-        """Fills ``buffer`` (writable, contiguous) from ``offset`` on; returns its length."""
+        """Reads from ``offset`` into ``buffer`` (writable, contiguous); returns its length."""
         view = ffi.from_buffer("uint8_t[]", buffer, True)
         length = len(view)
         code = lib.vx_transfer(
@@ -155,7 +155,7 @@ class Device:
         return length
 
     def read(self, length: int, offset: int) -> bytes:
-        """``length`` bytes from ``offset`` on."""
+        """Reads ``length`` bytes at ``offset``."""
         size = self.size
         if not 0 <= offset <= size or not 0 <= length <= size - offset:
             failures.raise_for(self.state, self.path)
@@ -199,17 +199,17 @@ class Device:
             length: bytes.
             fua: durable on return.
             no_hole: keep the range allocated, so that a later write needs no space.
-            fast: raise UnsupportedError rather than write zeros out.
+            fast: raise UnsupportedError unless zeroing is faster than writing zeros.
         """
         flags = (_FUA if fua else 0) | (_NO_HOLE if no_hole else 0) | (_FAST if fast else 0)
         self._plain(Operation.ZERO, flags, offset, length)
 
     def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
-        """A hint that the range's content is no longer needed."""
+        """Gives the hint that the content of the range is no longer needed."""
         self._plain(Operation.TRIM, _FUA if fua else 0, offset, length)
 
     def flush(self) -> None:
-        """Makes durable what was written by every request that has returned."""
+        """Makes the writes of all requests that have returned durable."""
         self._plain(Operation.FLUSH, 0, 0, 0)
 
     def _plain(self, operation: int, flags: int, offset: int, length: int) -> None:
@@ -226,7 +226,7 @@ class Device:
             failures.raise_for(code, self.path)
 
     def extents(self, offset: int, length: int) -> Iterator[RawExtent]:
-        """Runs of one state that cover the range in order; neighbours may have equal states."""
+        """Yields extents that cover the range in order; adjacent ones may have the same state."""
         found = ffi.new("vx_extent[]", _EXTENTS_AT_ONCE)
         end = offset + length
         while True:
@@ -248,7 +248,7 @@ class Device:
                 return
 
     def batch(self, steps: Sequence[Step]) -> None:
-        """Executes ``steps`` in order, in one call; the first failure ends it."""
+        """Executes ``steps`` in order, in one call; stops at the first failure."""
         array = ffi.new("vx_step[]", len(steps))
         keep = []
         for i, step in enumerate(steps):
@@ -267,7 +267,7 @@ class Device:
             failures.raise_for(code, self.path)
 
     def freeze(self) -> None:
-        """Refuses changes from now on; those under way go on."""
+        """Refuses new changes; changes in flight continue."""
         lib.vx_device_freeze(self.handle)
 
     def resize(self, size: int) -> None:
@@ -278,7 +278,7 @@ class Device:
 
 
 def _offset(value: int) -> int:
-    # cffi refuses what is not a uint64_t with OverflowError; a range error says more.
+    # RangeError says more than the OverflowError that cffi would raise.
     if 0 <= value < 1 << 64:
         return value
     raise RangeError(f"{value} is not a position in a disk", reason=Reason.RANGE)
@@ -288,11 +288,11 @@ class File(Device):
     """A host file or block device (``csrc/leaf/file.h``).
 
     Args:
-        fd: an open descriptor; it belongs to the device from here on.
-        size: bytes that can be reached; grows with :meth:`Device.resize` only.
+        fd: an open descriptor; the device takes ownership of it.
+        size: accessible bytes; changes only by :meth:`Device.resize`.
         read_only: refuse changes.
         sparse: give trimmed and zeroed space back to the host.
-        bulk: it is a new file that large writes fill.
+        bulk: a new file that large writes will fill.
         path: the name in errors.
     """
 
@@ -321,7 +321,7 @@ class File(Device):
         return lib.vx_file_barriers(self.handle)
 
     def close(self) -> None:
-        """Closes the descriptor; no request may be under way."""
+        """Closes the descriptor; no request may be in flight."""
         lib.vx_file_close(self.handle)
 
 
@@ -329,7 +329,7 @@ _TMPFS_MAGIC, _RAMFS_MAGIC = 0x01021994, 0x858458F6
 
 
 def _is_memory_file_system(fd: int) -> bool:
-    # Its reads never wait for a device; it knows no RWF_NOWAIT, which would say so.
+    # Reads from such a file system never block, but it does not support RWF_NOWAIT to show that.
     try:
         target = os.stat(f"/proc/self/fd/{fd}").st_dev
         device = f"{os.major(target)}:{os.minor(target)}"
@@ -352,11 +352,11 @@ class Memory(Device):
 
 
 class Switch(Device):
-    """A device that can be moved to another lower one at a consistent point (``csrc/map/switch.h``).
+    """A device whose lower device can be replaced at a consistent point (``csrc/map/switch.h``).
 
     Args:
-        lower: where it lives at first.
-        pool: on which requests that were held up go on.
+        lower: the first lower device.
+        pool: resumes requests that were parked during a pause.
     """
 
     def __init__(self, lower: Device, pool: Pool) -> None:
@@ -366,7 +366,7 @@ class Switch(Device):
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """No request is on its way in the lower device until the block ends; one thread at a time."""
+        """Keeps requests out of the lower device until the block ends; one thread at a time."""
         lib.vx_switch_pause(self.handle)
         try:
             yield
@@ -374,17 +374,17 @@ class Switch(Device):
             lib.vx_switch_resume(self.handle)
 
     def set(self, lower: Device) -> None:
-        """Moves to ``lower``; inside :meth:`paused` only."""
+        """Replaces the lower device; only inside :meth:`paused`."""
         lib.vx_switch_set(self.handle, lower.handle)
         self._keep = (self._pool, lower)
 
     def follow(self) -> None:
-        """Takes the size of the lower device, which was resized."""
+        """Takes over the new size of the lower device after a resize."""
         lib.vx_switch_follow(self.handle)
 
 
 class Injector(Device):
-    """Parks, delays and fails requests of a lower device, for tests (``csrc/sim/injector.h``)."""
+    """Parks, delays and fails requests to a lower device, for tests (``csrc/sim/injector.h``)."""
 
     def __init__(self, lower: Device, pool: Pool) -> None:
         super().__init__(lib.vx_injector_create(lower.handle, pool.handle, 0), lower.path)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""From C's error codes to exceptions: the one place where they meet.
+"""Converts the error codes of C to exceptions, and exceptions in upcalls to error codes.
 
-Upcalls from C find their Python object here by its identity (C never holds a Python pointer), and an
-exception raised in one is kept for the thread, so that the caller of the request gets it instead of
-a number.
+C never holds a Python pointer, so an upcall from C looks up its Python object here by identity. An
+exception raised in an upcall is kept for the thread, so that the caller of the request gets that
+exception and not only an error code.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CODES: dict[int, _Row] = {
     E_POISONED: (
         errors.PoisonedError,
         errors.Reason.POISONED,
-        "an earlier flush or commit failed, so what is durable is not known",
+        "an earlier flush or commit failed, so it is unknown which data is durable",
         "close the image and open it again",
     ),
     E_CLOSED: (errors.ClosedError, errors.Reason.CLOSED, "the disk was closed", None),
@@ -114,7 +114,7 @@ CODES: dict[int, _Row] = {
     ),
 }
 
-# The most particular class first: what a fault handler raises becomes one of these codes.
+# Subclasses come first: an exception of a fault handler becomes the code of the first match.
 _REFUSALS: tuple[tuple[type[BaseException], int], ...] = (
     (errors.RangeError, E_RANGE),
     (errors.NoSpaceError, E_NOSPACE),
@@ -132,7 +132,7 @@ _objects: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
 class _Raised:
-    """What was raised in an upcall, until whoever asked for it raises it again."""
+    """Keeps the exception of an upcall until the caller of the request raises it again."""
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
@@ -153,7 +153,7 @@ _thread = _Thread()
 
 
 def answer_for_main_thread() -> None:
-    """This thread carries out upcalls of the main thread, which gets what they raise."""
+    """Lets this thread carry out upcalls for the main thread, which gets their exceptions."""
     _thread.raised = _of_main_thread
 
 
@@ -173,7 +173,7 @@ def lookup(identity: int) -> Any:
 
 
 def describe(code: int) -> str:
-    """What a negative code says."""
+    """The message for a negative code."""
     return CODES[code][2] if code in CODES else f"error {code}"
 
 
@@ -183,7 +183,7 @@ def failure_buffer() -> Any:
 
 
 def code_of(error: BaseException) -> int:
-    """The code that carries ``error`` through C; the exception itself waits for its thread."""
+    """The code that stands for ``error`` in C; the exception itself is kept for this thread."""
     _thread.raised.error = error
     return _code(error)
 
@@ -196,11 +196,11 @@ def _code(error: BaseException) -> int:
 
 
 def raise_for(code: int, path: str | None = None) -> None:
-    """Raises what ``code`` stands for; returns only for codes that are not negative.
+    """Raises the exception for ``code``; returns only if ``code`` is not negative.
 
     Args:
-        code: result of a C call, its details in :func:`failure_buffer` where it has any.
-        path: the file to name in the message where the device that failed has none.
+        code: the result of a C call; :func:`failure_buffer` has its details, if any.
+        path: the file to name in the message if the device that failed has no path.
     """
     slot = _thread.raised
     raised, slot.error = slot.error, None
@@ -209,7 +209,7 @@ def raise_for(code: int, path: str | None = None) -> None:
     try:
         _raise(code, raised, path)
     finally:
-        del raised  # or its traceback, which holds this frame, would hold itself
+        del raised  # breaks the cycle from the traceback to this frame
 
 
 def _raise(code: int, raised: BaseException | None, path: str | None) -> None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""The interpreter's switch interval, while C waits for Python.
+"""Sets the interpreter's switch interval for times when C waits for Python.
 
-A thread that wants the GIL requests it after the switch interval. A server makes the interval short,
-so that an upcall begins soon beside a thread that computes without end. But that thread then requests
-the GIL back just as soon, and each hand-over costs more than the work between two of them. So the
-interval is long while a commit is computed, and short again while the commit waits for the disk.
-Figures are in docs/performance.md.
+A thread that waits for the GIL requests it after the switch interval. A server makes the interval
+short, so that an upcall starts soon even while another thread computes without a pause. But the
+other thread then requests the GIL back just as soon, and each hand-over costs more than the work
+between two of them. So the interval is long while a commit is computed, and short again while the
+commit waits for the disk. Measurements are in docs/performance.md.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _SHORT, _LONG = 10e-6, 1e-3  # seconds
 
 _lock = threading.Lock()
 _servers = 0
-_base = _own = sys.getswitchinterval()  # outside of commits; and what the program had
+_base = _own = sys.getswitchinterval()  # outside of commits; and set by the program
 _thread = threading.local()
 
 
 @contextlib.contextmanager
 def serving() -> Iterator[None]:
-    """Makes the switch interval short until the last block that asked for it ends."""
+    """Makes the switch interval short until the last such block ends."""
     global _servers, _base, _own
     with _lock:
         if _servers == 0:
@@ -50,7 +50,7 @@ def serving() -> Iterator[None]:
 
 @contextlib.contextmanager
 def computing() -> Iterator[None]:
-    """Makes the interval long while something is computed that others wait for."""
+    """Makes the interval long around a computation that other threads wait for."""
     if _servers == 0:
         yield
         return
@@ -60,13 +60,13 @@ def computing() -> Iterator[None]:
         yield
     finally:
         _thread.depth = depth - 1
-        if depth == 1:  # a commit inside another one leaves the interval to that one
+        if depth == 1:  # the outermost commit restores the interval
             sys.setswitchinterval(_base)
 
 
 @contextlib.contextmanager
 def waiting() -> Iterator[None]:
-    """Makes the interval short around a call into C that releases the GIL."""
+    """Makes the interval short, inside :func:`computing`, around a call that releases the GIL."""
     if not getattr(_thread, "depth", 0):
         yield
         return

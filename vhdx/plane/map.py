@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Page tables in Python's hands: numpy arrays of entries go down, faults come up."""
+"""Page tables from Python: entries are passed to C as numpy arrays, and C reports faults."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def fields(
 
 
 class Changes(NamedTuple):
-    """What a commit makes durable; the data that it points to are durable already.
+    """The changes that a commit makes durable; the data that they point to is already durable.
 
     Attributes:
-        pages: that were published, oldest first; a page may be there more than once.
-        entries: their entries.
+        pages: published pages, oldest first; a page may occur more than once.
+        entries: the entries of these pages.
         bitmap_pages: pages whose sector bitmaps changed.
-        bitmaps: the bits of each, n by bytes.
-        generation: what is durable afterwards.
+        bitmaps: one row of bitmap bytes for each of ``bitmap_pages``.
+        generation: the generation that is durable after the commit.
     """
 
     pages: npt.NDArray[np.uint64]
@@ -88,12 +88,12 @@ class Changes(NamedTuple):
 
 
 class Sectors(NamedTuple):
-    """How pages that are the parent's become this device's, sector by sector.
+    """How writes move pages from the parent to this device, sector by sector.
 
     Attributes:
         size: bytes of a sector, 512 or 4096.
-        mixed_tag: of an entry with a sector bitmap.
-        full_tag: of an entry whose sectors are all stored here.
+        mixed_tag: the tag of entries with a sector bitmap.
+        full_tag: the tag of entries whose sectors are all stored in this device.
     """
 
     size: int
@@ -102,7 +102,7 @@ class Sectors(NamedTuple):
 
 
 class FaultHandler(Protocol):
-    """Who decides where the pages of a map live; called from any thread, no lock held.
+    """Decides where the pages of a map are stored; called from any thread, with no lock held.
 
     A :class:`vhdx.errors.VhdxError` of a declared kind refuses the request; any other exception
     poisons the map.
@@ -112,13 +112,13 @@ class FaultHandler(Protocol):
         """Installs the entries of these pages."""
 
     def grant(self, wanted: int) -> None:
-        """Hands out ready space; ``wanted`` is 0 when nobody waits for it."""
+        """Grants ready pages to the map; ``wanted`` is 0 when no request waits for a page."""
 
     def open_gate(self) -> None:
         """Prepares for the first change, then opens the map's gate."""
 
     def change_range(self, operation: Operation, first: int, count: int, size: int) -> None:
-        """Zeroes or trims whole pages; the last of a device of ``size`` bytes may be shorter."""
+        """Zeroes or trims whole pages; the last page of a device of ``size`` may be partial."""
 
     def commit(self, changes: Changes) -> None:
         """Makes entries and sector bitmaps durable."""
@@ -129,22 +129,22 @@ def _copy(memory: Any, length: int) -> bytes:
 
 
 class Map(Device):
-    """A device whose pages live on lower devices (``csrc/map/map.h``).
+    """A device whose pages are stored on lower devices (``csrc/map/map.h``).
 
     Args:
-        handler: answers the faults; held by weak reference through this object only, so whoever
-            owns the handler must keep it.
+        handler: answers the faults. This object keeps the handler, but nothing keeps this object:
+            its owner must hold a reference to it.
         size: bytes.
-        largest_size: bytes that the size may ever grow to.
+        largest_size: the largest size in bytes that the device can be resized to.
         page_size: bytes, a power of two from 512 to 4 GiB.
         lowers: the lower devices, by index.
         parent: index of the lower device that mixed pages fall back to.
-        sectors: of mixed pages; needed with a parent.
-        in_place: zero writes zeros and keeps the space, trim does nothing.
-        transparent: zero, trim and extents are the lower device's.
+        sectors: the sectors of mixed pages; needed with a parent.
+        in_place: zero writes zeros and keeps the space; trim does nothing.
+        transparent: zero, trim and extents are passed to the lower device.
         read_only: refuse changes.
         gated: fault before the first change.
-        pool: for refills and commits in the background.
+        pool: runs refills and commits in the background.
         path: the name in errors.
     """
 
@@ -165,7 +165,7 @@ class Map(Device):
         pool: Pool,
         path: str | None = None,
     ) -> None:
-        np.uint64  # noqa: B018 - every fault needs it: where it cannot be loaded, no map is made
+        np.uint64  # noqa: B018 - faults need numpy; fail here if it cannot be loaded
         identity = failures.new_identity()
         flags = lib.VX_MAP_IN_PLACE if in_place else 0
         flags |= lib.VX_MAP_READ_ONLY if read_only else 0
@@ -194,7 +194,7 @@ class Map(Device):
             )
 
     def answer(self, fault: Any) -> None:
-        """Hands a fault of C (a ``vx_fault *``) to the handler."""
+        """Passes a fault from C (a ``vx_fault *``) to the handler."""
         kind, handler = fault.kind, self._handler
         if handler is None:
             raise ClosedError("the disk was closed", path=self.path)
@@ -220,24 +220,24 @@ class Map(Device):
                 handler.commit(changes)
 
     def install(self, first: int, new: npt.NDArray[np.uint64]) -> None:
-        """Fills the pages from ``first`` on that ask; 0 leaves a page asking."""
+        """Sets the entries from page ``first`` on that are still ASK; 0 leaves an entry ASK."""
         new = np.ascontiguousarray(new, np.uint64)
         view = ffi.from_buffer("uint64_t[]", new)
         failures.raise_for(lib.vx_map_install(self.handle, first, len(new), view), self.path)
 
     def set_bitmap(self, page: int, bits: bytes) -> None:
-        """Sets the sector bitmap of a page (a bit a sector, 1: stored in this device)."""
+        """Sets the sector bitmap of a page (one bit a sector; 1: stored in this device)."""
         view = ffi.from_buffer("uint8_t[]", bits)
         failures.raise_for(lib.vx_map_set_bitmap(self.handle, page, view, len(view)), self.path)
 
     def read_entries(self, first: int, count: int) -> npt.NDArray[np.uint64]:
-        """The entries of these pages as they stand."""
+        """The present entries of these pages."""
         result = np.empty(count, np.uint64)
         lib.vx_map_read_entries(self.handle, first, count, ffi.from_buffer("uint64_t[]", result))
         return result
 
     def drop(self, first_chunk: int, count: int) -> int:
-        """Forgets clean chunks of :data:`CHUNK_PAGES` entries; returns how many."""
+        """Drops clean chunks of :data:`CHUNK_PAGES` entries; returns the number dropped."""
         return lib.vx_map_drop(self.handle, first_chunk, count)
 
     def replace(
@@ -248,10 +248,10 @@ class Map(Device):
         *,
         publish: bool = True,
     ) -> npt.NDArray[np.bool_]:
-        """Replaces entries where the expected ones stand, and waits for accesses to the old ones.
+        """Replaces entries that equal the expected ones, and waits for accesses under the old ones.
 
         Returns:
-            For each page whether something else stood there, so that nothing was changed.
+            For each page, whether its entry differed from the expected one and was not changed.
         """
         mismatched = np.zeros(len(pages), np.uint8)
         code = lib.vx_map_replace(
@@ -267,13 +267,13 @@ class Map(Device):
         return mismatched.astype(np.bool_)
 
     def quiesce(self) -> None:
-        """Waits for every access that is under way now."""
+        """Waits for all accesses in flight."""
         lib.vx_map_quiesce(self.handle)
 
     def grant(
         self, lower: int, offsets: npt.NDArray[np.uint64], tag: int, *, stale: bool = False
     ) -> None:
-        """Hands ready pages to C: at these offsets (bytes), reading zeros unless ``stale``."""
+        """Grants ready pages at these offsets (bytes) to C; they read as zeros unless ``stale``."""
         view = ffi.from_buffer("uint64_t[]", np.ascontiguousarray(offsets, np.uint64))
         flag = lib.VX_GRANT_STALE if stale else lib.VX_GRANT_FRESH
         failures.raise_for(
@@ -281,7 +281,7 @@ class Map(Device):
         )
 
     def revoke(self) -> npt.NDArray[np.uint64]:
-        """Takes back the ready pages that are left; returns their offsets (bytes)."""
+        """Takes back the unused ready pages; returns their offsets (bytes)."""
         parts = []
         while True:
             part = np.empty(4096, np.uint64)
@@ -291,7 +291,7 @@ class Map(Device):
                 return np.concatenate(parts)
 
     def set_gate(self, *, is_open: bool) -> None:
-        """Opens or closes the gate before changes."""
+        """Opens or closes the gate; a change at a closed gate faults."""
         lib.vx_map_gate(self.handle, is_open)
 
     def poison(self) -> None:
@@ -299,18 +299,18 @@ class Map(Device):
         lib.vx_device_set_state(self.handle, failures.E_POISONED)
 
     def statistics(self) -> dict[str, int]:
-        """Generations, rounds, commits, published pages, stock and faults."""
+        """The fields of ``vx_map_statistics``, by name."""
         found = ffi.new("vx_map_statistics *")
         lib.vx_map_statistics_of(self.handle, found)
         return {name: getattr(found, name) for name, _ in ffi.typeof("vx_map_statistics").fields}
 
     def close(self) -> None:
-        """Refuses new requests, waits for those under way, and commits what they published.
+        """Refuses new requests, waits for those in flight, and commits the pages they published.
 
         Raises:
-            PoisonedError: that could not be made durable.
+            PoisonedError: these pages could not be made durable.
         """
         try:
             failures.raise_for(lib.vx_map_close(self.handle), self.path)
         finally:
-            self._handler = None  # it holds this map: nobody should wait for the collector
+            self._handler = None  # breaks a cycle, so that this object is freed at once

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Time, limits, and what was done.
+"""Clocks, limits, throttles and meters.
 
-The faces of ``csrc/core/clock.h``, ``csrc/core/meter.h`` and ``csrc/qos/throttle.h``.
+They wrap ``csrc/core/clock.h``, ``csrc/core/meter.h`` and ``csrc/qos/throttle.h``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 LARGEST_RATE = 10**12
-"""Units or bytes a second; more is no limit that anything could reach."""
+"""The largest rate of a limit, in units or bytes a second; no device reaches it."""
 
 _BINS: int = lib.VX_METER_BINS
 METER_NUMBERS = 12 + _BINS
@@ -54,13 +54,13 @@ class LimitKind(IntEnum):
 
 @dataclass(frozen=True)
 class Limit:
-    """A rate, with what may be saved while less is used.
+    """A maximum rate, with burst and credit.
 
     Attributes:
         rate: units or bytes a second, 1 to LARGEST_RATE.
         burst: units or bytes that may pass at once, 0 to LARGEST_RATE.
         credit: units or bytes that an idle flow saves beyond the burst, 0 to LARGEST_RATE.
-        credit_rate: a second, at most, while credit is spent; 0 is no bound.
+        credit_rate: largest rate a second while credit is spent; 0 is no bound.
     """
 
     rate: int
@@ -78,8 +78,8 @@ class Limit:
                 )
         if self.credit_rate and self.credit_rate < self.rate:
             raise InvalidArgumentError(
-                f"credit would be spent at {self.credit_rate} a second, the rate is {self.rate}",
-                hint="choose more than the rate, or 0",
+                f"the credit rate of {self.credit_rate} is below the rate of {self.rate} a second",
+                hint="choose at least the rate, or 0 for no bound",
             )
 
 
@@ -97,26 +97,26 @@ class Clock:
 
     @property
     def now(self) -> int:
-        """Nanoseconds."""
+        """The present time, nanoseconds."""
         return lib.vx_clock_now(self.handle)
 
     @property
     def next(self) -> int | None:
-        """When the next timer is due, nanoseconds; None when there is none."""
+        """The time at which the next timer is due, nanoseconds; None if there is no timer."""
         when = lib.vx_clock_next(self.handle)
         return None if when == 2**64 - 1 else when
 
     def advance(self, until: int) -> None:
-        """To this time, nanoseconds; what is due happens on this thread, each at its own time."""
+        """Advances to ``until`` (nanoseconds), and runs each due timer here at its own time."""
         lib.vx_clock_advance(self.handle, until)
 
 
 class Pacing:
-    """The limits and throttles that meet each other, and their time.
+    """A set of limits and throttles that share a lock and a clock.
 
     Args:
-        pool: runs what passes late and may block; its clock counts when ``clock`` is None.
-        clock: a virtual one.
+        pool: runs delayed requests that may block; its clock is used if ``clock`` is None.
+        clock: a virtual clock.
     """
 
     def __init__(self, pool: Pool, clock: Clock | None = None) -> None:
@@ -125,7 +125,7 @@ class Pacing:
         process = os.getpid()
 
         def destroy(handle: Any) -> None:
-            if os.getpid() == process:  # a thread that a child does not have may hold its locks
+            if os.getpid() == process:  # in a forked child, its locks may be held forever
                 lib.vx_qos_destroy(handle)
 
         self.handle = ffi.gc(handle, destroy)
@@ -137,7 +137,7 @@ class Limits:
     """A set of limits that one or several throttles share.
 
     Args:
-        pacing: where it belongs.
+        pacing: the pacing that the limits belong to.
         unit: bytes of a normalised unit, 512 to 1 GiB.
     """
 
@@ -146,11 +146,11 @@ class Limits:
         self._keep = pacing
 
     def set(self, limits: Mapping[LimitKind, Limit], *, fresh: bool = False) -> None:
-        """Replaces all limits, live: what was saved or is owed stays, what waits is timed anew.
+        """Replaces all limits; saved credit and debt stay, and waiting requests are retimed.
 
         Args:
-            limits: by kind; what is not named is not limited.
-            fresh: limits that are new begin with all that they may save.
+            limits: limits by kind; a kind that is missing is not limited.
+            fresh: new limits start with full burst and credit.
         """
         wanted = ffi.new("vx_limit[]", lib.VX_LIMIT_KINDS)
         for kind, limit in limits.items():
@@ -160,17 +160,18 @@ class Limits:
         lib.vx_limits_set(self.handle, wanted, fresh)
 
     def levels(self) -> dict[LimitKind, int]:
-        """What each kind could let pass now; negative is owed, 0 where there is no limit."""
+        """Units or bytes that each kind could admit now; negative is debt, 0 if not limited."""
         levels = ffi.new("int64_t[]", lib.VX_LIMIT_KINDS)
         lib.vx_limits_levels(self.handle, levels)
         return {kind: levels[kind] for kind in LimitKind}
 
 
 class Throttle(Device):
-    """A flow: requests of one initiator to one disk, held up as limits want it.
+    """A flow: the requests of one initiator to one disk, delayed so that limits are met.
 
     Args:
-        lower: where requests go.
+        lower: the device that requests go to.
+        pacing: the pacing that the limits belong to.
         own: limits of the disk.
         group: limits shared with other disks.
     """
@@ -186,18 +187,18 @@ class Throttle(Device):
         self.set_group(group)
 
     def set_group(self, group: Limits | None) -> None:
-        """Which group's limits count besides the disk's own, from now on."""
+        """Sets the group limits that apply, from now on, in addition to those of the disk."""
         lib.vx_throttle_set_group(self.handle, ffi.NULL if group is None else group.handle)
 
     def waiting(self) -> tuple[int, int]:
-        """Requests that wait now, and the units that they will cost."""
+        """The number of waiting requests, and the units that they will cost."""
         numbers = ffi.new("uint64_t[2]")
         lib.vx_throttle_waiting(self.handle, numbers, numbers + 1)
         return numbers[0], numbers[1]
 
 
 class MeterFacts(NamedTuple):
-    """What a flow did since its meter was made; pairs are of reads, and of all that changes."""
+    """The counts of a meter; each pair is reads, then all operations that change data."""
 
     requests: tuple[int, int]
     units: tuple[int, int]
@@ -208,12 +209,12 @@ class MeterFacts(NamedTuple):
     bins: tuple[int, ...]
 
     def numbers(self) -> list[int]:
-        """All of them, METER_NUMBERS; those of two flows can be added."""
+        """All METER_NUMBERS counts in one list; lists of several flows can be added."""
         return [number for pair in self[:6] for number in pair] + list(self.bins)
 
 
 class Meter:
-    """Counts what a connection does, with latencies; off until it is switched on.
+    """Counts the requests of a connection and their latencies; initially off.
 
     Args:
         unit: bytes of a normalised unit.
@@ -223,18 +224,18 @@ class Meter:
         self.handle = ffi.gc(_made(lib.vx_meter_create(unit)), lib.vx_meter_destroy)
 
     def switch(self, *, on: bool) -> None:
-        """Whether it counts from now on."""
+        """Turns counting on or off."""
         lib.vx_meter_switch(self.handle, on)
 
     def read(self) -> MeterFacts:
-        """Each number is exact, their relation is not."""
+        """Reads the counts; each number is exact, but they are not read at the same instant."""
         found = ffi.new("vx_meter_facts *")
         lib.vx_meter_read(self.handle, found)
         return MeterFacts(*(tuple(getattr(found, name)) for name in MeterFacts._fields))
 
 
 def quantile(bins: Sequence[int], share: float) -> int:
-    """The latency, nanoseconds, that ``share`` (0 to 1) of requests did not exceed; 0 without any."""
+    """The latency (ns) that ``share`` (0 to 1) of requests did not exceed; 0 without requests."""
     wanted = share * sum(bins)
     if not wanted:
         return 0

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Disks as slow as models say, slots of a shared device, and clients for experiments.
+"""Simulated disks, the scheduler of a shared device, and load generators for experiments.
 
-The faces of ``csrc/sim`` (``model.h``, ``delay.h``, ``load.h``) and ``csrc/qos/schedule.h``.
+They wrap ``csrc/sim`` (``model.h``, ``delay.h``, ``load.h``) and ``csrc/qos/schedule.h``.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ __all__ = [
 ]
 
 DEEPEST: int = lib.VX_DEEPEST
-"""Requests that a scheduler may let through at a time."""
+"""The largest number of slots of a scheduler."""
 
 LARGEST_WEIGHT: int = lib.VX_LARGEST_WEIGHT
 PIECE: int = lib.VX_PIECE
-"""Bytes that go at a time; the rest of a request waits for another slot."""
+"""The largest piece of a read or write, in bytes; each piece of a request needs a slot."""
 
 _LEAST_UNIT, _LARGEST_UNIT = 512, 1 << 30
 _LARGEST_CAPACITY = 1 << 60
@@ -64,7 +64,7 @@ def _clock_of(pool: Pool, clock: Clock | None) -> Any:
 
 
 class ModelKind(IntEnum):
-    """What is modelled; the values are those of ``vx_model_kind``."""
+    """The kind of disk that is modelled; the values are those of ``vx_model_kind``."""
 
     HDD = lib.VX_MODEL_HDD
     SSD = lib.VX_MODEL_SSD
@@ -72,12 +72,12 @@ class ModelKind(IntEnum):
 
 
 class Model:
-    """How long a disk would take; ``csrc/sim/model.h`` says how that is reckoned, and where from.
+    """A model of the service times of a disk; ``csrc/sim/model.h`` has the formulas and sources.
 
     Args:
-        kind: of disk.
-        capacity: bytes, from 1 MiB; places beyond wrap.
-        write_cache: writes are done when they are in the disk's memory.
+        kind: the kind of disk.
+        capacity: bytes, at least 1 MiB; larger offsets wrap around.
+        write_cache: writes complete when they are in the memory of the disk.
     """
 
     def __init__(self, kind: ModelKind, capacity: int, *, write_cache: bool = False) -> None:
@@ -91,16 +91,16 @@ class Model:
         )
 
     def serve(self, operation: Operation, offset: int, length: int, now: int) -> int:
-        """When a request that arrives at ``now`` is done; both nanoseconds of the caller's clock."""
+        """The completion time of a request that arrives at ``now``; both in ns of any one clock."""
         return int(lib.vx_model_serve(self.handle, operation, offset, length, now))
 
     def worst(self, length: int, others: int = 0) -> float:
-        """Seconds for which a request of up to ``length`` bytes holds up those behind it, at most."""
+        """The worst-case seconds for which a request of up to ``length`` bytes takes the device."""
         operations = (Operation.READ, Operation.WRITE)
         return max(lib.vx_model_worst(self.handle, o, length, others) for o in operations) / 1e9
 
     def capacity_iops(self, depth: int, length: int = 8192) -> float:
-        """Random reads of ``length`` bytes a second, with ``depth`` always under way."""
+        """Random reads of ``length`` bytes a second, with ``depth`` always in flight."""
         copy = Model(self.kind, self.capacity, write_cache=self.write_cache)
         chosen = random.Random(1)  # noqa: S311
         places = max(1, self.capacity // length)
@@ -113,14 +113,14 @@ class Model:
 
 
 class Delay(Device):
-    """A device that answers when its model says so, and does the I/O at once.
+    """A device that does the I/O at once, but completes a request only when its model says so.
 
     Args:
         lower: does the I/O.
-        model: several may share one.
-        pool: whose clock counts when ``clock`` is None.
-        base: where this disk begins on the model, bytes.
-        clock: a virtual one; then nobody waits but who drives it.
+        model: the model; several devices may share one.
+        pool: its clock is used if ``clock`` is None.
+        base: the offset in bytes at which this disk begins on the modelled disk.
+        clock: a virtual clock; requests then complete as it is advanced.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Delay(Device):
 
 
 class SchedulerFacts(NamedTuple):
-    """What a scheduler did: time and units while somebody had to wait, and what there is now."""
+    """Totals while requests waited because every slot was taken, and the present counts."""
 
     contended_ns: int
     contended_units: int
@@ -143,14 +143,14 @@ class SchedulerFacts(NamedTuple):
 
 
 class Scheduler:
-    """Lets ``depth`` requests through to a device at a time, in an order that keeps what is reserved.
+    """Sends at most ``depth`` requests at a time to a device, in an order that keeps reservations.
 
     Args:
-        pool: runs what may block; its clock counts when ``clock`` is None.
+        pool: runs requests that may block; its clock is used if ``clock`` is None.
         unit: bytes of a normalised unit, 512 to 1 GiB.
-        depth: 1 to DEEPEST.
-        model: of the device, for the cost that weights share; normalised units without it.
-        clock: a virtual one.
+        depth: the number of slots, 1 to DEEPEST.
+        model: a model of the device; weights then share its time, otherwise normalised units.
+        clock: a virtual clock.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class Scheduler:
         clock: Clock | None = None,
     ) -> None:
         if not 1 <= depth <= DEEPEST:
-            raise InvalidArgumentError(f"{depth} requests at a time", hint=f"choose 1 to {DEEPEST}")
+            raise InvalidArgumentError(f"a depth of {depth}", hint=f"choose 1 to {DEEPEST}")
         if not _LEAST_UNIT <= unit <= _LARGEST_UNIT:
             raise InvalidArgumentError(
                 f"units of {unit} bytes", hint=f"choose {_LEAST_UNIT} to {_LARGEST_UNIT}"
@@ -181,24 +181,28 @@ class Scheduler:
         self._process = os.getpid()
 
     def set_most_below(self, seconds: float | None) -> None:
-        """Lets no more through than the model takes so long for in the worst case; None: no bound."""
+        """Bounds the worst-case time of the pieces in flight; one piece may always go.
+
+        Args:
+            seconds: the bound, by the model; None is no bound.
+        """
         ns = (1 << 64) - 1 if seconds is None else round(seconds * 1e9)
         lib.vx_scheduler_set_most_below(self.handle, ns)
 
     def stop(self) -> None:
-        """Cancels all waits for slots, now and later; call it before the pool is closed."""
-        if self._process == os.getpid():  # those who wait are not in a forked child
+        """Cancels all present and later waits for slots; call it before the pool is closed."""
+        if self._process == os.getpid():  # a forked child has no waiting requests
             lib.vx_scheduler_stop(self.handle)
 
     def read(self) -> SchedulerFacts:
-        """Since it was made; not after its pool was closed."""
+        """Reads the counts since its creation; must not be called after its pool is closed."""
         found = ffi.new("vx_scheduler_facts *")
         lib.vx_scheduler_read(self.handle, found)
         return SchedulerFacts(*(getattr(found, name) for name in SchedulerFacts._fields))
 
 
 class ShareFacts(NamedTuple):
-    """What a share got, and what waits in it now."""
+    """The requests that a share was served so far, and those that wait in it now."""
 
     requests: int
     units: int
@@ -211,19 +215,19 @@ class ShareFacts(NamedTuple):
 
 
 class Share:
-    """A client of a scheduler: a disk, a group of disks, or work in the background."""
+    """A client of a scheduler: a disk, a group of disks, or background work."""
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.handle = _made(lib.vx_share_create(scheduler.handle))  # freed with the scheduler
         self._keep = scheduler
 
     def set(self, *, reservation: int = 0, limit: int = 0, weight: int = 100) -> None:
-        """What it gets from now on.
+        """Sets reservation, limit and weight from now on.
 
         Args:
-            reservation: units a second that come first; 0 is none.
-            limit: units a second at most, reservation included; 0 is none.
-            weight: its part of the rest, 1 to LARGEST_WEIGHT.
+            reservation: units a second that are served first; 0 is none.
+            limit: the most units a second, reservation included; 0 is no limit.
+            weight: its relative share by weight, 1 to LARGEST_WEIGHT.
         """
         if not 1 <= weight <= LARGEST_WEIGHT or min(reservation, limit) < 0:
             raise InvalidArgumentError(
@@ -233,14 +237,14 @@ class Share:
         lib.vx_share_set(self.handle, reservation, limit, weight)
 
     def read(self) -> ShareFacts:
-        """Since it was made."""
+        """Reads the counts since its creation."""
         found = ffi.new("vx_share_facts *")
         lib.vx_share_read(self.handle, found)
         return ShareFacts(*(getattr(found, name) for name in ShareFacts._fields))
 
     @contextlib.contextmanager
     def slot(self, size: int) -> Iterator[None]:
-        """Holds a slot for work that does ``size`` bytes of I/O itself, at most a piece.
+        """Holds a slot for work that does its own I/O of ``size`` bytes, at most one piece.
 
         Raises:
             ClosedError: the scheduler has stopped.
@@ -263,16 +267,16 @@ class Scheduled(Device):
         self._keep = (lower, share)
 
     def set_share(self, share: Share) -> None:
-        """Which share its requests wait in from now on; one of the same scheduler."""
+        """Sets the share in which new requests wait; it must be of the same scheduler."""
         lib.vx_schedule_set_share(self.handle, share.handle)
 
     def waiting(self) -> int:
-        """Requests of it that wait for a slot now."""
+        """The number of its requests that wait for a slot."""
         return lib.vx_schedule_waiting(self.handle)
 
 
 class LoadFacts(NamedTuple):
-    """Requests of a load: answered so far, those of them that failed, and those under way."""
+    """The numbers of requests answered so far, of those that failed, and of those in flight."""
 
     answered: int
     failed: int
@@ -280,22 +284,22 @@ class LoadFacts(NamedTuple):
 
 
 class Load:
-    """A client that keeps ``depth`` requests under way, for experiments and benchmarks.
+    """A client that keeps ``depth`` requests in flight, for experiments and benchmarks.
 
     Args:
-        device: what it asks; with a virtual clock it must take time (a :class:`Delay` below).
-        pool: whose clock counts when ``clock`` is None, and whose threads do what may block.
+        device: the device to load; with a virtual clock it must take time (a :class:`Delay` below).
+        pool: runs requests that may block; its clock is used if ``clock`` is None.
         length: bytes of a request, up to 32 MiB.
-        depth: 1 to 1024, of 256 MiB in all.
-        span: bytes from the beginning in which it works; all when None.
-        write_percent: of the requests.
-        least: requests have ``length``, half of it and so on, down to this; ``length`` when None.
-        pause: seconds between an answer and what follows it.
-        flushes: each write is followed by a flush, and that by the next request.
-        in_a_row: one behind the other, else at random.
-        seed: of what is random.
-        meter: counts what it gets.
-        clock: a virtual one; :meth:`Clock.advance` runs it then.
+        depth: 1 to 1024; ``depth`` times ``length`` is at most 256 MiB.
+        span: the load uses this many bytes from the start of the device; None uses all.
+        write_percent: the percentage of requests that are writes.
+        least: request sizes are ``length``, half of it and so on, down to this; None: ``length``.
+        pause: seconds from a completion to the next request.
+        flushes: a flush follows each write, before the next request.
+        in_a_row: requests are sequential, otherwise random.
+        seed: the seed of the random choices.
+        meter: counts the requests.
+        clock: a virtual clock; then :meth:`Clock.advance` runs the load.
     """
 
     def __init__(
@@ -337,11 +341,11 @@ class Load:
         lib.vx_load_start(self.handle)
 
     def stop(self) -> None:
-        """Sends no more, and waits for those under way; a virtual clock has to be advanced then."""
+        """Sends no new requests; with a real clock, waits until none is in flight."""
         lib.vx_load_stop(self.handle)
 
     def read(self) -> LoadFacts:
-        """Since it was made."""
+        """Reads the counts since its creation."""
         found = ffi.new("vx_load_facts *")
         lib.vx_load_read(self.handle, found)
         return LoadFacts(found.answered, found.failed, found.under_way)

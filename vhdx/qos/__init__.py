@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: MIT
-"""Storage QoS: limits and minimums of disks, and what they really get, in Windows' vocabulary.
+"""Storage QoS: limits and minimums of disks, and measured figures, in the terms that Windows uses.
 
-:mod:`vhdx.qos.domain` is the whole of one server. Its parts: :mod:`vhdx.qos.policy` is what is wanted
-as data, :mod:`vhdx.qos.store` keeps that in a file, :mod:`vhdx.qos.registry` applies it to disks,
-:mod:`vhdx.qos.shared_device` keeps minimums and :mod:`vhdx.qos.admission` proves that they can be
-kept, :mod:`vhdx.qos.sampler` takes figures, :mod:`vhdx.qos.monitor` evaluates them,
-:mod:`vhdx.qos.report` shows them, and :mod:`vhdx.qos.alerts` tells of missed minimums. The data
-plane's part is ``csrc/qos/throttle.h`` and ``csrc/qos/schedule.h``.
+:mod:`vhdx.qos.domain` is the QoS of one server. :mod:`vhdx.qos.policy` has settings and policies as
+data, :mod:`vhdx.qos.store` saves them in a file, and :mod:`vhdx.qos.registry` applies them to
+disks. :mod:`vhdx.qos.shared_device` schedules the disks so that minimums are kept, and
+:mod:`vhdx.qos.admission` checks that they can be kept. :mod:`vhdx.qos.sampler` takes samples,
+:mod:`vhdx.qos.monitor` evaluates them, :mod:`vhdx.qos.report` reports them, and
+:mod:`vhdx.qos.alerts` delivers alerts about missed minimums. The data plane's part is in
+``csrc/qos/throttle.h`` and ``csrc/qos/schedule.h``.
 """
 
 from vhdx.qos.domain import SUBSCRIPTION_SECONDS, Domain

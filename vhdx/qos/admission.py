@@ -1,26 +1,29 @@
 # SPDX-License-Identifier: MIT
-"""Whether a modelled device can keep a set of minimums in the worst case; arithmetic only.
+"""Checks whether a modelled device can keep a set of minimums in the worst case.
 
-The promise. A client that always has ``depth`` reads or writes under way gets its minimum,
-whatever its requests are and whatever other clients do. With a depth of 1 it does one thing at a
-time, and a flush after each write may be among them.
+The module has no state and does no I/O.
 
-The argument. The scheduler serves the earliest deadline first. A reservation of r units a second
-has one unit, of at most C seconds of the device, in each T = 1 / r. Take one such unit, and let t0
-be the last moment at which something less urgent was started. Everything that was under way at t0
-is done by t0 + B. In any L seconds from t0 on, what is at least as urgent takes no more than
-sum(floor(L / Tj) * Cj). So the unit is late by at most
+The guarantee. A client that always has ``depth`` reads or writes in flight gets its minimum,
+whatever its requests are and whatever other clients do. A client with a depth of 1 has one request
+in flight at a time, and may send a flush after each write.
+
+The proof. The scheduler serves the earliest deadline first. A reservation of r units a second
+consists of one unit in each period T = 1 / r, and a unit takes the device for at most C seconds.
+Take one such unit, and let t0 be the last moment at which a less urgent request was started. All
+requests in flight at t0 are done by t0 + B. In the L seconds after t0, units that are at least as
+urgent take no more than sum(floor(L / Tj) * Cj). So the unit is late by at most
 
     f(L) = B + sum(floor(L / Tj) * Cj) - L     for some L >= T
 
-(non-preemptive earliest deadline first: Jeffay, Stanat, Martel 1991). A client with n requests
-under way asks for its next unit in time if its units are late by no more than (n - 1) * T. One
-that flushes does if they are early by what a flush takes; on a hard disk a flush waits for what is
-under way, which is B again.
+(non-preemptive earliest deadline first: Jeffay, Stanat, Martel 1991). A client with n requests in
+flight sends its next unit in time if its units are late by no more than (n - 1) * T. A client that
+flushes does so if its units are early by the duration of a flush. On a hard disk a flush waits for
+all requests in flight, which takes B.
 
-B is what ``depth`` pieces of the largest size take: the first one alone, the second beside one
-other, and so on. C may count on n - 1 others where every client has at least n requests under way.
-A shallow scheduler has a small B; a deep one has more requests to choose from.
+B is the time that ``depth`` pieces of the largest size take: the first with no other in flight, the
+second with one other, and so on. Where every client has at least n requests in flight, C is the
+time of a unit with n - 1 others in flight. A smaller depth makes B smaller; a larger depth gives
+the device more requests to choose from, so C is smaller.
 """
 
 from __future__ import annotations
@@ -39,20 +42,20 @@ if TYPE_CHECKING:
 __all__ = ["USABLE", "Load", "Verdict", "best_depth", "evaluate", "most_below", "most_together"]
 
 USABLE = 0.9
-"""Of the device: a tenth is for what nobody has reserved."""
+"""The share of the device that can be reserved; a tenth is left for unreserved work."""
 
-_MOST_LATE = 0.4  # seconds; the scheduler takes half a second for too much work
+_MOST_LATE = 0.4  # seconds; when a deadline is missed by 0.5 s the scheduler assumes overload
 _MOST_POINTS = 200_000
 
 
 class Load(NamedTuple):
-    """What a device takes for pieces, in seconds, by how many others are under way.
+    """How many seconds a device takes for a piece, given the number of other pieces in flight.
 
     Attributes:
-        unit: for a request of one normalised unit.
-        piece: for the largest one that goes at a time.
-        pace: work in the background takes one such piece in so many seconds.
-        flush_waits: for everything that is below; else it takes no time.
+        unit: time of a request of one normalised unit.
+        piece: time of a piece of the largest size.
+        pace: seconds from one such piece of background work to the next.
+        flush_waits: whether a flush waits for all requests in flight; otherwise it takes no time.
     """
 
     unit: Callable[[int], float]
@@ -62,14 +65,14 @@ class Load(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Of a set of minimums at a depth.
+    """The result of checking a set of minimums at one depth.
 
     Attributes:
-        depth: that was asked about.
-        capacity: units a second, in the worst case.
-        blocking: seconds for which everything below takes.
+        depth: the depth that was checked.
+        capacity: units a second that the device serves in the worst case.
+        blocking: seconds that the device takes for all pieces in flight (B).
         kept: whether every minimum is kept.
-        used: share of the device that is reserved.
+        used: share of the device that minimums and background work take.
     """
 
     depth: int
@@ -82,7 +85,7 @@ class Verdict(NamedTuple):
 def evaluate(
     reservations: Sequence[Reservation], depth: int, load: Load, blocking: float = 0.0
 ) -> Verdict:
-    """Whether all of them are kept with so many below at a time, or as many as take ``blocking``."""
+    """Checks minimums with ``depth`` pieces in flight, or ``blocking`` seconds of them if more."""
     fewest = min((each.depth for each in reservations), default=1)
     cost = load.unit(min(depth, fewest) - 1)
     blocking = max(blocking, sum(load.piece(others) for others in range(depth)))
@@ -101,7 +104,7 @@ def evaluate(
 def _in_time(every: _Seconds, costs: _Seconds, blocking: float, used: float, slack: _Seconds) -> bool:
     if len(every) == 1:
         return True
-    # Beyond it f, which is at most blocking - (1 - used) * L, is below every slack.
+    # Beyond `end` every f(L) is below every slack: f(L) <= blocking - (1 - used) * L.
     end = max((blocking - float(slack.min())) / (1 - used), float(every.max()))
     if (end / every).sum() > _MOST_POINTS:
         return bool(np.all(blocking - (1 - used) * every <= slack))
@@ -116,7 +119,10 @@ def _in_time(every: _Seconds, costs: _Seconds, blocking: float, used: float, sla
 
 
 def best_depth(reservations: Sequence[Reservation], most: int, load: Load) -> Verdict:
-    """The deepest at which all are kept; where there is none, ``most`` as it is."""
+    """The verdict at the largest depth that keeps all minimums.
+
+    When no depth does, the verdict is for ``most`` or 1, whichever has the higher capacity.
+    """
     for depth in range(most, 0, -1):
         found = evaluate(reservations, depth, load)
         if found.kept:
@@ -127,7 +133,7 @@ def best_depth(reservations: Sequence[Reservation], most: int, load: Load) -> Ve
 
 
 def most_below(reservations: Sequence[Reservation], most: int, load: Load) -> float | None:
-    """Seconds of work that may be under way so that all are kept; None where they cannot be."""
+    """Seconds of work that may be in flight so that all minimums are kept; None if none works."""
     found = best_depth(reservations, most, load)
     low = found.blocking
     if not found.kept:
@@ -145,9 +151,9 @@ def most_below(reservations: Sequence[Reservation], most: int, load: Load) -> fl
 
 
 def most_together(reservations: Sequence[Reservation], most: int, load: Load) -> int:
-    """The highest sum of minimums in these proportions that is kept, at most the one they have.
+    """The highest sum of minimums that can be kept when all are scaled down by one factor.
 
-    0: no minimum of such clients is kept.
+    0 when no minimum of clients with these depths can be kept.
     """
     whole = sum(each.iops for each in reservations)
     if whole == 0:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Where alerts go: the log, who listens, and a command of the user's.
+"""Delivers alerts to the log, to listeners, and to a hook, which is a command of the user.
 
-Any thread may call anything here. No lock is held while a listener or the command runs.
+Any thread may call any function here. No lock is held while a listener or the hook runs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Alerts:
     """The alerts of one server, the latest ones kept.
 
     Args:
-        hook: a command that is run for each, with what it is about in the environment.
+        hook: a shell command that is run for each alert; environment variables describe the alert.
     """
 
     def __init__(self, hook: str | None) -> None:
@@ -45,8 +45,8 @@ class Alerts:
 
     @contextlib.contextmanager
     def listening(self, listener: Callable[[Alert], None]) -> Iterator[list[Alert]]:
-        """The alerts of before; ``listener`` is called with each that comes until the block ends."""
-        with self._lock:  # those of before, and none twice
+        """Yields the kept alerts; ``listener`` gets each new one until the block ends."""
+        with self._lock:  # no alert is missed, and none is delivered twice
             before = list(self._kept)
             self._listeners.append(listener)
         try:
@@ -56,7 +56,7 @@ class Alerts:
                 self._listeners.remove(listener)
 
     def tell(self, alert: Alert) -> None:
-        """Keeps it, and tells everybody."""
+        """Keeps and logs ``alert``, notifies all listeners, and queues the hook."""
         with self._lock:
             self._kept.append(alert)
             listeners = list(self._listeners)
@@ -79,15 +79,18 @@ class Alerts:
             _log.warning("the hook of an alert is not run: %r", error)
 
     def _run(self, hook: str) -> None:
-        """One after another, in their order."""
+        """Runs the hook for one alert after another, in order."""
         while (alert := self._to_run.get()) is not None:
             try:
                 _run_hook(hook, alert)
-            except Exception as error:  # the next alert's may go well
+            except Exception as error:  # the hook may succeed for the next alert
                 _log.warning("the hook of an alert failed: %r", error)
 
     def close(self) -> None:
-        """What was told is told, but for the oldest where too many wait; a hook that runs goes on."""
+        """Ends the hook's thread after the queued alerts, without waiting for it.
+
+        When the queue is full, its oldest alert is dropped.
+        """
         while True:
             try:
                 self._to_run.put_nowait(None)
@@ -110,7 +113,7 @@ def _run_hook(hook: str, alert: Alert) -> None:
     }
     try:
         run = subprocess.Popen(
-            # It ends in time also where this server has ended before it.
+            # `timeout` ends the hook in time even when this server ends before the hook.
             ["timeout", "-s", "KILL", f"{_HOOK_SECONDS:g}", "/bin/sh", "-c", hook],
             env=os.environ | facts,
             stdin=subprocess.DEVNULL,

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The QoS of one server: what is wanted of its disks, kept by the data plane, and what they get.
+"""The QoS of one server: the settings of its disks, which the data plane enforces, and figures.
 
-The parts: :class:`Registry` has disks, policies and flows, :class:`SharedDevice` schedules what the
-disks share and says what it can carry, :class:`Sampler` takes figures, :class:`Alerts` tells of
-missed minimums, and :mod:`vhdx.qos.report` shows it all. Any thread may call any method.
+:class:`Registry` has disks, policies and flows. :class:`SharedDevice` schedules the device that the
+disks share and reports which minimums it can keep. :class:`Sampler` takes samples, :class:`Alerts`
+delivers alerts about missed minimums, and :mod:`vhdx.qos.report` makes reports. Any thread may call
+any method.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ class Domain:
     """The QoS of one server.
 
     Args:
-        pool: the server's.
+        pool: the thread pool of the server.
         unit: bytes of a normalised I/O, 512 to 1 MiB.
-        store: where settings are kept, and where they are taken from.
-        hook: a command that is run for each alert, described in its environment.
-        scheduling: how minimums are kept; None only watches them.
-        sizes: of the disks that will be added, bytes; for a model.
-        clock: a virtual one, for experiments: nothing is sampled but by :meth:`advance`.
+        store: the QoS file that settings are read from and saved to.
+        hook: a command that is run for each alert; environment variables describe the alert.
+        scheduling: how minimums are kept; with None they are only watched.
+        sizes: sizes in bytes of the disks that will be added; only a model needs them.
+        clock: a virtual clock for experiments; then only :meth:`advance` takes samples.
 
     Raises:
         InvalidArgumentError: a unit out of range.
@@ -73,7 +74,7 @@ class Domain:
         self._sampler = Sampler(self._registry, self._device, self._alerts, clock)
         self._closed = threading.Event()
 
-    # ---- what is wanted ----
+    # ---- settings and policies ----
 
     def add_disk(
         self,
@@ -85,40 +86,40 @@ class Domain:
         """Adds a disk that is served from now on.
 
         Args:
-            name: of the export.
-            path: of its image; disks of one image share settings and limits.
-            device: what its requests go to.
-            changes: made to what the store says. :class:`Settings` change what they do not leave at
-                its default.
+            name: the name of the export.
+            path: the path of its image; exports of one image share settings and limits.
+            device: the device that its requests go to.
+            changes: changes to the settings in the store. In a :class:`Settings`, only fields that
+                differ from their default change a setting.
         """
         self._registry.add_disk(name, path, device, changes)
         self._sampler.begin()
 
     def begin(self) -> None:
-        """Saves what was given for the disks, once all are added, and logs warnings.
+        """Saves the settings once all disks are added, and logs warnings.
 
         Raises:
-            HostIOError, NoSpaceError: the file cannot be written.
+            HostIOError, NoSpaceError: the QoS file cannot be written.
         """
         self._registry.begin()
 
     def set_disk(
         self, name: str, changes: Mapping[str, Any], policy: str | None = None
     ) -> str | None:
-        """Changes what is wanted of a disk, live.
+        """Changes the settings of a disk while it is served.
 
         Args:
-            name: of the disk.
-            changes: settings by name; None takes one away.
-            policy: name or id of its policy; "" for none, None leaves it.
+            name: the name of the disk.
+            changes: settings by name; None removes a setting.
+            policy: name or id of its policy; "" removes the policy, None keeps it.
 
         Returns:
-            A warning where the minimums cannot all be kept by the measured capacity, else None.
+            A warning when not all minimums can be kept but the change is allowed, else None.
 
         Raises:
             NotFoundError: no such disk or policy.
-            InvalidArgumentError: settings that cannot be, or minimums above a known capacity.
-            HostIOError, NoSpaceError: the file cannot be written. Nothing is changed then.
+            InvalidArgumentError: invalid settings, or minimums above a known capacity.
+            HostIOError, NoSpaceError: the QoS file cannot be written. Then nothing changes.
         """
         warning = self._registry.set_disk(name, changes, policy)
         self._sampler.begin()
@@ -133,31 +134,32 @@ class Domain:
         return self._registry.policy(name)
 
     def set_policy(self, policy: Policy) -> str | None:
-        """Makes a policy, or changes one with the same id; its disks follow at once.
+        """Creates a policy, or changes the one with the same id; it applies to its disks at once.
 
         Returns:
-            As :meth:`set_disk`.
+            A warning or None, as :meth:`set_disk` does.
 
         Raises:
             ExistsError: another policy has this name.
-            InvalidArgumentError: its kind cannot change.
-            HostIOError, NoSpaceError: the file cannot be written. Nothing is changed then.
+            InvalidArgumentError: the policy has another kind, which cannot change, or its minimum
+                cannot be kept.
+            HostIOError, NoSpaceError: the QoS file cannot be written. Then nothing changes.
         """
         return self.change_policy(policy.name, lambda _: policy)[1]
 
     def change_policy(
         self, name: str, change: Callable[[Policy | None], Policy]
     ) -> tuple[Policy, str | None]:
-        """Like :meth:`set_policy`, with the policy that ``change`` makes of the present one.
+        """Like :meth:`set_policy`, with the policy that ``change`` returns.
 
-        ``change`` gets the policy of this name or id, or None. Nothing else changes meanwhile.
+        ``change`` gets the policy with this name or id, or None. No other change runs meanwhile.
         """
         changed = self._registry.change_policy(name, change)
         self._sampler.begin()
         return changed
 
     def remove_policy(self, name: str) -> list[str]:
-        """Removes a policy. Its disks keep only their own limits, until it comes back.
+        """Removes a policy. Its disks keep only their own settings until it is created again.
 
         Returns:
             The names of those disks.
@@ -167,7 +169,7 @@ class Domain:
     # ---- flows ----
 
     def connect(self, name: str, initiator: str) -> Flow:
-        """A flow of an initiator to a disk, until :meth:`disconnect`.
+        """Creates the flow of an initiator to a disk, which lasts until :meth:`disconnect`.
 
         Raises:
             NotFoundError: there is no such disk.
@@ -178,24 +180,24 @@ class Domain:
             return flow
 
     def disconnect(self, flow: Flow) -> None:
-        """Removes a flow whose initiator has left; what it did still counts for its disk."""
+        """Removes the flow of an initiator that has left; its counts stay in those of its disk."""
         self._registry.disconnect(flow)
 
     def pace(self, size: int) -> None:
-        """Blocks until background work may do ``size`` bytes of I/O."""
+        """Blocks until background work may start ``size`` bytes of I/O."""
         self._device.pace(size)
 
-    # ---- what they get ----
+    # ---- figures and alerts ----
 
     def subscribe(self, seconds: float = SUBSCRIPTION_SECONDS) -> None:
-        """Has figures sampled for at least so many seconds from now.
+        """Keeps sampling on for at least ``seconds`` from now.
 
         Without a subscription, figures are sampled only while a disk or policy has a minimum.
         """
         self._sampler.subscribe(seconds)
 
     def report(self) -> QosReport:
-        """Policies, disks and flows, with their figures as far as they are sampled.
+        """Reports policies, disks and flows, with all figures sampled so far.
 
         Raises:
             ClosedError: the server is closing.
@@ -211,15 +213,15 @@ class Domain:
         return self._alerts.listening(listener)
 
     def advance(self, seconds: float) -> None:
-        """Lets virtual time pass, with the samples and alerts that come in it.
+        """Advances the virtual clock, and takes samples and delivers alerts as they become due.
 
         Raises:
-            InvalidArgumentError: time is real.
+            InvalidArgumentError: the clock is not virtual.
         """
         self._sampler.advance(seconds)
 
     def close(self) -> None:
-        """Ends sampling, changes and alerts, and gives the QoS file back."""
+        """Ends sampling, changes and alerts, and releases the QoS file."""
         self._closed.set()
         self._device.close()
         self._sampler.close()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""What is known of a flow, and of a disk under one name. The registry's lock guards all of it."""
+"""The state of a flow and of an export of a disk. The lock of the registry guards all of it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 __all__ = ["TICK_SECONDS", "DiskState", "Flow"]
 
 TICK_SECONDS = 0.05
-"""The time between two checks of which disks are busy."""
+"""Seconds from one check of which disks are busy to the next."""
 
 
 class Flow:
-    """What one initiator does to one disk.
+    """The requests of one initiator to one disk.
 
     Attributes:
         disk: the name of its disk.
-        initiator: who it is, as far as that can be told.
+        initiator: a name for the client, such as its process or address; "?" if unknown.
         throttle: the device that its requests go through.
-        meter: counts them.
+        meter: counts its requests.
     """
 
     def __init__(
@@ -41,26 +41,26 @@ class Flow:
         self._under_way: Callable[[], int] | None = None
 
     def set_under_way(self, count: Callable[[], int]) -> None:
-        """Tells how to count its requests that are under way; any thread may call ``count``."""
+        """Sets the function that counts its requests in flight; any thread may call ``count``."""
         self._under_way = count
 
     def under_way(self) -> int:
-        """Its requests that are under way now; 0 until :meth:`set_under_way`."""
+        """The number of its requests in flight; 0 until :meth:`set_under_way` is called."""
         return 0 if self._under_way is None else self._under_way()
 
 
 class DiskState:
-    """A disk under one name. All names of one image share what is wanted of it.
+    """One export of a disk. All exports of one image share its settings.
 
     Attributes:
         path: the real path of the image.
         attachment: its place on the shared device.
-        limits: what its flows pay; shared by all its names.
-        settings, policy_id: what is wanted of it.
-        watch: whether it gets its minimum; shared by all its names.
-        busy: for each check of the last second, whether enough requests were under way.
-        history: figures of this name.
-        departed: what flows did that have left.
+        limits: the limits of its flows; shared by all exports of the image.
+        settings, policy_id: its own settings, and the id of its policy.
+        watch: whether it gets its minimum; shared by all exports of the image.
+        busy: for each check in the last second, whether enough requests were in flight.
+        history: samples of this export.
+        departed: the summed counts of flows whose initiators have left.
     """
 
     def __init__(

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Figures over windows, statuses, and alerts with hysteresis; arithmetic only.
+"""Computes figures over time windows, the status of disks, and alerts with hysteresis.
 
-Samples come in with their times, so an hour is tested in a second. The statuses are those of
-Get-StorageQosFlow: a disk has InsufficientThroughput when it has a minimum, asks for at least as
-much, and gets less.
+The module reads no clock to evaluate samples: each sample carries its time, so tests can simulate
+an hour in a second. The statuses are those of Get-StorageQosFlow: a disk is InsufficientThroughput
+when it has a minimum, asks for at least that much, and gets less.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ WINDOWS = (1.0, 60.0, 300.0)
 """Seconds over which figures are given."""
 
 _KEPT_SECONDS = 301.0
-_ENOUGH = 0.98  # of the minimum
-_BUSY = 0.9  # of the samples: who always has something under way would take more
-_EDGES = 0.1  # of the minimum, at most, for what falls on the edges of a window
-_LATE = 0.5  # seconds; less is a matter of the size of requests
-_RAISE_AFTER, _CLEAR_AFTER = 0.5, 2.0  # seconds for which it must have been so
+_ENOUGH = 0.98  # share of the minimum that counts as having reached it
+_BUSY = 0.9  # share of checks with enough requests in flight; such a disk wants its minimum
+_EDGES = 0.1  # largest tolerance, as a share of the minimum, for requests at the edges of a window
+_LATE = 0.5  # seconds; large requests alone can make a deadline late by less than this
+_RAISE_AFTER, _CLEAR_AFTER = 0.5, 2.0  # seconds for which the new state must have lasted
 
 
 class Status(StrEnum):
-    """Of a flow or disk, as Windows names them."""
+    """The status of a flow or disk, with the names that Windows uses."""
 
     OK = "Ok"
     INSUFFICIENT = "InsufficientThroughput"
@@ -42,23 +42,23 @@ class Status(StrEnum):
 
 
 class Sampled(NamedTuple):
-    """What a flow had done at a time."""
+    """The counts of a flow or disk at one time."""
 
     seconds: float
-    numbers: np.ndarray[Any, np.dtype[np.uint64]]  # requests .. offered in pairs, then bins
+    numbers: np.ndarray[Any, np.dtype[np.uint64]]  # in the order of MeterFacts.numbers
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of a flow over a window, a second each; latencies in milliseconds.
+    """The rates (per second) and latencies (milliseconds) of a flow or disk over a window.
 
     Attributes:
-        seconds: that the window really covers.
-        normalized_iops, iops, bandwidth: achieved; bandwidth in bytes.
-        read_iops, write_iops: normalised.
-        offered_iops: normalised, of what has come, answered or not.
-        latency, latency_p50, latency_p99, latency_p999: from arrival to answer.
-        queue_time: of that, held up by limits.
+        seconds: the time that the samples in the window really cover.
+        normalized_iops, iops, bandwidth: achieved rates; bandwidth in bytes.
+        read_iops, write_iops: achieved normalised IOPS of reads, and of writes, zeros and trims.
+        offered_iops: normalised IOPS of requests that arrived, answered or not.
+        latency, latency_p50, latency_p99, latency_p999: from arrival to reply.
+        queue_time: the mean part of the latency for which limits held a request.
     """
 
     seconds: float = 0.0
@@ -76,7 +76,7 @@ class Figures:
 
 
 def figures_of(first: Sampled, last: Sampled) -> Figures:
-    """What was done between two samples."""
+    """The figures between two samples."""
     seconds = last.seconds - first.seconds
     if seconds <= 0:
         return Figures()
@@ -100,26 +100,26 @@ def figures_of(first: Sampled, last: Sampled) -> Figures:
 
 
 def together(several: Sequence[Figures]) -> Figures:
-    """What several got in one window: their sums, without latencies."""
+    """The sums of several figures of one window, without latencies."""
     names = ("normalized_iops", "iops", "bandwidth", "read_iops", "write_iops", "offered_iops")
     sums = {name: sum(getattr(each, name) for each in several) for name in names}
     return Figures(seconds=max((each.seconds for each in several), default=0.0), **sums)
 
 
 class History:
-    """Samples of one flow or disk, for windows up to five minutes; oldest ones go."""
+    """Samples of one flow or disk, for windows up to five minutes; older samples are dropped."""
 
     def __init__(self) -> None:
         self._samples: deque[Sampled] = deque()
 
     def add(self, seconds: float, numbers: Sequence[int]) -> None:
-        """A sample, as ``MeterFacts.numbers`` has it; they come in order."""
+        """Adds a sample in the form of ``MeterFacts.numbers``; calls must be in order of time."""
         self._samples.append(Sampled(seconds, np.array(numbers, np.uint64)))
         while self._samples[0].seconds < seconds - _KEPT_SECONDS:
             self._samples.popleft()
 
     def figures(self, window: float) -> Figures:
-        """Over the last ``window`` seconds, or as long as it is known."""
+        """The figures of the last ``window`` seconds, or of all samples if they cover less."""
         if len(self._samples) < 2:
             return Figures()
         last = self._samples[-1]
@@ -131,7 +131,7 @@ class History:
         return figures_of(first, last)
 
     def thin(self, seconds: float, step: float = 1.0) -> None:
-        """Keeps one sample a step of what is older than two seconds."""
+        """Keeps, of the samples older than two seconds, only one in each ``step`` seconds."""
         if len(self._samples) < 3:
             return
         kept: list[Sampled] = []
@@ -144,7 +144,7 @@ class History:
 
 @dataclass(frozen=True)
 class Consumer:
-    """A disk that had much of the throughput: its name, and its normalised IOPS."""
+    """A disk that took much of the throughput: its name, and its normalised IOPS."""
 
     disk: str
     iops: float
@@ -152,14 +152,14 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Alert:
-    """A disk has begun, or ceased, to get less than its minimum.
+    """A disk starts to get less than its minimum, or stops doing so.
 
     Attributes:
         time: seconds since 1970.
-        event: INSUFFICIENT where it begins, OK where it ends.
-        disk: its name.
+        event: INSUFFICIENT at the start, OK at the end.
+        disk: the name of the disk, or the title of an aggregated policy.
         minimum_iops, achieved_iops: normalised.
-        top_consumers: the other disks with most of the throughput then, largest first.
+        top_consumers: the other disks with the most throughput at that time, largest first.
     """
 
     time: float
@@ -179,13 +179,13 @@ class Alert:
         achieved_iops: float,
         top_consumers: tuple[Consumer, ...],
     ) -> Alert:
-        """An alert of this moment."""
+        """Makes an alert with the current time."""
         event = Status.INSUFFICIENT if begins else Status.OK
         return cls(time.time(), event, disk, minimum_iops, achieved_iops, top_consumers)
 
     @property
     def begins(self) -> bool:
-        """Whether the disk misses its minimum from now on; else it does not any more."""
+        """True when the disk starts to miss its minimum, False when it stops missing it."""
         return self.event is Status.INSUFFICIENT
 
     def __str__(self) -> str:
@@ -210,11 +210,11 @@ class Alert:
 
 @dataclass
 class Watch:
-    """Whether one disk, or policy of that title, gets its minimum; fed with each sample."""
+    """Tracks, sample by sample, whether one disk or aggregated policy gets its minimum."""
 
     title: str = ""
     insufficient: bool = False
-    _since: float | None = field(default=None, repr=False)  # it has been otherwise
+    _since: float | None = field(default=None, repr=False)  # when samples began to disagree with it
 
     def evaluate(
         self,
@@ -224,14 +224,14 @@ class Watch:
         busy: float,
         late: float = float("inf"),
     ) -> bool | None:
-        """True when an alert begins now, False when it ends, else None.
+        """Returns True when an alert begins now, False when it ends, else None.
 
         Args:
-            seconds: now.
-            minimum: of the disk.
-            figures: over the last second.
-            busy: share of that second in which it had enough under way.
-            late: seconds by which its deadline is missed; infinite where nobody keeps it.
+            seconds: the current time.
+            minimum: the minimum of the disk or policy; None for none.
+            figures: the figures of the last second.
+            busy: share of that second in which enough requests were in flight.
+            late: seconds by which its deadline is missed; infinite without a scheduler.
         """
         wants = minimum is not None and (figures.offered_iops >= minimum or busy >= _BUSY)
         short = wants and figures.normalized_iops < _enough(minimum or 0, figures)
@@ -248,7 +248,7 @@ class Watch:
 
 
 def _enough(minimum: int, figures: Figures) -> float:
-    """What need not be reported: a request at either edge of a window counts for its neighbour."""
+    """The least IOPS that raise no alert; one request at either edge may count elsewhere."""
     units = figures.normalized_iops / figures.iops if figures.iops else 0.0
     edges = 2 * units / figures.seconds if figures.seconds else 0.0
     return _ENOUGH * minimum - min(edges, _EDGES * minimum)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""What is wanted of disks: limits, minimums and policies, as data.
+"""The QoS settings of disks (limits and minimums) and named policies, as data.
 
-Windows Server 2012 R2 has a minimum and a maximum for each disk; 2016 adds named policies. A
-*dedicated* policy gives each of its disks its figures, an *aggregated* one gives them to all of its
-disks together (Microsoft's "Storage Quality of Service").
+Windows Server 2012 R2 has a minimum and a maximum for each disk; 2016 adds named policies. The
+settings of a *dedicated* policy apply to each of its disks; those of an *aggregated* policy apply
+to all of its disks together (Microsoft's "Storage Quality of Service").
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _SAVED = {
     "maximum_iops": ("burst_iops", "credit_iops", "credit_rate_iops"),
     "maximum_bandwidth": ("burst_bytes",),
 }
-"""What an idle disk may save, by the maximum it is saved of."""
+"""The burst and credit settings that belong to each maximum."""
 
 
 class PolicyKind(StrEnum):
-    """Whether disks of a policy have its figures each, or together."""
+    """Whether the settings of a policy apply to each of its disks, or to all of them together."""
 
     DEDICATED = "dedicated"
     AGGREGATED = "aggregated"
@@ -43,20 +43,21 @@ class PolicyKind(StrEnum):
 
 @dataclass(frozen=True)
 class Settings:
-    """Limits and minimum of a disk or policy; None is none. IOPS are normalised.
+    """Limits and minimum of a disk or policy; None means not set. IOPS are normalised.
 
     Attributes:
-        minimum_iops: an alert is raised where a disk that wants as much gets less; with scheduling it
-            comes first.
-        minimum_depth: with scheduling, the minimum is guaranteed for a client that always has so many
-            reads or writes under way; None is 1, and a flush may then be the one thing.
-        weight: with scheduling, its part of what the device does, 1 to 10,000; None is 100.
+        minimum_iops: an alert is raised when a disk asks for at least this and gets less. With
+            scheduling, the minimum is served first.
+        minimum_depth: with scheduling, the minimum is guaranteed for a client that always has this
+            many reads or writes in flight. None means 1; such a client may also send flushes.
+        weight: with scheduling, its relative share of the device, 1 to 10,000; None means 100.
         maximum_iops, maximum_read_iops, maximum_write_iops: a second, 1 to 10**9.
         maximum_bandwidth, maximum_read_bandwidth, maximum_write_bandwidth: bytes a second.
-        burst_iops: how many may pass at once, above ``maximum_iops``; 0 keeps it exact at any time.
-        credit_iops: how many an idle disk saves beyond that.
-        credit_rate_iops: how fast saved ones may be used, a second; None is no bound.
-        burst_bytes: how many may pass at once, above ``maximum_bandwidth``.
+        burst_iops: I/Os that may pass at once above ``maximum_iops``; with 0 the maximum holds at
+            any time.
+        credit_iops: I/Os that an idle disk saves beyond the burst.
+        credit_rate_iops: the largest rate at which credit is spent, a second; None is no bound.
+        burst_bytes: bytes that may pass at once above ``maximum_bandwidth``.
     """
 
     minimum_iops: int | None = None
@@ -87,17 +88,17 @@ class Settings:
         for maximum, saved in _SAVED.items():
             if getattr(self, maximum) is None and any(getattr(self, name) for name in saved):
                 raise InvalidArgumentError(
-                    "there is nothing to save without a maximum", hint=f"set {maximum}, too"
+                    "burst and credit need a maximum", hint=f"set {maximum} as well"
                 )
         if self.minimum_iops is not None:
             self.refuse_minimum(self.minimum_iops, f"the minimum of {self.minimum_iops}")
         self.limits()
 
     def refuse_minimum(self, minimum: int, called: str) -> None:
-        """Refuses a minimum that the maximums cannot carry.
+        """Refuses a minimum that is above what a maximum allows.
 
         Raises:
-            InvalidArgumentError: naming the maximum.
+            InvalidArgumentError: the minimum is too high; the message names the maximum.
         """
         for name, most_iops in self._most_minimums().items():
             if minimum <= most_iops:
@@ -115,7 +116,7 @@ class Settings:
         return min(self._most_minimums().values(), default=LARGEST_IOPS)
 
     def _most_minimums(self) -> dict[str, int]:
-        """By maximum, the highest minimum it allows; the smallest request is a sector."""
+        """For each maximum, the highest minimum that it allows; a request has at least a sector."""
         found = {}
         for each in fields(self):
             most = getattr(self, each.name)
@@ -124,7 +125,7 @@ class Settings:
         return found
 
     def limits(self) -> dict[LimitKind, Limit]:
-        """What the data plane holds to."""
+        """The limits in the form that the data plane takes."""
         wanted = {
             LimitKind.UNITS: self.maximum_iops,
             LimitKind.UNITS_READ: self.maximum_read_iops,
@@ -143,7 +144,7 @@ class Settings:
         return found
 
     def within(self, other: Settings) -> Settings:
-        """These, held to another's limits as well; the other's minimum counts where there is none."""
+        """Combines both: the lower of each maximum; ``other``'s minimum and weight as defaults."""
         tighter: dict[str, Any] = {
             each.name: min(
                 (v for v in (getattr(self, each.name), getattr(other, each.name)) if v is not None),
@@ -167,7 +168,7 @@ class Settings:
         )
 
     def changed(self, changes: Mapping[str, Any]) -> Settings:
-        """With some of them changed.
+        """A copy with ``changes`` applied.
 
         Raises:
             InvalidArgumentError: an unknown name, or a value that is out of range.
@@ -180,12 +181,12 @@ class Settings:
                 )
         for maximum, saved in _SAVED.items():
             if maximum in changes and changes[maximum] is None:
-                # What may be saved goes with the maximum, unless it is spoken of.
+                # Without its maximum, burst and credit are reset unless `changes` sets them.
                 changes = {name: known[name] for name in saved} | dict(changes)
         return replace(self, **changes)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The settings by name, for JSON."""
         return asdict(self)
 
 
@@ -203,9 +204,9 @@ class Policy:
 
     Attributes:
         name: for people; unique in a domain, 1 to 256 characters.
-        kind: fixed once it is made.
-        settings: of each of its disks, or of all together.
-        policy_id: by which disks know it, also when it was deleted and comes back.
+        kind: cannot be changed later.
+        settings: for each of its disks, or for all of them together.
+        policy_id: identifies the policy to its disks, even if it is deleted and created again.
     """
 
     name: str
@@ -223,7 +224,7 @@ class Policy:
             raise InvalidArgumentError("a policy's id must not be zero")
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The policy as a dictionary, for JSON."""
         return {
             "name": self.name,
             "kind": self.kind.value,
@@ -233,10 +234,10 @@ class Policy:
 
     @classmethod
     def of(cls, found: Mapping[str, Any]) -> Policy:
-        """What :meth:`as_dict` made.
+        """The policy from the dictionary that :meth:`as_dict` made.
 
         Raises:
-            InvalidArgumentError: it is not that.
+            InvalidArgumentError: ``found`` is not such a dictionary.
         """
         try:
             return cls(
@@ -248,4 +249,4 @@ class Policy:
         except (KeyError, ValueError, TypeError) as error:
             if isinstance(error, InvalidArgumentError):
                 raise
-            raise InvalidArgumentError(f"it is no policy: {error}") from error
+            raise InvalidArgumentError(f"a policy is invalid: {error}") from error

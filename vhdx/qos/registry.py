@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""The disks, policies and flows of a server, and what is wanted of them.
+"""The disks, policies and flows of a server, and their QoS settings.
 
-Locks. ``_change_lock`` makes changes one at a time; it is held while the QoS file is written.
-``lock``, taken inside it, guards every public attribute here and all :class:`DiskState` and
-:class:`Flow`; it is held for moments only. A change is in the file before it counts, so a failure
-leaves everything as it was.
+Locks. ``_change_lock`` serializes changes and is held while the QoS file is written. ``lock`` is
+taken inside it and guards every public attribute here and all :class:`DiskState` and :class:`Flow`
+objects; it is never held for long. A change is saved before it takes effect, so a change that fails
+has no effect.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Watched(NamedTuple):
     """A disk or an aggregated policy whose minimum is watched.
 
     Attributes:
-        title: in alerts.
-        names: of its disks.
-        minimum: None where it has none, or none any more.
-        watch: its state.
-        share: of the shared device; None where minimums are not kept.
+        title: its name in alerts.
+        names: the names of its disks.
+        minimum: its minimum; None if it has none, or no longer has one.
+        watch: the state of the check.
+        share: its share of the shared device; None without a scheduler.
     """
 
     title: str
@@ -60,13 +60,13 @@ class Watched(NamedTuple):
 
 
 class Registry:
-    """What is wanted of the disks of one server.
+    """The disks, policies and flows of one server.
 
     Args:
-        pacing: where the limits belong.
+        pacing: the limits are created in it.
         unit: bytes of a normalised I/O.
-        store: where settings are kept, and where they are taken from.
-        device: what the disks share.
+        store: the QoS file that settings are read from and saved to.
+        device: the device that the disks share.
 
     Attributes:
         disks: by name. Guarded by ``lock``.
@@ -84,7 +84,7 @@ class Registry:
         self.flows: list[Flow] = []
         self._change_lock = threading.Lock()
         self._closed = False  # under _change_lock
-        # Kept for good once they are made, because flows may be using them; guarded by lock.
+        # Entries are never removed, because flows may still use them; guarded by lock.
         self._group_limits: dict[UUID, plane.Limits] = {}
         self._group_watches: dict[UUID, Watch] = {}
         if store is not None:
@@ -93,7 +93,7 @@ class Registry:
                     policy = Policy.of(each)
                     self._check_name(policy)
                     if policy.policy_id in self.policies:
-                        raise InvalidArgumentError(f"two policies are {policy.policy_id}")
+                        raise InvalidArgumentError(f"two policies have the id {policy.policy_id}")
                     self._keep(policy)
 
     # ---- disks ----
@@ -127,12 +127,12 @@ class Registry:
                 self._apply(each, fresh=alias is None)
 
     def begin(self) -> None:
-        """Saves what was given for the disks, and logs what cannot be kept."""
+        """Saves the settings of all disks, and logs unknown policies and minimums that conflict."""
         with self._change_lock:
             self._save({}, self.policies)
         for name, disk in self.disks.items():
             if disk.policy_id is not None and disk.policy_id not in self.policies:
-                _log.warning("QoS: %s has a policy that is not known: %s", name, disk.policy_id)
+                _log.warning("QoS: %s has an unknown policy: %s", name, disk.policy_id)
         warning = self._device.warning(self.reservations())
         if warning is not None:
             _log.warning("QoS: %s", warning)
@@ -140,7 +140,7 @@ class Registry:
             _log.warning("QoS: %s", error)
 
     def set_disk(self, name: str, changes: Mapping[str, Any], policy: str | None) -> str | None:
-        """Changes what is wanted of a disk; see :meth:`Domain.set_disk`."""
+        """Changes the settings of a disk; see :meth:`Domain.set_disk`."""
         with self._change_lock:
             disk = self.disk(name)
             settings = disk.settings.changed(changes)
@@ -168,7 +168,7 @@ class Registry:
         return disk
 
     def effective(self, disk: DiskState) -> Settings:
-        """What counts for a disk, with its policy."""
+        """The effective settings of a disk: its own, combined with those of a dedicated policy."""
         return effective_settings(DesiredQos(disk.settings, disk.policy_id), self.policies)
 
     def status(self, disk: DiskState) -> Status:
@@ -184,12 +184,12 @@ class Registry:
         return [disk for disk in self.disks.values() if disk.path == path]
 
     def _desired(self, changed: Mapping[str, DesiredQos] = _NO_CHANGE) -> list[DesiredQos]:
-        """What is wanted of each image, with changes by path."""
+        """The settings and policy of each image, with ``changed`` (by path) in place of its own."""
         disks = {each.path: each for each in self.disks.values()}.values()
         return [changed.get(d.path, DesiredQos(d.settings, d.policy_id)) for d in disks]
 
     def reservations(self) -> list[Reservation]:
-        """The minimums that are to be kept now."""
+        """The minimums of all disks and aggregated policies."""
         return reservations(self._desired(), self.policies)
 
     def _admit(
@@ -206,10 +206,10 @@ class Registry:
         return warning
 
     def _apply(self, disk: DiskState, *, fresh: bool = False) -> None:
-        """Gives C what counts for a disk; ``fresh``: limits that are new may save at once."""
+        """Applies effective settings; ``fresh``: new limits start with full burst and credit."""
         effective = self.effective(disk)
         disk.limits.set(effective.limits(), fresh=fresh)
-        # A disk waits in its policy's share where that is aggregated, and it has no minimum itself.
+        # A disk without a minimum of its own waits in the share of its aggregated policy.
         policy = shared_policy(effective, disk.policy_id, self.policies)
         self._device.assign(disk.attachment, effective, policy)
         group = None if disk.policy_id is None else self._group_limits.get(disk.policy_id)
@@ -221,7 +221,7 @@ class Registry:
     # ---- policies ----
 
     def policy(self, name: str) -> Policy:
-        """By its name or id.
+        """The policy with that name or id.
 
         Raises:
             NotFoundError: there is none.
@@ -235,7 +235,7 @@ class Registry:
     def change_policy(
         self, name: str, change: Callable[[Policy | None], Policy]
     ) -> tuple[Policy, str | None]:
-        """Replaces a policy by what ``change`` makes of it; see :meth:`Domain.change_policy`."""
+        """Replaces a policy with what ``change`` returns; see :meth:`Domain.change_policy`."""
         with self._change_lock:
             try:
                 found = self.policy(name)
@@ -263,7 +263,7 @@ class Registry:
             policy = self.policy(name)
             left = {key: each for key, each in self.policies.items() if each is not policy}
             warning = self._device.warning(reservations(self._desired(), left))
-            if warning is not None:  # its maximum kept minimums small; it is removed all the same
+            if warning is not None:  # the policy limited minimums; it is removed anyway
                 _log.warning("QoS: %s", warning)
             self._save({}, left)
             with self.lock:
@@ -297,7 +297,7 @@ class Registry:
                 self._apply(disk)
 
     def _save(self, changed: Mapping[str, DesiredQos], policies: Mapping[UUID, Policy]) -> None:
-        """Writes the file with these changes, by path, and these policies."""
+        """Saves all disks, with ``changed`` (by path) in place of their settings, and policies."""
         if self._closed:
             raise ClosedError("the server is closing")
         if self._store is not None:
@@ -307,7 +307,7 @@ class Registry:
     # ---- flows ----
 
     def connect(self, name: str, initiator: str) -> Flow:
-        """Makes a flow of an initiator to a disk, until :meth:`disconnect`."""
+        """Creates the flow of an initiator to a disk, which lasts until :meth:`disconnect`."""
         with self.lock:
             disk = self.disk(name)
             group = None if disk.policy_id is None else self._group_limits.get(disk.policy_id)
@@ -318,7 +318,7 @@ class Registry:
             return flow
 
     def disconnect(self, flow: Flow) -> None:
-        """Removes a flow whose initiator has left; what it did still counts for its disk."""
+        """Removes the flow of an initiator that has left; its counts stay in those of its disk."""
         with self.lock:
             self.flows.remove(flow)
             disk = self.disks[flow.disk]
@@ -328,9 +328,9 @@ class Registry:
     # ---- for the sampler, under the lock ----
 
     def watched(self) -> Iterator[Watched]:
-        """Each disk and aggregated policy.
+        """Yields each disk and each aggregated policy.
 
-        One that has no minimum or no disks any more is watched on, so that its alert ends.
+        Those that no longer have a minimum or disks are included, so that their alerts can end.
         """
         paths: dict[str, list[str]] = {}
         for name, disk in self.disks.items():
@@ -351,7 +351,7 @@ class Registry:
             yield Watched(watch.title, mine, minimum, watch, self._device.policy_share(policy_id))
 
     def close(self) -> None:
-        """Refuses every further change; the file may be another server's."""
+        """Refuses all further changes and releases the QoS file, which another server may use."""
         with self._change_lock:
             self._closed = True
             if self._store is not None:

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""What a server reports of QoS: policies, disks, flows and the shared device, as data.
+"""The QoS report of a server, as data: policies, disks, flows and the shared device.
 
-The same classes are what ``vhdx qos show --json`` and ``vhdx top --json`` print, and what goes over
-a control socket.
+``vhdx qos show --json`` and ``vhdx top --json`` print these classes, and control sockets send them.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ class DeviceReport:
     """The device that all disks of a server share.
 
     Attributes:
-        keeps_minimums: whether there is a scheduler that keeps them.
-        depth: requests that it lets through at a time; None without a scheduler.
-        model: hdd, ssd or nvme where the device is modelled.
+        keeps_minimums: whether a scheduler keeps minimums.
+        depth: the number of scheduler slots; None without a scheduler.
+        model: hdd, ssd or nvme; None if the device is not modelled.
         capacity_iops: normalised; None while it is not known.
-        capacity_measured: the capacity was measured, and not given or modelled.
+        capacity_measured: whether the capacity was measured, not given or modelled.
         reserved_iops: the sum of minimums, normalised.
-        admitted: whether the capacity carries them, as far as it is known.
+        admitted: whether the capacity is sufficient for the minimums; True while it is not known.
         waiting: requests that wait for a slot.
         below: pieces of requests that hold a slot.
     """
@@ -53,17 +52,17 @@ class DeviceReport:
 
 @dataclass(frozen=True)
 class DiskReport:
-    """A disk under one name.
+    """One export of a disk.
 
     Attributes:
-        disk: its name.
-        path: of its image.
-        policy_id: of its policy, which may not exist.
+        disk: the name of the export.
+        path: the path of its image.
+        policy_id: the id of its policy, which may not exist.
         status: whether it gets its minimum.
-        settings: its own.
-        effective: what counts, with its policy.
+        settings: its own settings.
+        effective: its own settings combined with those of a dedicated policy.
         waiting: requests that wait in throttles or for a slot.
-        credits: by limit, the units or bytes that could pass now; negative is owed.
+        credits: by limit, the units or bytes that could pass now; negative means debt.
         windows: figures by window in seconds: "1", "60" and "300".
     """
 
@@ -80,12 +79,12 @@ class DiskReport:
 
 @dataclass(frozen=True)
 class FlowReport:
-    """What one initiator does to one disk.
+    """The requests of one initiator to one disk.
 
     Attributes:
         disk: the name of the disk.
-        initiator: who it is.
-        status: of the disk.
+        initiator: a name for the client, such as its process or address.
+        status: the status of the disk.
         waiting, waiting_units: requests that wait in its throttle, and the units that they cost.
         windows: figures by window in seconds: "1", "60" and "300".
     """
@@ -103,11 +102,11 @@ class QosReport:
     """The QoS of a server.
 
     Attributes:
-        pid: its process.
+        pid: the process id of the server.
         unit: bytes of a normalised I/O.
-        sampled_seconds: how long figures have been sampled without a break; 0: they are not.
+        sampled_seconds: how long sampling has run without a break; 0 if it does not run.
         scheduling: the shared device.
-        policies, disks, flows: those there are.
+        policies, disks, flows: all of the server.
     """
 
     pid: int
@@ -120,7 +119,7 @@ class QosReport:
 
 
 def report(registry: Registry, sampler: Sampler, device: SharedDevice, unit: int) -> QosReport:
-    """What there is now, all of one moment."""
+    """Makes a consistent report of the current state."""
     with registry.lock:
         return QosReport(
             os.getpid(),

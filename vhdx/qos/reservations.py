@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""The sum of what disks want, and where it contradicts their policies; arithmetic only."""
+"""Computes the reservations of a set of disks, and finds conflicts with their policies."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Reservation(NamedTuple):
 
     Attributes:
         iops: normalised.
-        depth: requests that its client always has under way.
+        depth: requests that its client must always have in flight.
     """
 
     iops: int
@@ -35,11 +35,11 @@ class Reservation(NamedTuple):
 
 
 class DesiredQos(NamedTuple):
-    """What is wanted of a disk.
+    """The settings and the policy of a disk.
 
     Attributes:
-        settings: its own.
-        policy_id: of its policy, which may not exist; None is none.
+        settings: the disk's own settings.
+        policy_id: the id of its policy, which may not exist; None if it has no policy.
     """
 
     settings: Settings
@@ -47,7 +47,7 @@ class DesiredQos(NamedTuple):
 
 
 def effective_settings(desired: DesiredQos, policies: Mapping[UUID, Policy]) -> Settings:
-    """What counts for a disk: its own settings and its dedicated policy's, the tighter of each."""
+    """The disk's own settings, combined with those of its dedicated policy if it has one."""
     policy = None if desired.policy_id is None else policies.get(desired.policy_id)
     if policy is None or policy.kind is PolicyKind.AGGREGATED:
         return desired.settings
@@ -87,10 +87,10 @@ def reservations(desired: Iterable[DesiredQos], policies: Mapping[UUID, Policy])
 def contradictions(
     desired: Iterable[DesiredQos], policies: Mapping[UUID, Policy]
 ) -> dict[UUID, tuple[int, InvalidArgumentError]]:
-    """Aggregated policies whose disks have minimums above what the policy allows in all.
+    """Finds aggregated policies whose disks have minimums that exceed the policy's maximums in sum.
 
     Returns:
-        For each such policy the excess in IOPS, and the error that describes it.
+        For each such policy, the excess in IOPS and the error that describes it.
     """
     sums: dict[UUID, int] = {}
     for settings, policy_id in desired:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT
-"""Samples what flows and disks get, and raises alerts where a minimum is missed.
+"""Samples the counters of flows and disks, and raises alerts when a minimum is missed.
 
-Sampling goes on while somebody subscribes (:meth:`Sampler.subscribe`), while a disk or policy has a
-minimum, and until the alert of one that had a minimum has ended. Otherwise nothing is measured.
+Sampling runs while there is a subscription (:meth:`Sampler.subscribe`), while a disk or policy has
+a minimum, and until the last alert has ended. Otherwise nothing is measured.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ _MOST_CONSUMERS = 3
 class Sampler:
     """Takes samples of the flows and disks of a registry.
 
-    The lock of the registry guards every field, and is held while a sample is taken. Alerts are told
-    without it.
+    The lock of the registry guards every field, and is held while a sample is taken. Alerts are
+    delivered without the lock.
 
     Args:
-        registry: whose flows and disks.
-        device: what they share.
-        alerts: gets what begins and ends.
-        clock: a virtual one, for experiments: then only :meth:`advance` takes samples.
+        registry: has the flows and disks.
+        device: the device that the disks share.
+        alerts: receives the alerts.
+        clock: a virtual clock for experiments; then only :meth:`advance` takes samples.
     """
 
     def __init__(
@@ -58,15 +58,15 @@ class Sampler:
         self._subscribed_until = float("-inf")
         self._thread: threading.Thread | None = None
         self._since: float | None = None  # when sampling began; None: it does not run
-        self._ticks = 0  # of a virtual clock
+        self._ticks = 0  # only with a virtual clock
         self._closing = threading.Event()
 
     def _now(self) -> float:
-        """Seconds, of the clock that counts."""
+        """Seconds of the virtual clock, or of the monotonic clock without one."""
         return time.monotonic() if self._clock is None else self._clock.now / 1e9
 
     def subscribe(self, seconds: float) -> None:
-        """Keeps sampling on for at least so many seconds from now."""
+        """Keeps sampling on for at least ``seconds`` from now."""
         with self._registry.lock:
             self._subscribed_until = max(self._subscribed_until, self._now() + seconds)
             self.begin()
@@ -77,7 +77,7 @@ class Sampler:
             return 0.0 if self._since is None else self._now() - self._since
 
     def add(self, flow: Flow) -> None:
-        """A flow has come."""
+        """Starts sampling for a new flow if sampling is wanted."""
         with self._registry.lock:
             flow.meter.switch(on=self._is_wanted())
             self.begin()
@@ -90,21 +90,21 @@ class Sampler:
         )
 
     def begin(self) -> None:
-        """Begins to sample where that is wanted, and not done already."""
+        """Starts sampling if it is wanted and does not run yet."""
         with self._registry.lock:
             if self._since is not None or self._closing.is_set() or not self._is_wanted():
                 return
             if self._clock is None:
                 thread = threading.Thread(target=self._run, name="vhdx-qos", daemon=True)
                 try:
-                    thread.start()  # it waits for the lock
+                    thread.start()  # it waits for the lock, which is held here
                 except RuntimeError as error:  # the next subscription or change tries again
                     _log.warning("QoS: nothing is measured: %s", error)
                     return
                 self._thread = thread
             self._since = self._now()
             for disk in self._registry.disks.values():
-                disk.history = History()  # nothing is known of the time in between
+                disk.history = History()  # there are no samples since sampling stopped
             for flow in self._registry.flows:
                 flow.history = History()
                 flow.meter.switch(on=True)
@@ -124,16 +124,16 @@ class Sampler:
             tick += 1
             due += TICK_SECONDS
             now = time.monotonic()
-            if now > due:  # the process was stopped: missed samples are not made up for
+            if now > due:  # the thread was delayed: skip the missed samples
                 due = now + TICK_SECONDS
             if not self._tick(now, tick):
                 return
 
     def _tick(self, now: float, tick: int) -> bool:
-        """Notes which disks are busy, and takes every fifth time a sample.
+        """Notes which disks are busy, and takes a sample on every fifth call.
 
         Returns:
-            Whether sampling is to go on.
+            Whether sampling continues.
         """
         with self._registry.lock:
             self._note_busy()
@@ -143,7 +143,7 @@ class Sampler:
             self._note(now, thin=tick % (_TICKS_A_SAMPLE * _SAMPLES_A_THINNING) == 0)
             alerts = self._evaluate(now)
             goes_on = self._is_wanted()
-            if not goes_on:  # from here on :meth:`begin` starts anew
+            if not goes_on:  # the next :meth:`begin` starts a new thread
                 self._thread, self._since = None, None
                 for flow in self._registry.flows:
                     flow.meter.switch(on=False)
@@ -152,9 +152,9 @@ class Sampler:
         return goes_on
 
     def advance(self, seconds: float) -> None:
-        """Lets virtual time pass; see :meth:`Domain.advance`."""
+        """Advances the virtual clock; see :meth:`Domain.advance`."""
         if self._clock is None:
-            raise InvalidArgumentError("real time passes by itself")
+            raise InvalidArgumentError("only a virtual clock can be advanced")
         end = self._clock.now + round(seconds * 1e9)
         while self._clock.now < end:
             self._ticks += 1
@@ -162,14 +162,14 @@ class Sampler:
             self._tick(self._now(), self._ticks)
 
     def _note_busy(self) -> None:
-        """Whether each disk has as many requests under way as its minimum is guaranteed for."""
+        """Notes for each disk whether its requests in flight reach the depth of its minimum."""
         for name, disk in self._registry.disks.items():
             enough = self._registry.effective(disk).minimum_depth or 1
             mine = (flow for flow in self._registry.flows if flow.disk == name)
             disk.busy.append(sum(flow.under_way() for flow in mine) >= enough)
 
     def _note(self, now: float, *, thin: bool) -> None:
-        """A sample of each flow and disk; ``thin``: drops samples that are dense and old."""
+        """Adds a sample to each flow and disk; ``thin`` also drops most of the older samples."""
         disks, flows = self._registry.disks, self._registry.flows
         totals = {name: list(disk.departed) for name, disk in disks.items()}
         for flow in flows:
@@ -199,7 +199,7 @@ class Sampler:
         return found
 
     def close(self) -> None:
-        """Ends sampling, and waits for the thread that does it."""
+        """Ends sampling, and waits for its thread."""
         with self._registry.lock:
             self._closing.set()
             thread = self._thread

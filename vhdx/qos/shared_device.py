@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The device that all disks of a server share: its scheduler, its model, and what it can carry.
+"""The device that all disks of a server share: its scheduler, its model, and its capacity.
 
-With scheduling, minimums are kept and not only watched. A disk, or an aggregated policy, has a share
-of the device, and dmclock serves its minimum first. That works only where the sum of minimums is less
-than what the device does; a tenth is left for work that nobody has reserved.
+With scheduling, minimums are kept and not only watched. Each disk and each aggregated policy has a
+share of the device, and dmclock serves its minimum first. This works only while the sum of minimums
+is below the capacity of the device; a tenth of the capacity is left for unreserved work.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Admission", "Attachment", "Scheduling", "SharedDevice"]
 
 DEFAULT_WEIGHT = 100
-_OVERHEAD = 20e-6  # seconds: between the end of one piece and the next one
+_OVERHEAD = 20e-6  # seconds from the end of one piece to the start of the next
 _BACKGROUND_IOPS = 16
 _LEAST_CONTENDED_NS = 1_000_000_000
 _REMEMBERED = 60  # samples of contended time
@@ -39,11 +39,11 @@ class Scheduling:
     Attributes:
         keep_minimums: dmclock chooses which request is served next. Otherwise minimums are only
             watched, as in Windows Server 2012 R2.
-        depth: requests that are let through at a time, 1 to 256. A larger depth lets a hard disk
+        depth: requests in flight on the device at a time, 1 to 256. A larger depth lets a hard disk
             choose among more requests, but each request waits for more others.
-        capacity_iops: normalised IOPS that the device does. When None it is what the model does, or
-            what is measured.
-        model: simulate all disks sharing one such device.
+        capacity_iops: the capacity of the device in normalised IOPS. When None, the capacity is
+            that of the model, or is measured.
+        model: simulate that all disks share one device of this kind.
     """
 
     keep_minimums: bool = False
@@ -54,7 +54,7 @@ class Scheduling:
     def __post_init__(self) -> None:
         if not 1 <= self.depth <= plane.DEEPEST:
             raise InvalidArgumentError(
-                f"{self.depth} requests at a time", hint=f"choose 1 to {plane.DEEPEST}"
+                f"a depth of {self.depth}", hint=f"choose 1 to {plane.DEEPEST}"
             )
         if self.capacity_iops is not None and self.capacity_iops < 1:
             raise InvalidArgumentError(
@@ -64,13 +64,14 @@ class Scheduling:
 
 @dataclass(frozen=True)
 class Admission:
-    """Whether the device can carry what is reserved.
+    """Whether the device can keep a set of minimums.
 
     Attributes:
-        capacity_iops: of the device, normalised; None while it is not known.
-        measured: the capacity was measured, and not given or modelled.
+        capacity_iops: the capacity of the device, normalised; None while it is not known.
+        measured: whether the capacity was measured, not given or modelled.
         reserved_iops: the sum of minimums.
-        admitted: it is at most nine tenths of the capacity, as far as that is known.
+        admitted: whether the minimums can be kept; True while the capacity is not known.
+        verdict: the result of the worst-case check; None without a model.
     """
 
     capacity_iops: float | None
@@ -84,11 +85,11 @@ class Attachment(NamedTuple):
     """A disk on the shared device.
 
     Attributes:
-        device: what its flows go to.
+        device: the device that its flows send requests to.
         lower: the disk's own device.
-        share: its own; None where there is no scheduler.
-        scheduled: the part of ``device`` that waits for slots; None where there is no scheduler.
-        base: where it begins on the device that is modelled, bytes.
+        share: the disk's own share; None without a scheduler.
+        scheduled: the layer of ``device`` where requests wait for slots; None without a scheduler.
+        base: the offset in bytes at which the disk begins on the modelled device.
     """
 
     device: plane.Device
@@ -98,7 +99,7 @@ class Attachment(NamedTuple):
     base: int
 
     def waiting(self) -> int:
-        """Its requests that wait for a slot."""
+        """The number of its requests that wait for a slot."""
         return 0 if self.scheduled is None else self.scheduled.waiting()
 
 
@@ -106,7 +107,7 @@ class SharedDevice:
     """The scheduler, the model and the shares of one server.
 
     Callers hold the lock of the registry, except for :meth:`pace`, :meth:`close`, and methods that
-    only read: the list of samples is replaced as a whole.
+    only read. Readers need no lock because the list of samples is replaced, never changed in place.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class SharedDevice:
             self._background.set(reservation=_BACKGROUND_IOPS, limit=most, weight=10)
 
     def attach(self, lower: plane.Device, alias: Attachment | None = None) -> Attachment:
-        """Puts a disk on the shared device; ``alias``: it is there already, under another name."""
+        """Adds a disk to the shared device; ``alias`` is another export of the same image."""
         if alias is not None and alias.lower is lower:
             return alias
         share, base = (None, self._base) if alias is None else (alias.share, alias.base)
@@ -164,24 +165,24 @@ class SharedDevice:
         return Attachment(scheduled or device, lower, share, scheduled, base)
 
     def assign(self, attached: Attachment, settings: Settings, policy: Policy | None) -> None:
-        """Gives a disk's share what its settings want; with a policy it waits in that one's share."""
+        """Applies settings to a disk's share; with ``policy``, the disk waits in its share."""
         if attached.share is None or attached.scheduled is None:
             return
         _set_share(attached.share, settings)
         share = attached.share
         if policy is not None and self._scheduler is not None:
             found = self._policy_shares.get(policy.policy_id)
-            if found is None:  # kept for good: requests may wait in it
+            if found is None:  # never removed: requests may wait in it
                 found = self._policy_shares[policy.policy_id] = plane.Share(self._scheduler)
             _set_share(found, policy.settings)
             share = found
         attached.scheduled.set_share(share)
 
     def pace(self, size: int) -> None:
-        """Blocks until background work may do ``size`` bytes; at once where there is no scheduler.
+        """Blocks until background work may start ``size`` bytes; returns at once if unscheduled.
 
-        Background work has a small reservation, so that it goes on, and at most half of a capacity
-        that is given or modelled. Only its beginning is paced: the work itself takes no slot.
+        Background work has a small reservation, so that it makes progress, and is limited to half
+        of a given or modelled capacity. Only its start is paced: the work itself holds no slot.
         """
         if self._scheduler is None or self._background is None:
             return
@@ -194,10 +195,10 @@ class SharedDevice:
         if self._scheduler is not None:
             self._scheduler.stop()
 
-    # ---- what the device can carry ----
+    # ---- capacity and admission ----
 
     def lateness(self, share: plane.Share | None) -> float:
-        """Seconds by which a share's deadline is missed; infinite where minimums are not kept."""
+        """Seconds by which a share's deadline is missed; infinite without a scheduler."""
         return float("inf") if share is None else share.read().late_ns / 1e9
 
     def policy_share(self, policy_id: UUID) -> plane.Share | None:
@@ -205,7 +206,7 @@ class SharedDevice:
         return self._policy_shares.get(policy_id)
 
     def sample(self) -> None:
-        """Measures how much was served while some request waited for a slot."""
+        """Records the units served while requests waited because every slot was taken."""
         if self._scheduler is None:
             return
         facts = self._scheduler.read()
@@ -218,7 +219,7 @@ class SharedDevice:
             self._last = facts.contended_ns, facts.contended_units
 
     def adapt(self, reservations: Sequence[Reservation]) -> None:
-        """Limits how many pieces are below at a time so that these minimums are kept."""
+        """Limits the pieces in flight so that these minimums are kept."""
         if self._bounds is not None and self._scheduler is not None:
             most = None
             if reservations:
@@ -239,7 +240,7 @@ class SharedDevice:
         )
 
     def warning(self, reservations: Sequence[Reservation]) -> str | None:
-        """A warning where these minimums cannot be kept; None where they can."""
+        """A warning if these minimums cannot be kept, else None."""
         found = self.admission(reservations)
         reserved = found.reserved_iops
         if self._scheduler is None or found.admitted:
@@ -259,13 +260,13 @@ class SharedDevice:
         )
 
     def admit(self, before: Sequence[Reservation], after: Sequence[Reservation]) -> str | None:
-        """Refuses a change of the sum of minimums that a known capacity cannot carry.
+        """Refuses a change to minimums that a given or modelled capacity cannot keep.
 
         Returns:
-            A warning where the measured capacity cannot carry it; the change is made all the same.
+            A warning if the minimums cannot be kept but the change is allowed, else None.
 
         Raises:
-            InvalidArgumentError: with the figures.
+            InvalidArgumentError: the change is refused; the message has the figures.
         """
         warning = self.warning(after)
         worse = sum(each.iops for each in after) > sum(each.iops for each in before) or (
@@ -276,7 +277,7 @@ class SharedDevice:
         return warning
 
     def report(self, reservations: Sequence[Reservation]) -> DeviceReport:
-        """What it is, what it can carry, and what waits for it."""
+        """Reports the device, its capacity, and the requests that wait for it."""
         found = self.admission(reservations)
         facts = None if self._scheduler is None else self._scheduler.read()
         return DeviceReport(
@@ -293,6 +294,6 @@ class SharedDevice:
 
 
 def _set_share(share: plane.Share, settings: Settings) -> None:
-    """Gives a share what settings want."""
+    """Applies minimum and weight to a share."""
     weight = DEFAULT_WEIGHT if settings.weight is None else settings.weight
     share.set(reservation=settings.minimum_iops or 0, weight=weight)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A server's QoS file: what is wanted of which disk, and the policies.
+"""The QoS file of a server: the settings of disks, and the policies.
 
-JSON with a format, version, generation and the CRC-32C of the content (its canonical JSON: sorted
-keys, no spaces). It is written to a temporary name, made durable and renamed, so a crash leaves the
-old or the new one. Recovery: a file whose checksum does not fit is refused; nothing is guessed. While
-a server has it, a lock on ``.NAME.lock`` beside it keeps other servers from writing it.
+The file is JSON with a format, a version, a generation, and the CRC-32C of the content (its
+canonical JSON: sorted keys, no spaces). It is written under a temporary name, made durable and
+renamed, so a crash leaves the old or the new file. A file whose checksum does not match is refused
+and never repaired. While a server uses the file, a lock on ``.NAME.lock`` in the same directory
+keeps other servers from writing it.
 """
 
 from __future__ import annotations
@@ -50,18 +51,18 @@ class Store:
     """The content of a QoS file.
 
     Args:
-        path: of the file; made by the first :meth:`save`.
+        path: the path of the file, which the first :meth:`save` creates.
 
     Attributes:
-        content: "disks" by real path of the image, and "policies".
+        content: "disks" (by the real path of the image) and "policies".
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         if not os.fspath(path):
             raise InvalidArgumentError("the QoS file has no name")
-        self.path = Path(os.path.realpath(path))  # of a link what it leads to is kept and locked
+        self.path = Path(os.path.realpath(path))  # the target of a link is written and locked
         self.generation = 0
-        self._mode: int | None = None  # of the file that is there
+        self._mode: int | None = None  # of the existing file
         self.content: dict[str, Any] = {"disks": {}, "policies": []}
         self._lock = threading.Lock()
         self._guard = self._locked()
@@ -78,13 +79,13 @@ class Store:
         try:
             fd = os.open(name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except (OSError, ValueError) as error:
-            raise HostIOError(f"no lock can be made beside it: {error}", path=self.path) from error
+            raise HostIOError(f"its lock file cannot be opened: {error}", path=self.path) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             os.close(fd)
             raise InUseError(
-                "another server keeps its QoS there", path=self.path, hint="give each its own file"
+                "another server uses this QoS file", path=self.path, hint="give each its own file"
             ) from error
         return fd
 
@@ -99,7 +100,7 @@ class Store:
         try:
             found = os.fstat(fd)
             if not stat.S_ISREG(found.st_mode):
-                raise HostIOError("it is no regular file", reason=Reason.NOT_A_FILE, path=self.path)
+                raise HostIOError("not a regular file", reason=Reason.NOT_A_FILE, path=self.path)
             self._mode = stat.S_IMODE(found.st_mode)
             with open(fd, "rb", closefd=False) as file:
                 return file.read(_LARGEST + 1)
@@ -111,24 +112,24 @@ class Store:
             os.close(fd)
 
     def close(self) -> None:
-        """Lets go of the file."""
+        """Releases the lock on the file."""
         if self._guard >= 0:
             os.close(self._guard)
         self._guard = -1
 
     @contextlib.contextmanager
     def content_errors(self) -> Iterator[None]:
-        """Turns an error of code that applies the content into one that blames the file.
+        """Turns an error in the block into one that reports the file as damaged.
 
         Raises:
-            DamagedError: in place of the error in the block.
+            DamagedError: the block failed.
         """
         try:
             yield
         except VhdxError as error:
-            raise self._refuse(f"its content is not as it should be: {error}") from error
+            raise self._refuse(f"its content is invalid: {error}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise self._refuse("its content is not as it should be") from error
+            raise self._refuse("its content is invalid") from error
 
     def _refuse(self, why: str) -> DamagedError:
         return DamagedError(
@@ -147,28 +148,28 @@ class Store:
             content, checksum = found["content"], found["checksum"]
             kind, version, generation = found["format"], found["version"], found["generation"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise self._refuse("it is no QoS file") from error
+            raise self._refuse("it is not a QoS file") from error
         if kind != _FORMAT:
-            raise self._refuse("it is no QoS file")
+            raise self._refuse("it is not a QoS file")
         if version != _VERSION:
             raise UnsupportedError(
-                f"its version is {version}, this program knows {_VERSION}", path=self.path
+                f"its version is {version}; this program supports {_VERSION}", path=self.path
             )
         if checksum != _checksum(content):
-            raise self._refuse("its checksum does not fit: it was cut short or changed by hand")
+            raise self._refuse("its checksum is wrong: it was cut short or changed by hand")
         if not (
             isinstance(generation, int)
             and isinstance(content, dict)
             and isinstance(content.get("disks"), dict)
             and isinstance(content.get("policies"), list)
         ):
-            raise self._refuse("its content is not as it should be")
+            raise self._refuse("its content is invalid")
         self.content, self.generation = content, generation
 
     def update(self, disks: Mapping[str, DesiredQos], policies: Iterable[Policy]) -> None:
-        """Saves what is wanted of these disks, by real path, and all policies.
+        """Saves the settings of these disks, by real path, and all policies.
 
-        Other disks stay as they are. Nothing is written where nothing changes.
+        Entries of other disks stay as they are. If nothing changed, nothing is written.
 
         Raises:
             HostIOError, NoSpaceError: it cannot be written; the old file stays.
@@ -207,7 +208,7 @@ class Store:
             self.content, self.generation = content, generation
 
     def _make_durable(self, directory: int, *, existed: bool) -> None:
-        """Of the new name. Where that fails the old content comes back: nothing has changed."""
+        """Makes the rename durable; if that fails, restores the old content and raises."""
         try:
             os.fsync(directory)
         except OSError:
@@ -219,14 +220,14 @@ class Store:
             raise
 
     def _replace(self, text: str) -> None:
-        temporary = self.path.with_name(f".{self.path.name}.partial")  # nobody else's: it is locked
+        temporary = self.path.with_name(f".{self.path.name}.partial")  # the lock makes it ours
         try:
             temporary.unlink(missing_ok=True)
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with open(os.open(temporary, flags, 0o644), "w", encoding="utf-8") as file:
                 if self.path.exists():
                     copy_attributes(self.path, file.fileno())
-                elif self._mode is not None:  # somebody removed it
+                elif self._mode is not None:  # the file was removed
                     os.fchmod(file.fileno(), self._mode)
                 mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
                 file.write(text)

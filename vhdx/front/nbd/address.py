@@ -43,7 +43,7 @@ class Address:
 
 
 def parse_address(uri: str) -> Address:
-    """The address in ``nbd+unix:///?socket=PATH`` or ``nbd://HOST[:PORT]``.
+    """Parses the address ``nbd+unix:///?socket=PATH`` or ``nbd://HOST[:PORT]``.
 
     Raises:
         InvalidArgumentError: another scheme, an export name, or unknown parameters.
@@ -57,7 +57,7 @@ def parse_address(uri: str) -> Address:
 
     parts = urlsplit(uri)
     if parts.path not in {"", "/"} or parts.fragment or parts.username is not None:
-        raise refuse("an address names no export and no user")
+        raise refuse("it must not name an export or a user")
     parameters = dict(parse_qsl(parts.query, keep_blank_values=True))
     if parts.scheme == "nbd+unix":
         path = parameters.pop("socket", "")
@@ -82,7 +82,7 @@ def parse_address(uri: str) -> Address:
 
 
 def private_address(name: str) -> Address:
-    """A socket of its own in the runtime directory; sockets of dead servers there are removed."""
+    """A new socket in the runtime directory, after sockets of servers that died are removed."""
     for path in runtime_directory().glob("*.sock"):
         is_alive(path)
     safe = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:40]
@@ -93,8 +93,8 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
     """A listening socket, and the address with the port that was chosen.
 
     Raises:
-        InUseError: somebody listens there already.
-        HostIOError: it cannot be bound.
+        InUseError: another process listens there already.
+        HostIOError: the socket cannot be bound.
     """
     try:
         if address.path is not None:
@@ -120,13 +120,13 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
 
 
 def inherited_socket() -> socket.socket | None:
-    """The listening socket that a service manager or libnbd handed over; None where none was.
+    """The listening socket that a service manager or libnbd handed over, or None.
 
-    The protocol is systemd's (sd_listen_fds(3)): descriptor 3, announced in the environment, from
-    which it is taken so that no child finds it again.
+    The protocol is that of systemd (sd_listen_fds(3)): environment variables announce descriptor 3.
+    They are removed so that no child process uses the descriptor again.
 
     Raises:
-        InvalidArgumentError: there are several, or it is no listening stream socket.
+        InvalidArgumentError: there are several descriptors, or it is not a listening stream socket.
     """
     pid, count = os.environ.get("LISTEN_PID"), os.environ.get("LISTEN_FDS")
     if pid != str(os.getpid()) or not count:
@@ -142,17 +142,19 @@ def inherited_socket() -> socket.socket | None:
         stream = found.type == socket.SOCK_STREAM
         listens = found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN) == 1
     except OSError as error:
-        raise InvalidArgumentError(f"the socket that was handed over: {error.strerror}") from error
+        raise InvalidArgumentError(
+            f"the socket that was handed over cannot be used: {error.strerror}"
+        ) from error
     if not stream or not listens:
         found.close()
-        raise InvalidArgumentError("what was handed over is no listening stream socket")
+        raise InvalidArgumentError("the inherited descriptor is not a listening stream socket")
     found.set_inheritable(False)
     found.setblocking(True)
     return found
 
 
 def address_of(listener: socket.socket) -> Address:
-    """Where a socket listens."""
+    """The address at which a socket listens."""
     name = listener.getsockname()
     if listener.family == socket.AF_UNIX:
         return Address(path=os.fsdecode(name))

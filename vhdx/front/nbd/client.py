@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""One client of an NBD server: its socket, its handshake, and what is known of it."""
+"""One client of an NBD server: its socket, its handshake, and its name."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Client:
     """One accepted socket and its thread; the server's lock guards every field.
 
     Attributes:
-        socket: until the handshake is done.
-        connection: from then on.
-        thread: that serves it.
+        socket: the socket during the handshake, then None.
+        connection: the connection in the transmission phase.
+        thread: the thread that serves it.
         export: the name of its export.
     """
 
@@ -50,19 +50,19 @@ def negotiate(
     Args:
         peer: the client's socket.
         handshake: the state machine, which does no I/O.
-        seconds: for all of it.
-        is_closing: whether the server refuses new clients by now.
+        seconds: the time limit for the whole handshake.
+        is_closing: returns whether the server is closing and refuses new clients.
 
     Returns:
-        What was agreed on, or None where the client ended it.
+        The negotiated parameters, or None if the client ended the handshake.
 
     Raises:
-        ProtocolError: the handshake took too long, or broke the protocol.
+        ProtocolError: the handshake took too long, or the client broke the protocol.
         OSError: the connection was lost.
     """
     if peer.family != socket.AF_UNIX:
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A client whose host went down sends nothing: it is given up after about two minutes.
+        # Keepalive: a client whose host went down is dropped after about two minutes.
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_SECONDS)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _KEEPALIVE_SECONDS // 6)
@@ -88,7 +88,7 @@ def _until(deadline: float) -> float:
     """Seconds until ``deadline`` (monotonic).
 
     Raises:
-        ProtocolError: it has passed.
+        ProtocolError: the deadline has passed.
     """
     remaining = deadline - time.monotonic()
     if remaining <= 0:
@@ -97,14 +97,14 @@ def _until(deadline: float) -> float:
 
 
 def terms_of(name: str, export: Export) -> ExportTerms:
-    """What the handshake says of an export."""
+    """The terms that the handshake offers for an export."""
     disk = export.disk
     description = f"{disk.format} {Path(disk.path).name}"
     return ExportTerms(name, description, export.device.size, disk.read_only)
 
 
 def name_of(peer: socket.socket | None) -> str:
-    """The initiator: address and port, or the process at the other end of a unix socket."""
+    """A name for the initiator: HOST:PORT, or COMMAND[PID] on a unix socket; "?" if unknown."""
     if peer is None:
         return "?"
     try:

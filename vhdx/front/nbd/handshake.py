@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """The fixed newstyle handshake of a server (proto.md, "Newstyle negotiation"), without sockets.
 
-Bytes from the client go in, bytes for it come out, until it chose an export or must be dropped. Sizes
-from the wire are checked before anything is stored, so the memory that a client can make us use is
-bounded by ``option_bytes``.
+Bytes from the client go in and replies come out, until the client has chosen an export or must be
+dropped. Sizes from the wire are checked before any data is stored, so ``option_bytes`` bounds the
+memory that a client can make the server use.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _LONGEST_STRING = 4096
 
 @dataclass(frozen=True)
 class ExportTerms:
-    """What a client may know of an export.
+    """The facts about an export that a client may learn.
 
     Attributes:
-        name: canonical, as LIST shows it.
+        name: the canonical name, as LIST shows it.
         description: for people.
         size: bytes.
         read_only: whether it refuses changes.
@@ -63,13 +63,13 @@ class ExportTerms:
 
 @dataclass(frozen=True)
 class Negotiated:
-    """How the transmission phase goes.
+    """The negotiated parameters of the transmission phase.
 
     Attributes:
         export: the canonical name of the chosen export.
         structured: whether replies are structured.
-        context_id: of base:allocation, or None.
-        early: bytes that came after the handshake.
+        context_id: the id of the base:allocation context, or None if it was not selected.
+        early: bytes already received that follow the handshake.
     """
 
     export: str
@@ -89,13 +89,13 @@ class Handshake:
     """One client's negotiation.
 
     Args:
-        lookup: terms of an export by the name a client gives, or None; an alias such as "" gives
-            the canonical terms.
-        names: of the exports that LIST shows.
-        largest_payload: bytes of a READ or WRITE.
-        most_options: options before the client is dropped; the first LIST allows one more for each
-            export.
-        option_bytes: data of one option.
+        lookup: returns the terms of the export with the name that the client gave, or None; an
+            alias such as "" returns terms with the canonical name.
+        names: returns the exports that LIST shows.
+        largest_payload: largest payload in bytes of a READ or WRITE.
+        most_options: options before the client is dropped; the first LIST raises it by the number
+            of exports.
+        option_bytes: largest size in bytes of the data of one option.
     """
 
     lookup: Callable[[str], ExportTerms | None]
@@ -114,15 +114,15 @@ class Handshake:
     _contexts: _Contexts = field(default_factory=_Contexts)
 
     def greeting(self) -> bytes:
-        """What the server says first."""
+        """The first message of the server."""
         return _GREETING.pack(b"NBDMAGIC", _OPTION_MAGIC, _FIXED_NEWSTYLE | _NO_ZEROES)
 
     def receive(self, data: bytes) -> Iterator[bytes]:
-        """Takes bytes from the client; gives the answers, one at a time.
+        """Takes bytes from the client, and yields the replies one at a time.
 
-        The next option is looked at when the answer to the one before was taken, so only one answer
-        is in memory. Afterwards ``negotiated`` is set when the transmission phase begins, and
-        ``finished`` when the connection is to be closed once the answers are sent.
+        An option is parsed only after the reply to the previous option was taken, so only one reply
+        is in memory. At the end ``negotiated`` is set if the transmission phase begins, and
+        ``finished`` if the connection must be closed once the replies are sent.
 
         Raises:
             ProtocolError: the client must be dropped at once.
@@ -144,13 +144,13 @@ class Handshake:
     def _next_option(self) -> tuple[int, bytes] | None:
         if len(self._input) < _OPTION.size:
             if not _OPTION_MAGIC.startswith(bytes(self._input[:8])):
-                raise ProtocolError("the client sent something that is no option")
+                raise ProtocolError("the client sent bytes that are not an option")
             return None
         magic, option, length = _OPTION.unpack_from(self._input)
         if magic != _OPTION_MAGIC:
-            raise ProtocolError("the client sent something that is no option")
+            raise ProtocolError("the client sent bytes that are not an option")
         if length > self.option_bytes:
-            raise ProtocolError(f"option {option} has {length} bytes of data")
+            raise ProtocolError(f"option {option} has too much data: {length} bytes")
         if len(self._input) < _OPTION.size + length:
             return None
         data = bytes(self._input[_OPTION.size : _OPTION.size + length])
@@ -164,7 +164,7 @@ class Handshake:
         if option == EXPORT_NAME:
             return self._export_name(data)
         if not self._flags or not self._flags & _FIXED_NEWSTYLE:
-            raise ProtocolError("the client negotiates without saying that it can")
+            raise ProtocolError("the client sent an option without the fixed newstyle flag")
         if option == ABORT:
             self.finished = True
             return _reply(option, REP_ACK)
@@ -194,11 +194,11 @@ class Handshake:
         return flags | SEND_TRIM | SEND_WRITE_ZEROES | SEND_FAST_ZERO
 
     def _export_name(self, data: bytes) -> bytes:
-        # No error can be answered to this option: what does not fit is dropped.
+        # The protocol has no error reply to this option, so the client is dropped on failure.
         name = _text(data)
         terms = None if name is None or self.shutting_down else self.lookup(name)
         if name is None or terms is None:
-            raise ProtocolError("the client asked for an export that is not there")
+            raise ProtocolError("the client asked for an export that is not available")
         self._begin(name, terms)
         zeroes = b"" if (self._flags or 0) & _NO_ZEROES else bytes(124)
         return struct.pack(">QH", terms.size, self._flags_of(terms)) + zeroes
@@ -236,7 +236,7 @@ class Handshake:
                 if len(data) != 6 + length + 2 * count:
                     name = None
         if name is None:
-            return _refuse(option, ERR_INVALID, "the name or the list of wishes is malformed")
+            return _refuse(option, ERR_INVALID, "the name or the list of requests is malformed")
         terms = self.lookup(name)
         if terms is None:
             return _refuse(option, ERR_UNKNOWN, f"there is no export {_shown(name)}")
@@ -266,7 +266,7 @@ class Handshake:
 
     def _meta_context(self, option: int, data: bytes) -> bytes:
         if option == SET_META_CONTEXT:
-            self._contexts = _Contexts()  # what was chosen before is gone, also on failure
+            self._contexts = _Contexts()  # drops an earlier selection even if this option fails
         parsed = _parse_queries(data)
         if parsed is None:
             return _refuse(option, ERR_INVALID, "the name or the queries are malformed")

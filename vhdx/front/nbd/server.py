@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""The NBD server: listeners, connections, limits and the orderly end.
+"""The NBD server: its listener, its connections and their limits, and its shutdown.
 
-Threads: one accepts, and one serves each connection: the handshake in Python, then C until the client
-leaves, with the GIL released. ``_lock`` guards the table of connections.
+Threads: one thread accepts connections, and each connection has its own thread. That thread runs
+the handshake in Python, and then the transmission phase in C with the GIL released. ``_lock``
+guards the table of connections.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ class Server:
     """Serves disks over NBD until :meth:`close`.
 
     Args:
-        exports: by name, a path or an open :class:`Disk`. A path is opened and closed by the
-            server; a Disk stays the caller's, coherent with the clients, and cannot be closed
-            while it is served. With a single export, "" is another name for it.
-        listen: ``nbd+unix:///?socket=PATH`` or ``nbd://HOST[:PORT]``, or a socket that listens
-            already and is closed, but not removed, at the end; a private unix socket when None.
-        options: how they are served.
+        exports: a path or an open :class:`Disk` for each export name. The server opens and closes
+            images given as paths. A Disk stays the caller's: it is coherent with the clients, and
+            cannot be closed while it is served. With a single export, "" is another name for it.
+        listen: ``nbd+unix:///?socket=PATH``, ``nbd://HOST[:PORT]``, or a listening socket, which is
+            closed, but not removed, at the end. None creates a private unix socket.
+        options: how the disks are served.
 
     Attributes:
         session: the disks, and what they share.
 
     Raises:
-        InvalidArgumentError, InUseError, HostIOError: it cannot listen.
+        InvalidArgumentError, InUseError, HostIOError: the server cannot listen.
         VhdxError: an image cannot be opened.
     """
 
@@ -68,7 +69,7 @@ class Server:
         self._closing, self._closed = False, threading.Event()
         self._failures: list[BaseException] = []
         self._slots = 0
-        self._ended: dict[str, list[int]] = {}  # under the lock: what clients did that have left
+        self._ended: dict[str, list[int]] = {}  # under _lock: counters of closed connections
         self._first, self._last = contextlib.ExitStack(), contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self.session = Session(exports, options)
@@ -88,21 +89,21 @@ class Server:
             address = private_address(name) if listen is None else parse_address(listen)
             self._listener, self._address = bind(address)
 
-    # ---- facts ----
+    # ---- state and counters ----
 
     @property
     def uri(self) -> str:
-        """Of the first export."""
+        """The URI of the first export."""
         return next(iter(self.uris.values()))
 
     @property
     def uris(self) -> dict[str, str]:
-        """Of each export, by name."""
+        """The URI of each export, by name."""
         return {name: uri_of(self._address, name) for name in self.session.exports}
 
     @property
     def socket_path(self) -> str | None:
-        """Of the unix socket, or None with TCP."""
+        """The path of the unix socket, or None with TCP."""
         return self._address.path
 
     def exports(self) -> dict[str, Disk]:
@@ -111,22 +112,22 @@ class Server:
 
     @property
     def qos(self) -> Domain:
-        """What is wanted of the disks, and what they get."""
+        """The QoS of the disks."""
         return self.session.qos
 
     def at_end(self, *, before: Callable[[], None], after: Callable[[], None]) -> None:
-        """Has :meth:`close` call ``before`` first of all, and ``after`` when all else is done."""
+        """Registers callbacks: :meth:`close` calls ``before`` first, and ``after`` last."""
         self._first.callback(before)
         self._last.callback(after)
 
     @property
     def connections(self) -> int:
-        """Clients that are connected now."""
+        """The number of connected clients."""
         with self._lock:
             return len(self._clients)
 
     def counters(self) -> list[tuple[str, plane.ConnectionCounters]]:
-        """Export and counters of each connection that is past its handshake."""
+        """The export and the counters of each connection that is past its handshake."""
         with self._lock:
             return [
                 (client.export, client.connection.counters())
@@ -135,7 +136,7 @@ class Server:
             ]
 
     def totals(self) -> dict[str, plane.ConnectionCounters]:
-        """What the clients of each export did so far, those that have left included."""
+        """The summed counters of each export, including those of closed connections."""
         with self._lock:
             found = {name: list(self._ended.get(name, _NOTHING)) for name in self.session.exports}
             for client in self._clients:
@@ -162,13 +163,13 @@ class Server:
                 if self._closing:
                     return
                 _log.warning("cannot accept a connection: %s", error)
-                time.sleep(0.1)  # out of descriptors: they come back when clients leave
+                time.sleep(0.1)  # out of descriptors: retry, since closed connections free some
                 continue
             client = Client(peer)
             thread = threading.Thread(
                 target=self._serve, args=(client,), name="nbd-connection", daemon=True
             )
-            with self._lock:  # so that a close joins only threads that run
+            with self._lock:  # so that close() joins only started threads
                 refuse = self._closing or len(self._clients) >= self._limits.connections
                 try:
                     if not refuse:
@@ -227,7 +228,8 @@ class Server:
             self._run(client, negotiated, export, flow)
         finally:
             self.qos.disconnect(flow)
-        # A client that trimmed and left will not flush; a failure poisons the disk, and is seen then.
+        # Reclaim trimmed space even if the client did not flush after a trim. A failure is ignored
+        # here: it poisons the disk, and later requests report it.
         with contextlib.suppress(VhdxError):
             export.disk.reclaim()
 
@@ -258,18 +260,18 @@ class Server:
         code = connection.serve()
         if code == plane.CANCELLED:
             _log.warning(
-                "a client of export %r was cut off: it did not read its replies, and "
-                "another one needed the memory that they took",
+                "a client of export %r was disconnected: it did not read its replies, and "
+                "another client needed the memory that they took",
                 negotiated.export,
             )
         elif code < 0:
             reason = plane.describe_failure(code)
             _log.info("connection of export %r ended: %s", negotiated.export, reason)
 
-    # ---- the end ----
+    # ---- shutdown ----
 
     def _stop_listening(self) -> None:
-        # Closing a socket does not wake the thread that accepts on it; shutting it down does.
+        # close() does not wake the thread that is blocked in accept(); shutdown() does.
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
@@ -279,15 +281,15 @@ class Server:
                 Path(path).unlink()
 
     def close(self, drain_seconds: float = 10.0) -> None:
-        """Takes no new request, finishes what is under way, flushes, and closes what it opened.
+        """Drains requests in flight, takes no new ones, flushes, and closes the opened images.
 
         Args:
-            drain_seconds: after this, clients that do not read their replies are cut off.
+            drain_seconds: after this time, clients that do not read their replies are disconnected.
 
-        A second call waits for the first; what failed is raised by one of them.
+        A second call waits for the first; one of the two raises the error if there was one.
 
         Raises:
-            VhdxError: an image could not be made durable.
+            VhdxError: a disk could not be flushed.
         """
         self.stop(drain_seconds)
         with self._lock:
@@ -296,7 +298,7 @@ class Server:
             raise failure
 
     def stop(self, drain_seconds: float = 10.0) -> None:
-        """As :meth:`close`, on behalf of others: what fails is left for the owner's close()."""
+        """Like :meth:`close`, but keeps an error for the owner's call to :meth:`close`."""
         with self._lock:
             first, self._closing = not self._closing, True
         if first:

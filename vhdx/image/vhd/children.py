@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which VHD images beside one are based on it; they name their parent by its unique ID."""
+"""Finds the children of a VHD image in its directory; a child records its parent's unique ID."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["guard_parent", "guard_replaced"]
 
 
 def guard_parent(host: HostFile, footer: vhd.Footer) -> None:
-    """Refuses to change an image that a differencing one beside it is based on.
+    """Refuses to change an image that has a differencing child in its directory.
 
     Raises:
-        InUseError: naming it.
+        InUseError: naming the child.
     """
     here = Path(os.path.realpath(host.path)).parent
     for path in sorted(here.iterdir()):
@@ -54,7 +54,7 @@ def guard_parent(host: HostFile, footer: vhd.Footer) -> None:
 
 
 def guard_replaced(path: StrPath) -> None:
-    """Refuses to replace a VHD that another one depends on; other files are none of its business.
+    """Refuses to replace a VHD that another one depends on; ignores files of other formats.
 
     Raises:
         InUseError: naming the child.
@@ -64,7 +64,7 @@ def guard_replaced(path: StrPath) -> None:
     except VhdxError:
         return
     try:
-        with contextlib.suppress(UnsupportedError):  # a VHD of another kind has no children
+        with contextlib.suppress(UnsupportedError):  # an unknown kind of VHD has no known children
             footer = find_footer(host.leaf)
             if footer is not None:
                 guard_parent(host, footer)

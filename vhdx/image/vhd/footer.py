@@ -18,7 +18,7 @@ def find_footer(leaf: plane.Device) -> vhd.Footer | None:
     """The footer of a VHD image: the one at the end of the file, or its copy at the start.
 
     Raises:
-        UnsupportedError: it is of a kind that is not known.
+        UnsupportedError: the image is of an unknown kind.
     """
     size = leaf.size
     if size < vhd.FOOTER_SIZE:
@@ -31,13 +31,13 @@ def find_footer(leaf: plane.Device) -> vhd.Footer | None:
 
 
 def has_footer(leaf: plane.Device) -> bool:
-    """Whether the file ends as a VHD does."""
+    """Whether the file ends with a VHD footer."""
     at = leaf.size - vhd.FOOTER_SIZE
     return at >= 0 and vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, at)) is not None
 
 
 def known_footer(leaf: plane.Device) -> vhd.Footer | None:
-    """The footer where there is one of a known kind, else None."""
+    """The footer if there is one of a known kind, else None."""
     try:
         return find_footer(leaf)
     except VhdxError:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
-"""Legacy VHD images: fixed and dynamic ones to read and write, differencing ones to read.
+"""Legacy VHD images: reads and writes fixed and dynamic ones, reads differencing ones.
 
-A dynamic image has no log. Its rules against a crash: data, and the bitmaps of fresh blocks, are
-durable before the table refers to them; a flush makes the table durable. The footer at the end is
-written behind fresh blocks before the first of them takes its place, and the copy at the start of the
-file stays valid all the time.
+A dynamic image has no log. These rules keep it consistent after a crash. Data, and the bitmaps of
+fresh blocks, are durable before the table refers to them. A flush makes the table durable. A new
+footer is written behind fresh blocks before the first of them overwrites the old footer. The copy
+of the footer at the start of the file stays valid all the time.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ _OWN, _BELOW = 0, 1
 _MIXED_TAG, _FULL_TAG = 1, 2
 _GRANT_BYTES = 64 * MIB
 _ALIGNMENT = 4096
-_ENTRIES = vhd.SECTOR // 4  # of the table in a sector
+_ENTRIES = vhd.SECTOR // 4  # table entries in a sector
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
-"""Bytes with their bits the other way round: a VHD's bitmaps begin at the highest bit."""
+"""Maps each byte to its reversed bits: in a VHD's bitmaps the first sector is the highest bit."""
 
 
 class FixedVhd(RawImage):
-    """A fixed image: the disk, and a footer behind it."""
+    """A fixed image: the bytes of the disk, followed by the footer."""
 
     name = "vhd"
     physical_sector_size = 512
@@ -76,7 +76,7 @@ def _common(footer: vhd.Footer, kind: str) -> dict[str, Any]:
 
 
 class _Zeros:
-    """What lies below a dynamic image: nothing."""
+    """Stands below a dynamic image, which has no parent: reads as zeros."""
 
     def __init__(self, leaf: plane.Device, size: int, pool: plane.Pool) -> None:
         self.device = plane.Map(self, size, size, 4 * GIB, [leaf], read_only=True, pool=pool)
@@ -100,15 +100,16 @@ class _Zeros:
 class VhdImage(PlainImage):
     """An open dynamic or differencing image: the fault handler of its map.
 
-    Threads: faults come from any; ``_gate_lock`` makes the first change happen once, ``_lock`` guards
-    the table and the space and is held across no barrier. Commits are serialised by the map's rounds.
+    Threads: faults may come from any thread. ``_gate_lock`` makes the preparation for the first
+    change happen once. ``_lock`` guards the table and the lists of space; it is not held across a
+    barrier. The map's rounds serialise commits.
 
     Args:
-        host: the file; it belongs to the image.
+        host: the file, which the image owns.
         footer, header: of the file.
         parent: the image below, or None.
-        missing: why there is none below a differencing image.
-        write: whether it may be changed.
+        missing: why a differencing image has no parent here.
+        write: allow changes.
         pool: for background work.
     """
 
@@ -137,9 +138,9 @@ class VhdImage(PlainImage):
         self._gate_lock = threading.Lock()
         self._free: list[int] = []
         self._released: list[tuple[int, int]] = []  # generation, offset of the data
-        self._unsure: set[int] = set()  # sectors of the table that a failed commit may have written
+        self._unsure: set[int] = set()  # table sectors that a failed commit may have written
         self._changed = False
-        self._kept_end = 0  # before this offset the file holds data that we do not know
+        self._kept_end = 0  # the file is never cut below this end of unknown data
         self._table = self._read_table()
         self._in_use = int((self._table[: self._blocks] != vhd.UNUSED).sum())  # and granted places
         self._end = self._leaf.size
@@ -184,14 +185,14 @@ class VhdImage(PlainImage):
         return np.frombuffer(data.ljust(round_up(length, 512), b"\xff"), ">u4").astype(np.uint32)
 
     def _ends(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Where the stored part of each block ends: the last may be cut where the disk ends."""
+        """End offset of each stored block; the last block may be cut at the end of the disk."""
         starts = self._table[blocks].astype(np.int64) * vhd.SECTOR
         lengths = np.minimum(self.block_size, self.size - blocks * self.block_size)
         ends: npt.NDArray[np.int64] = starts + self._bitmap + lengths
         return ends
 
     def _stored(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Blocks of a range that are stored, and those that are said to be outside the file."""
+        """Blocks of a range that are stored, and those whose table entry is outside the file."""
         table = self._table[first : first + count]
         blocks = first + np.flatnonzero(table != vhd.UNUSED)
         bad = (self._ends(blocks) > self._leaf.size) | (self._table[blocks] == 0)
@@ -206,7 +207,7 @@ class VhdImage(PlainImage):
             )
 
     def _check_table(self) -> int:
-        """What must hold before anything is written; where fresh blocks may begin."""
+        """Checks what must hold before a write; returns where fresh blocks may begin."""
         blocks, bad = self._stored(0, self._blocks)
         self._refuse(bad)
         starts = self._table[blocks].astype(np.int64) * vhd.SECTOR
@@ -229,11 +230,11 @@ class VhdImage(PlainImage):
         end = round_up(taken[-1][1], vhd.SECTOR)
         footer_at = self._leaf.size - vhd.FOOTER_SIZE
         if vhd.parse_footer(self._leaf.read(vhd.FOOTER_SIZE, footer_at)) is None:
-            footer_at = self._leaf.size  # what stands there may be anybody's
+            footer_at = self._leaf.size  # no footer: it may be another program's data
         for (_, low), (high, _) in itertools.pairwise([*taken, (max(end, footer_at), 0)]):
             if not self._is_zero(low, high):
-                # What others keep there, such as XenServer's batmap, or what a crash left. How much
-                # of it means something is not known, so all of it stays.
+                # Data of another program, such as XenServer's batmap, or remains of a crash. It is
+                # unknown which of them matter, so all of them stay.
                 self._kept_end = max(self._kept_end, high)
                 continue
             if high > end:
@@ -245,7 +246,7 @@ class VhdImage(PlainImage):
         return max(end, round_up(self._kept_end, vhd.SECTOR))
 
     def _is_zero(self, start: int, end: int) -> bool:
-        """Whether the file holds nothing but zeros there."""
+        """Whether the range of the file holds only zeros."""
         for extent in self._leaf.extents(start, max(0, end - start)):
             if extent.state != plane.DATA:
                 continue
@@ -255,10 +256,10 @@ class VhdImage(PlainImage):
                     return False
         return True
 
-    # ---- answers to faults ----
+    # ---- the map's fault handlers ----
 
     def load(self, first: int, count: int) -> None:
-        """Installs the entries of these blocks."""
+        """Installs the entries of the chunks that hold these blocks."""
         start = first // plane.CHUNK_PAGES * plane.CHUNK_PAGES
         stop = min(-(-(first + count) // plane.CHUNK_PAGES) * plane.CHUNK_PAGES, self._blocks)
         if stop <= start:
@@ -288,10 +289,10 @@ class VhdImage(PlainImage):
         return bits.translate(_REVERSED)
 
     def open_gate(self) -> None:
-        """The copy of the footer is there, durably, before the footer moves."""
+        """Makes the footer's copy at the start durable, then moves the footer at the end."""
         with self._gate_lock:
             if not self._changed:
-                # A copy that is valid agrees with the footer: opening for writing has checked that.
+                # A valid copy agrees with the footer: the open for writing has checked that.
                 if vhd.parse_footer(self._leaf.read(vhd.FOOTER_SIZE, 0)) is None:
                     self._leaf.write(self._footer.pack(), 0)
                     self._leaf.flush()
@@ -305,9 +306,9 @@ class VhdImage(PlainImage):
         self._leaf.write(self._footer.pack(), at)
 
     def grant(self, wanted: int) -> None:
-        """Hands out places that were given back, then fresh ones behind everything."""
+        """Grants freed places if there are any, else fresh ones at the end of the file."""
         with self._lock:
-            # Ahead only as many as the disk lacks, so that its file never gets much longer than it.
+            # Ahead only as many as the disk lacks, so that the file does not outgrow the disk much.
             lacking = self._blocks - self._in_use + len(self._released)
             count = max(wanted, min(_GRANT_BYTES // self.block_size, lacking))
             if count <= 0:
@@ -320,7 +321,7 @@ class VhdImage(PlainImage):
                     offsets, end = self._fresh(max(wanted, 1))
             ones, steps = b"\xff" * self._bitmap, []
             for at in offsets:
-                if end == self._end:  # another block was there
+                if end == self._end:  # a freed place may hold old data
                     steps.append(plane.Step(plane.Operation.ZERO, at, self.block_size))
                 steps.append(_write(at - self._bitmap, ones))
             self._leaf.batch(steps)
@@ -331,27 +332,27 @@ class VhdImage(PlainImage):
             self._in_use += len(offsets)
 
     def _fresh(self, count: int) -> tuple[list[int], int]:
-        """Places behind everything, and where the last of them ends."""
+        """Places at the end of the file, and the end offset of the last one."""
         offsets: list[int] = []
         end = self._end
         for _ in range(count):
-            # Data at multiples of 4 KiB, whatever the bitmap's length.
+            # Align the data to 4 KiB, whatever the bitmap's length.
             data = round_up(end + self._bitmap, _ALIGNMENT)
             if (data - self._bitmap) // vhd.SECTOR >= vhd.UNUSED:
                 if not offsets:
-                    raise NoSpaceError("a VHD file has 2 TiB at most", path=self.path)
+                    raise NoSpaceError("a VHD file cannot exceed 2 TiB", path=self.path)
                 break
             offsets.append(data)
             end = data + self.block_size
         start = self._end
-        # The old footer goes here; until the new one is durable there is the copy at the start.
+        # Overwrites the old footer; until the new one is durable, the copy at the start serves.
         self._write_footer(end)
         footer = self._leaf.size - vhd.FOOTER_SIZE
         self._leaf.zero(start, footer - start, no_hole=not self.host.sparse)
         return offsets, end
 
     def change_range(self, operation: plane.Operation, first: int, count: int, size: int) -> None:
-        """Whole blocks are not stored any more; zeroed and trimmed blocks are the same here."""
+        """Makes whole blocks holes; a zeroed and a trimmed block are the same in a VHD."""
         del operation, size
         hole = plane.entries(plane.Kind.HOLE, 0, 0, 0)
         for start in range(first, min(first + count, self._blocks), 4096):
@@ -378,7 +379,7 @@ class VhdImage(PlainImage):
                 pages = pages[mismatched]
 
     def commit(self, changes: plane.Changes) -> None:
-        """Writes table entries and sector bitmaps; their data are durable."""
+        """Writes table entries and sector bitmaps; the data are durable already."""
         blocks, last = np.unique(changes.pages[::-1], return_index=True)
         kinds, offsets, _ = plane.fields(changes.entries[::-1][last])
         with self._lock:
@@ -386,7 +387,7 @@ class VhdImage(PlainImage):
             values[kinds == plane.Kind.HOLE] = vhd.UNUSED
             before = self._table[blocks]
             ones = b"\xff" * self._bitmap
-            # Those that stay where they are were mixed, and hold all their sectors by now.
+            # Blocks at an unchanged offset were MIXED before, and hold all their sectors now.
             full = offsets[(kinds == plane.Kind.DATA) & (before == values)]
             steps = [_write(at - self._bitmap, ones) for at in full.tolist()]
             done = set(blocks.tolist())
@@ -406,7 +407,7 @@ class VhdImage(PlainImage):
             self._leaf.batch([*steps, plane.Step(plane.Operation.FLUSH)])
         except BaseException:
             with self._lock:
-                # It will be tried again; which of these sectors the file has is not known.
+                # The commit will be retried; it is unknown which of these sectors were written.
                 self._table[blocks] = before
                 self._unsure = unsure
             raise
@@ -416,16 +417,16 @@ class VhdImage(PlainImage):
     def _free_committed(self, generation: int) -> None:
         with self._lock:
             ready = [at for when, at in self._released if when <= generation]
-        # The host gets it back; data are zeroed when they are granted again. What is not zero in a
-        # gap is taken for somebody else's by the next open, so the bitmap goes, too.
+        # The space goes back to the host; a place is zeroed when it is granted again. The next open
+        # takes non-zero bytes in a gap for another program's data, so the bitmap is zeroed, too.
         steps = []
         for offset in ready:
             steps.append(plane.Step(plane.Operation.ZERO, offset - self._bitmap, self._bitmap))
-            # Where the host keeps trimmed space, it must not look like somebody else's either.
+            # Without ``sparse`` the file keeps trimmed space, so zero the data for the same reason.
             blank = plane.Operation.TRIM if self.host.sparse else plane.Operation.ZERO
             steps.append(plane.Step(blank, offset, self.block_size))
         self._leaf.batch(steps)
-        with self._lock:  # only now: who is granted a place writes it at once
+        with self._lock:  # only now: a granted place may be written at once
             self._released = [each for each in self._released if each[0] > generation]
             self._free += ready
             self._in_use -= len(ready)
@@ -467,7 +468,7 @@ class VhdImage(PlainImage):
         return super().chain() + ([] if self._parent is None else self._parent.chain())
 
     def close(self) -> None:
-        """Flushes and closes, this layer and those below."""
+        """Flushes and closes this layer and those below it."""
         try:
             super().close()
         finally:
@@ -475,10 +476,10 @@ class VhdImage(PlainImage):
                 self._parent.close()
 
     def finish(self) -> None:
-        """The footer goes behind the last block that is stored, and the file ends with it."""
+        """Moves the footer behind the last stored block and cuts the file after it."""
         if self.read_only or not self._changed:
             return
-        # Places that were granted and not used: their bitmaps go, or they would be kept for ever.
+        # Zero the bitmaps of unused granted places, or later opens would keep them as unknown data.
         unused = [at - self._bitmap for at in self.device.revoke().tolist()]
         blank = plane.Operation.ZERO
         self._leaf.batch([plane.Step(blank, at, self._bitmap) for at in unused])
@@ -493,7 +494,7 @@ class VhdImage(PlainImage):
         end = round_up(last, vhd.SECTOR)
         if end + vhd.FOOTER_SIZE >= self._leaf.size:
             return
-        # A crash may leave it out: then there is the copy at the start.
+        # A crash may lose this footer; then the copy at the start serves.
         self._leaf.write(self._footer.pack(), end)
         self._leaf.resize(end + vhd.FOOTER_SIZE)
 

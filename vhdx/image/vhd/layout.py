@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Creates legacy VHD files: fixed, as Azure takes them, and dynamic."""
+"""Creates legacy VHD files: fixed ones, which Azure accepts, and dynamic ones."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _TABLE_PIECE = MIB
 
 
 def check_vhd(path: StrPath, size: int, *, type: str, block_size: int | None) -> int:
-    """The block size of a new image.
+    """Checks the parameters of a new image and returns its block size.
 
     Raises:
-        InvalidArgumentError: there is no such VHD.
+        InvalidArgumentError: a VHD cannot have these parameters.
     """
 
     def refuse(message: str, hint: str) -> InvalidArgumentError:
@@ -96,15 +96,15 @@ def write_vhd(
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> None:
-    """Writes an empty image over an empty leaf.
+    """Writes an empty image to an empty leaf.
 
     Args:
         leaf: the file.
         size: of the disk, bytes.
         type: "fixed" or "dynamic".
-        block_size: bytes, of a dynamic one.
-        sparse: False writes a fixed image out with zeros.
-        allocate: set the space of a fixed image aside.
+        block_size: of a dynamic image, bytes.
+        sparse: False writes zeros over a fixed image.
+        allocate: allocate the space of a fixed image.
         disk_id: random when None.
         progress, cancel: called while a fixed image is allocated.
     """

@@ -43,7 +43,7 @@ def open_vhd(
     pool: plane.Pool,
     force: bool = False,
 ) -> PlainImage:
-    """Opens the VHD in ``host``, which belongs to the image from here on, also on failure.
+    """Opens the VHD in ``host``; the image takes ownership of ``host``, which a failure closes.
 
     Args:
         host: opened for writing when ``write``.
@@ -51,7 +51,7 @@ def open_vhd(
         write: allow changes; refused for differencing images.
         chain, parent_search: as for :func:`vhdx.open`.
         pool: for background work.
-        force: change it although an image beside it is based on it.
+        force: allow changes to an image that has children in its directory.
     """
     if write and not force and host.key != (0, 0):
         try:
@@ -90,7 +90,7 @@ def _open(
         if footer.disk_type == vhd.DiskType.DIFFERENCING:
             if write:
                 raise UnsupportedError(
-                    "differencing VHD images are only read", hint="convert it to VHDX to write it"
+                    "differencing VHD images can be only read", hint="convert it to VHDX to write it"
                 )
             if chain:
                 parent = _open_parent(host, header, search, pool, seen)
@@ -116,7 +116,7 @@ def _refuse_disagreement(leaf: plane.Device, footer: vhd.Footer) -> None:
     """Refuses to write an image whose two footers describe different disks.
 
     Raises:
-        DamagedError: saying both.
+        DamagedError: naming both values.
     """
     try:
         copy = vhd.parse_footer(leaf.read(vhd.FOOTER_SIZE, 0))
@@ -127,7 +127,7 @@ def _refuse_disagreement(leaf: plane.Device, footer: vhd.Footer) -> None:
             offset=0,
         ) from error
     if copy is None:
-        return  # the next write makes it anew
+        return  # the first write rewrites the copy
     for what in ("virtual_size", "current_size", "disk_type", "data_offset", "unique_id"):
         last, first = getattr(footer, what), getattr(copy, what)
         if last != first:
@@ -181,14 +181,14 @@ def _open_parent(
         if below.key in seen:
             below.close()
             refusal = MissingParentError(
-                f"the chain of parents comes back to {path}", reason=Reason.PARENT_CYCLE
+                f"the chain of parents loops back to {path}", reason=Reason.PARENT_CYCLE
             )
             continue
         footer = known_footer(below.leaf)
         if footer is None or footer.unique_id != header.parent_id:
             below.close()
             refusal = MissingParentError(
-                f"{path} is another disk than the one this image was made from",
+                f"{path} is not the disk that this image was made from",
                 reason=Reason.PARENT_CHANGED,
             )
             continue

@@ -38,7 +38,7 @@ def _stored_runs(structure: Structure, leaf: plane.Device) -> Iterator[tuple[int
     start, length = structure.bat.offset, structure.geometry.entries * bat.ENTRY_SIZE
     whole = [(start, length)]
     if structure.overlay.is_empty and start + length <= leaf.size:
-        # Holes of a file system are multiples of its blocks, but let nobody depend on it.
+        # File systems align holes to their blocks, but this code does not rely on it.
         whole = [
             (extent.offset // 8 * 8, -(-(extent.offset + extent.length) // 8) * 8)
             for extent in leaf.extents(start, length)
@@ -89,7 +89,7 @@ def check_entries(
         structure: of the image.
         indices: of the entries.
         values: the entries.
-        file_size: bytes that the file has, replay included.
+        file_size: bytes of the file after replay.
     """
     states = bat.state_of(values)
     offsets = bat.offset_of(values)
@@ -124,18 +124,17 @@ def check_entries(
     return bad, _refuse(
         structure,
         index,
-        f"block {block} is said to be at {int(offsets[i]):#x}, but the file has {file_size:#x} bytes",
+        f"block {block} has the offset {int(offsets[i]):#x}, but the file has {file_size:#x} bytes",
         Reason.BAT_OFFSET,
     )
 
 
 class Taken:
-    """Which MiBs of the file belong to something.
+    """The parts of the file that are in use, in units of 1 MiB.
 
     Attributes:
-        furthest: the first byte behind every block and region, which may be past the end of the
-            file.
-        anchors: offsets that UNMAPPED and UNDEFINED entries keep, and nothing else claims.
+        furthest: the end of the last block or region, which may be past the end of the file.
+        anchors: soft anchors: offsets in UNMAPPED and UNDEFINED entries that nothing else claims.
         blocks: places of payload blocks that are stored.
     """
 
@@ -160,7 +159,7 @@ class Taken:
         """Claims ``length`` bytes at each offset.
 
         Raises:
-            DamagedError: some of it belongs to something else already.
+            DamagedError: another claim overlaps it.
         """
         if not len(offsets):
             return
@@ -172,20 +171,20 @@ class Taken:
             some = offsets[first : first + step] // np.uint64(MIB)
             mibs = (some[:, None] + span).ravel()
             mibs = np.minimum(mibs, np.uint64(len(self._map) - 1))
-            # The cell past the end stands for the rest of a last block that the file cuts short.
+            # The last cell stands for the part of a block that lies past the end of the file.
             inside = mibs < len(self._map) - 1
             unique, counts = np.unique(mibs[inside], return_counts=True)
             clash = np.flatnonzero(self._map[unique] | (counts > 1))
             if len(clash):
                 mib = int(unique[clash[0]])
                 low = (offsets // np.uint64(MIB)).astype(np.int64)
-                for earlier in claimed:  # all of it, or nothing
+                for earlier in claimed:  # undo: claim all or nothing
                     self._map[earlier] = False
                 guilty = np.flatnonzero((low <= mib) & (mib < low + len(span)))
                 raise _refuse(
                     self._structure,
                     int(indices[guilty[-1]]),
-                    f"two structures are said to be at {mib * MIB:#x}",
+                    f"two structures overlap at {mib * MIB:#x}",
                     Reason.BAT_OVERLAP,
                 )
             self._map[unique] = True
@@ -193,7 +192,7 @@ class Taken:
 
     @property
     def end(self) -> int:
-        """The first byte, a multiple of 1 MiB, that nothing is behind."""
+        """The end of all claimed space, rounded up to 1 MiB."""
         return max(self._last * MIB, round_up(self.furthest, MIB))
 
     @property
@@ -202,7 +201,7 @@ class Taken:
         return int(taken[-1]) + 1 if len(taken) else 0
 
     def free_bytes(self, size: int) -> int:
-        """Bytes of a file of ``size`` bytes that belong to nothing."""
+        """Unclaimed bytes of a file of ``size`` bytes."""
         return int((~self._map[: size // MIB]).sum()) * MIB
 
     def gaps(self, length: int) -> npt.NDArray[np.uint64]:
@@ -222,7 +221,7 @@ def survey(structure: Structure, leaf: plane.Device) -> Taken:
     """Validates the whole BAT.
 
     Raises:
-        DamagedError: an entry that must be refused, or two that claim the same place.
+        DamagedError: an entry is invalid, or two entries claim the same place.
     """
     file_size = structure.overlay.size
     taken = Taken(structure, file_size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Gives blocks their places in a VHDX file: grants ahead, and space that comes back."""
+"""Gives blocks their places in a VHDX file: grants space ahead, and reuses released space."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 __all__ = ["Allocator"]
 
 _FIRST_GRANT, _LARGEST_GRANT = 64 * MIB, 4 * GIB
-_MOST_WAITING = 64 * MIB  # of released space, before a commit is asked for at once
+_MOST_WAITING = 64 * MIB  # bytes; with more released space, a commit is requested at once
 
 
 class Allocator:
-    """The space of an image that may be changed.
+    """Allocates the space of a writable image.
 
     Args:
         space: of the file.
         device: the map that gets the grants.
         geometry: of the disk.
         sparse: whether space may be granted long before it is used.
-        lock: guards the space. It is never held across a barrier, but in a compaction's last step.
+        lock: guards the space. It is never held across a barrier, except in the last step of a
+            compaction.
     """
 
     def __init__(
@@ -58,12 +59,13 @@ class Allocator:
     # ---- the caller holds the lock ----
 
     def adopt(self, geometry: bat.Geometry) -> None:
-        """The disk has this geometry from now on."""
+        """Switches to a new geometry."""
         self._geometry = geometry
 
     def grant(self, wanted: int) -> None:
         """Hands ready blocks to C: reused ones, zeroed, then fresh ones past the end."""
-        # Ahead only as many as the disk lacks, so that its file never gets much longer than it.
+        # Ahead of need, grant no more than the disk's unallocated blocks. So the file never gets
+        # much longer than the disk.
         lacking = self._geometry.blocks - self._space.kept
         count = max(wanted, min(self._grant_bytes // self._geometry.block_size, lacking))
         if count <= 0:
@@ -73,7 +75,7 @@ class Allocator:
         except NoSpaceError:
             self._grant_bytes = _FIRST_GRANT
             if wanted == 0:
-                return  # nobody waits; who needs space will be told
+                return  # no request waits; the next one that needs space gets the error
             offsets = self._space.take(wanted)
         self._grant_bytes = min(2 * self._grant_bytes, _LARGEST_GRANT)
         if not self._sparse:
@@ -81,7 +83,7 @@ class Allocator:
         self._map.grant(OWN, offsets, BlockState.FULLY_PRESENT)
 
     def place_bitmaps(self, count: int) -> list[int]:
-        """Places of 1 MiB that read zeros; from the ready blocks, so that none lie behind them."""
+        """Offsets of zeroed 1 MiB places, from ready blocks so that none lie behind unused ones."""
         if count > len(self._bitmap_stock):
             ready = self._map.revoke()
             self._space.give_back(ready)
@@ -94,31 +96,31 @@ class Allocator:
         return places
 
     def end(self) -> int:
-        """Takes ready blocks back; the first byte of the file behind everything that is needed."""
+        """Takes ready blocks back; returns the offset behind the last byte in use."""
         self._space.give_back(self._map.revoke())
         return self._space.end
 
     # ---- these take the lock ----
 
     def finish(self) -> int:
-        """As :meth:`end`, when everything that was published is committed."""
+        """Like :meth:`end`, once every published entry is committed."""
         with self._lock:
             self._space.committed(self._map.statistics()["committed_generation"])
             return self.end()
 
     def settle(self, generation: int, anchors: npt.NDArray[np.uint64]) -> None:
-        """A commit is durable. Its soft anchors, which were nobody's places until now, are free."""
+        """Notes that a commit is durable, and frees the soft anchors that it replaced."""
         with self._lock:
             self._space.assign(len(anchors))
             self._space.release_after(generation, anchors)
             self._space.committed(generation)
 
     def take_region(self, length: int, blocks: int = 0) -> int:
-        """Space at the end of the file that reads zeros; bytes.
+        """Offset of zeroed space at the end of the file, bytes.
 
         Args:
             length: a multiple of 1 MiB.
-            blocks: payload blocks that will stand there.
+            blocks: number of payload blocks that the space will hold.
         """
         with self._lock:
             start = self._space.take_region(length)
@@ -126,12 +128,12 @@ class Allocator:
         return start
 
     def release(self, offsets: npt.NDArray[np.uint64]) -> None:
-        """Frees blocks that no durable entry names any more."""
+        """Frees places that no durable entry refers to."""
         with self._lock:
             self._space.release_after(0, offsets)
 
     def release_later(self, offsets: npt.NDArray[np.uint64]) -> None:
-        """Frees blocks as soon as what was published by now is durable."""
+        """Frees places as soon as all entries published so far are durable."""
         generation = self._map.statistics()["dirty_generation"]
         with self._lock:
             self._space.release_after(generation, offsets)
@@ -141,21 +143,21 @@ class Allocator:
 
     @property
     def has_released(self) -> bool:
-        """Whether space waits for a commit to be given back."""
+        """Whether released space becomes free at the next commit."""
         with self._lock:
             return self._space.waiting > 0
 
     def take_back_grants(self) -> None:
-        """Ready blocks that C has not used are free again."""
+        """Takes back the ready blocks that C has not used."""
         with self._lock:
             self.end()
 
     def take_place_before(self, offset: int) -> int | None:
-        """The first free block before ``offset``, zeroed or not; None where there is none."""
+        """Takes the lowest free place before ``offset``, if any; its data may be stale."""
         with self._lock:
             return self._space.take_before(offset)
 
     def return_place(self, offset: int) -> None:
-        """A place of :meth:`take_place_before` that was not used."""
+        """Returns an unused place from :meth:`take_place_before`."""
         with self._lock:
             self._space.give_back(np.array([offset], np.uint64))

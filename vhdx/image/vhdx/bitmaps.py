@@ -2,8 +2,8 @@
 """Sector bitmap blocks of a differencing image ([MS-VHDX] 2.4).
 
 A chunk of payload blocks shares one bitmap block of 1 MiB; each block has a slice of it. C keeps the
-slices of partially present blocks and sets their bits; here they are found when a block is loaded,
-and turned into 4 KiB pages for the log when a commit comes.
+slices of partially present blocks and sets their bits. This module finds a slice when its block is
+loaded, and turns slices into 4 KiB pages of the log at a commit.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _PAGES_AT_ONCE = 1024
 
 
 class SectorBitmaps:
-    """Where the sector bitmaps of one open image stand; the caller serialises the calls.
+    """Locates the sector bitmaps of one open image; the caller serialises the calls.
 
     Args:
         structure: of the image.
@@ -46,10 +46,10 @@ class SectorBitmaps:
         self._geometry = structure.geometry
         self._leaf = leaf
         self._path = path
-        self._placed: dict[int, int] = {}  # chunk -> offset of a block that this open placed
+        self._placed: dict[int, int] = {}  # chunk -> offset of a bitmap block placed since the open
 
     def adopt(self, structure: Structure) -> None:
-        """The image has this structure from now on."""
+        """Switches to a new structure."""
         self._structure, self._geometry = structure, structure.geometry
         gone = [chunk for chunk in self._placed if chunk >= self._geometry.bitmaps]
         for chunk in gone:
@@ -69,7 +69,7 @@ class SectorBitmaps:
         """Where the bitmap block of ``chunk`` stands, bytes; None where there is none.
 
         Raises:
-            DamagedError: outside the file.
+            DamagedError: it is outside the file.
         """
         if chunk in self._placed:
             return self._placed[chunk]
@@ -80,7 +80,7 @@ class SectorBitmaps:
             return None
         if offset < MIB or offset + MIB > max(overlay.size, self._leaf.size):
             raise DamagedError(
-                f"the sector bitmap block of chunk {chunk} is said to be at {offset:#x}",
+                f"the sector bitmap block of chunk {chunk} has the invalid offset {offset:#x}",
                 reason=Reason.SECTOR_BITMAP,
                 path=self._path,
                 offset=at,
@@ -110,18 +110,18 @@ class SectorBitmaps:
         return [chunk for chunk in chunks if self.find(chunk) is None]
 
     def place(self, chunks: list[int], offsets: list[int]) -> None:
-        """Notes that zeroed bitmap blocks stand there, and that the BAT says so durably."""
+        """Notes the offsets of new bitmap blocks, which are zeroed and durable in the BAT."""
         self._placed.update(zip(chunks, offsets, strict=True))
 
     def pages(
         self, blocks: npt.NDArray[np.uint64], bitmaps: npt.NDArray[np.uint8], read: Read
     ) -> Iterator[Pages]:
-        """The 4 KiB pages of the file that these slices change, some at a time.
+        """Yields the 4 KiB pages of the file that these slices change, in batches.
 
         Args:
-            blocks: partially present ones, their bitmap blocks in place.
+            blocks: partially present blocks whose bitmap blocks have places.
             bitmaps: their slices, n by slice_length.
-            read: gives the pages at ascending offsets as they stand.
+            read: reads the current pages at ascending offsets.
         """
         length = self.slice_length
         chunks, within = np.divmod(blocks, np.uint64(self._geometry.chunk_ratio))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Checks a VHDX image against the rules of [MS-VHDX], without changing it.
 
-Reads what :func:`vhdx.open` reads, but goes on after the first thing that is wrong, and looks at
-more: both copies of headers and region tables, entries that are harmless to us and not to others,
-space that nothing owns, and the marks that other programs' bugs leave.
+Reads what :func:`vhdx.open` reads, but goes on after the first error, and checks more: both copies
+of headers and region tables, entries that only other programs reject, unused space, and traces of
+other programs' bugs.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ ERROR, WARNING, NOTE = "error", "warning", "note"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be.
+    """One result of a check.
 
     Attributes:
         code: stable, for programs.
-        severity: "error" (content is lost or the image must not be used), "warning" (others may
-            stumble over it) or "note".
+        severity: "error" (content is lost or the image must not be used), "warning" (other
+            programs may fail on it) or "note".
         offset: bytes in the file, or None.
         message: for people.
-        repair: whether ``check --repair`` mends it without guessing.
+        repair: whether ``check --repair`` can repair it without guessing.
     """
 
     code: str
@@ -67,8 +67,8 @@ class Report:
     Attributes:
         path: of the image.
         findings: in the order of the file's structures.
-        leaked: bytes of the file that nothing owns.
-        repaired: what a repair mended.
+        leaked: bytes of the file that are not in use.
+        repaired: findings that a repair removed.
     """
 
     path: str
@@ -108,8 +108,8 @@ def check(path: str | PathLike[str]) -> Report:
     """Checks an image, and changes nothing.
 
     Raises:
-        UnsupportedError: it is no VHDX file.
-        InUseError: somebody writes it.
+        UnsupportedError: it is not a VHDX file.
+        InUseError: it is open for writing.
         VhdxError: it cannot be read.
     """
     host = open_host(path, write=False)
@@ -123,7 +123,7 @@ def check(path: str | PathLike[str]) -> Report:
 
 
 def _parents(report: Report, host: HostFile) -> None:
-    """Whether the parents are there and fit."""
+    """Reports parents that are missing or do not fit."""
     try:
         open_vhdx(
             open_host(host.path, write=False, locked=False),
@@ -163,12 +163,12 @@ def examine(host: HostFile) -> Report:
 
 
 def _as_opened(report: Report, host: HostFile, structure: Structure) -> None:
-    """What an open would refuse, and was not found yet."""
+    """Reports errors that an open would raise and that were not found yet."""
     header = structure.header
     codes = {f.code for f in report.findings if f.severity == ERROR}
     if codes - {"log_empty"}:
         return
-    # A log that cannot be read must not hide what else is wrong, or it would be cleared.
+    # An unreadable log must not hide other errors, or a repair would clear the log.
     view = View(log=0) if codes else View()
     if structure.parameters.has_parent:
         again = _attempt(report, lambda: read_structure(host, view))
@@ -210,7 +210,7 @@ def _headers(report: Report, host: HostFile) -> headers.Header | None:
     if other is None:
         report.add("header_copy", WARNING, at, "one of the two headers is not valid", repair=True)
     elif other.data_write_guid != header.data_write_guid and header.log_guid == headers.NIL:
-        # Old QEMU gives the two updates of one open different GUIDs.
+        # Old QEMU versions set different GUIDs in the two header updates of one open.
         report.add(
             "header_guids", WARNING, at, "the headers have different DataWriteGuids", repair=True
         )
@@ -232,7 +232,7 @@ def _log(
         "log_dirty",
         NOTE,
         header.log_offset,
-        f"the log holds {len(log.patches_of(sequence))} changes that are to be replayed"
+        f"the log holds {len(log.patches_of(sequence))} changes to replay"
         if log.patches_of(sequence)
         else "the image was not closed; its log holds nothing to replay",
         repair=True,
@@ -274,7 +274,7 @@ def _regions(
         return None
     for each in both:
         if not each.required:
-            # QEMU leaves it out, and VirtualBox refuses such images.
+            # QEMU does not set this bit, and VirtualBox refuses such images.
             report.add(
                 "region_not_required",
                 WARNING,
@@ -319,7 +319,7 @@ def _metadata(
         report.add("bat_size", ERROR, table.offset, "the BAT has no room for all blocks")
         return None
     for refusal in find_refusals(overlay, where, values, None):
-        if "disagree" not in refusal.message:  # that was said already
+        if "disagree" not in refusal.message:  # already reported
             _damage(report, refusal)
     return Structure(
         "", header, True, table, where, tuple(regions), tuple(items), parameters, geometry,
@@ -348,12 +348,12 @@ def _entries(report: Report, host: HostFile, structure: Structure) -> None:
         if not shifted:
             _claim_bitmaps(report, structure, taken, indices, values, payload)
     if fixed and present < geometry.blocks:
-        # QEMU's fixed images (bug 806): they grow when they are written, and Windows is surprised.
+        # QEMU's fixed images (bug 806) grow when they are written, which Windows does not expect.
         report.add(
             "fixed_not_allocated",
             WARNING,
             structure.bat.offset,
-            f"it is marked as fixed, but {geometry.blocks - present} blocks have no place",
+            f"it is marked as fixed, but {geometry.blocks - present} blocks are not allocated",
             repair=True,
         )
     report.leaked = taken.free_bytes(size)
@@ -362,23 +362,23 @@ def _entries(report: Report, host: HostFile, structure: Structure) -> None:
             "leaked",
             NOTE,
             None,
-            f"{report.leaked} bytes of the file are free: blocks to come or a compaction take them",
+            f"{report.leaked} bytes of the file are unused; new blocks or a compaction use them",
         )
 
 
 def _shifted(report: Report, host: HostFile, structure: Structure) -> bool:
-    """Whether QEMU's bug 727 moved entries."""
+    """Reports pages whose entries QEMU's bug 727 moved; returns whether there are any."""
     pages = find_shifted_pages(structure, host.leaf)
     for page in pages:
         verb = "moved" if page.sure else "may have moved"
-        hint = f"; it is left, because {page.reason}" if page.reason else ""
+        hint = f"; no repair is possible, because {page.reason}" if page.reason else ""
         if page.entries is not None:
-            hint = "; what was written to moved blocks since would go with them"
+            hint = "; a repair also moves data written to these blocks since"
         report.add(
             "bat_shifted",
             ERROR if page.sure else WARNING,
             structure.bat.offset + page.index * bat.ENTRY_SIZE,
-            f"the entries of this page {verb} to the next block each (QEMU's bug 727){hint}",
+            f"each entry of this page {verb} to the next block (QEMU's bug 727){hint}",
             repair=not page.reason,
         )
     return bool(pages)
@@ -403,7 +403,7 @@ def _claim_blocks(
             "bat_stray_offset",
             WARNING,
             structure.bat.offset + int(indices[i]) * bat.ENTRY_SIZE,
-            "an entry without a place has an offset; Hyper-V does not read such images",
+            "an entry that stores no data has an offset; Hyper-V does not read such images",
             repair=True,
         )
     partial = good & (states == BlockState.PARTIALLY_PRESENT)
@@ -427,7 +427,7 @@ def _one_by_one(
     offsets: npt.NDArray[np.uint64],
     structure: Structure,
 ) -> list[DamagedError]:
-    """Claims all at once; where that fails each alone, so that every clash is found."""
+    """Claims all places at once; if that fails, one by one, to find every overlap."""
     block = structure.geometry.block_size
     try:
         taken.claim(indices, offsets, block)
@@ -471,7 +471,7 @@ def _claim_bitmaps(
                 "bitmap_without_parent", WARNING, at, "a sector bitmap in an image without a parent"
             )
         elif not MIB <= int(offsets[i]) <= structure.overlay.size - MIB:
-            report.add("sector_bitmap", ERROR, at, "a sector bitmap is said to be outside the file")
+            report.add("sector_bitmap", ERROR, at, "a sector bitmap has an offset outside the file")
         else:
             try:
                 taken.claim(indices[i : i + 1], offsets[i : i + 1], MIB)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Which VHDX images are based on one.
+"""Finds the VHDX images that are based on a given image.
 
-A candidate counts when its parent locator accepts the image's DataWriteGuid, and its chain, resolved
-as an open would, leads to this file. It also counts when no parent is found, because the image may
-have been moved.
+A candidate counts as a child if its parent locator accepts the image's DataWriteGuid, and if the
+locator, resolved as at open, leads to the image's file. It also counts if no parent is found,
+because the image may have been moved.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _is_based_on(place: Path, here: Path, structure: Structure) -> bool:
             return True
         other = _structure_of(parent)
         if other is not None and other.header.data_write_guid in found.parent.linkages:
-            return False  # a copy of this image, elsewhere
+            return False  # its parent is a copy of this image elsewhere
     return True  # its parent is missing, and this image's GUID fits
 
 
@@ -93,12 +93,12 @@ def guard_parent(path: StrPath, structure: Structure) -> None:
     """Refuses to change an image that another one depends on.
 
     Raises:
-        InUseError: naming the child.
+        InUseError: there is a child; the message names it.
     """
     child = next(children_of(path, structure), None)
     if child is not None:
         raise InUseError(
-            f"{shown(child, path)} depends on it as it is: a change would make that image unusable",
+            f"{shown(child, path)} depends on it: a change would make that image unusable",
             path=path,
             hint="change the child instead, or merge it; resize and snapshot have --force "
             "(force=True)",
@@ -106,16 +106,16 @@ def guard_parent(path: StrPath, structure: Structure) -> None:
 
 
 def guard_replaced(path: StrPath) -> None:
-    """Refuses to replace a VHDX that another one depends on; other files are none of its business.
+    """Refuses to replace a VHDX image that another one depends on; ignores other files.
 
     Raises:
-        InUseError: naming the child.
+        InUseError: there is a child; the message names it.
     """
     structure = _structure_of(Path(path)) if _looks_like_vhdx(Path(path)) else None
     child = None if structure is None else next(children_of(path, structure), None)
     if child is not None:
         raise InUseError(
-            f"{shown(child, path)} depends on it as it is: without it that image is unusable",
+            f"{shown(child, path)} depends on it: without it, that image is unusable",
             path=path,
             hint="merge or remove the child first, or choose another name",
         )

@@ -39,15 +39,15 @@ class Committer:
     Args:
         structure: of the file.
         leaf: the file.
-        device: the map; it is poisoned where the state of the log is not known.
+        device: the map; it is poisoned when the state of the log is unknown.
         bitmaps: of partially present blocks.
-        allocator: places of sector bitmap blocks, and what comes free by a commit.
-        anchors: soft anchors that were claimed when the image was opened.
+        allocator: places sector bitmap blocks, and frees the space that a commit releases.
+        anchors: soft anchors (offsets in UNMAPPED and UNDEFINED entries) claimed at open.
         lock: guards the bitmaps' places.
 
     Attributes:
         journal: the log and the headers.
-        referenced_end: bytes of the file that the log may say it has.
+        referenced_end: the file size in bytes that log entries may require.
     """
 
     def __init__(
@@ -71,18 +71,18 @@ class Committer:
         self.referenced_end = leaf.size
 
     def adopt(self, structure: Structure) -> None:
-        """The file has this structure from now on."""
+        """Switches to a new structure."""
         self._structure = structure
         self.journal.forget()
 
     def reach(self, end: int) -> None:
-        """The log may say from now on that the file has at least ``end`` bytes; it has them."""
+        """Lets log entries require at least ``end`` bytes of the file, which has them already."""
         self.referenced_end = max(self.referenced_end, end)
 
     # ---- blocks ----
 
     def commit(self, changes: plane.Changes) -> None:
-        """Writes sector bitmaps and BAT entries through the log; their data are durable."""
+        """Writes sector bitmaps and BAT entries through the log; their data is durable already."""
         self.journal.barrier_passed()
         # The last publication of a block counts.
         blocks, last = np.unique(changes.pages[::-1], return_index=True)
@@ -90,10 +90,10 @@ class Committer:
         stored = is_placed(kinds)
         offsets[~stored] = 0
         if stored.any():
-            # Granted before it was published, so the barrier made the file this long.
+            # The block was granted before it was published, so the barrier covered the file size.
             end = int(offsets.max()) + self._structure.geometry.block_size
             self.referenced_end = max(self.referenced_end, end)
-        # Bitmaps before the entries that make them count.
+        # Bitmaps come before the BAT entries that make them effective.
         self._commit_bitmaps(changes, blocks[kinds != plane.Kind.MIXED])
         values = bat.pack_entries(tags & np.uint64(7), offsets)
         anchors = self._commit_entries(blocks, values)
@@ -158,7 +158,7 @@ class Committer:
         anchored = (states == BlockState.UNDEFINED) | (states == BlockState.UNMAPPED)
         table[slots] = values
         self.journal.commit(offsets, contents, self.referenced_end)
-        # Only what was claimed when the image was opened: anything else may be another's by now.
+        # Only anchors claimed at open: any other place may belong to another block by now.
         released = self._anchors.intersection(anchors[anchored].tolist())
         self._anchors -= released
         return np.array(sorted(released), np.uint64)
@@ -166,7 +166,7 @@ class Committer:
     # ---- the rest of the metadata ----
 
     def restart(self, end: int) -> None:
-        """Begins a new log; what was logged is never replayed. The file has ``end`` bytes."""
+        """Begins a new log for a file of ``end`` bytes; earlier entries are never replayed."""
         self.referenced_end = end
         with self._poisoning():
             self.journal.restart(end)
@@ -175,13 +175,13 @@ class Committer:
         """Begins a new log before logged pages of metadata are changed in place.
 
         A reader that replays more than the newest entry would undo such a change. The caller has
-        flushed: the file's size is durable.
+        flushed, so the file's size is durable.
         """
         self.restart(self.referenced_end)
 
     @contextlib.contextmanager
     def _poisoning(self) -> Iterator[None]:
-        """Poisons the map where what is inside fails so that the state of the log is not known."""
+        """Poisons the map after a failure that leaves the state of the log unknown."""
         try:
             yield
         except NoSpaceError:
@@ -208,5 +208,5 @@ class Committer:
         try:
             self.journal.commit(offsets, contents.reshape(-1, 4096), self.referenced_end)
         except BaseException:
-            self._map.poison()  # the entry may be durable, and not applied
+            self._map.poison()  # the entry may be durable but not applied
             raise

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Compacts an open VHDX image: zero blocks are given up, blocks move down, the file gets shorter.
+"""Compacts an open VHDX image: releases zero blocks, moves blocks down, truncates the file.
 
-Works while the disk is used. A block that is looked at or moved is *shared* meanwhile: reads go on,
-and a write first takes a place of its own, after which the old place is what is given back. The new
-place of a moved block is written before its entry is published, the entry becomes durable by an
-ordinary commit, and only then is the old place free. So every moment may be the last one.
+Works while the disk is in use. A block is *shared* while it is moved or checked for release. Reads
+of a shared block go on. A write to it first takes a new place, and then the old place is released.
+A partially present block is not shared: requests are paused while it moves. The new place of a
+moved block is written before its entry is published. An ordinary commit makes the entry durable,
+and only then is the old place free. So a crash at any moment is safe.
 
 Sector bitmap blocks, the BAT, metadata and log stay where they are.
 """
@@ -46,11 +47,11 @@ def compact(
     cancel: Cancel | None,
     pace: Pace | None,
 ) -> Compacted:
-    """Compacts the image of ``engine``, which ``switch`` leads to.
+    """Compacts the image of ``engine``, whose map is below ``switch``.
 
     Raises:
         ReadOnlyError: it is open for reading only.
-        VhdxError: reason CANCELLED; what was done so far stays.
+        VhdxError: reason CANCELLED; the work done so far stays.
     """
     if engine.host.read_only:
         raise ReadOnlyError("it is open for reading only", path=engine.host.path)
@@ -87,12 +88,12 @@ class _Compaction:
         self._buffer = bytearray(min(_PIECE, self._block))
 
     def finish(self) -> None:
-        """All is done."""
+        """Reports full progress."""
         if self._progress is not None:
             self._progress(self._total, self._total)
 
     def _step(self, done: int, total: int, size: int) -> None:
-        """Between blocks, with no lock held: about ``size`` bytes of I/O follow."""
+        """Checks for cancellation, reports progress, paces ``size`` bytes of I/O; holds no lock."""
         self._total = total
         if self._cancel is not None and self._cancel():
             raise VhdxError(
@@ -106,12 +107,12 @@ class _Compaction:
             self._pace(size)
 
     def _loaded(self) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]]:
-        """Pages and entries of blocks with a place, some at a time."""
+        """Yields pages and entries of stored blocks, in batches."""
         for first in range(0, self._engine.structure.geometry.blocks, _SCAN):
             count = min(_SCAN, self._engine.structure.geometry.blocks - first)
             if count <= 0:
-                return  # it became smaller
-            self._engine.loader.entry_of(first)  # loads all around it
+                return  # the disk has shrunk
+            self._engine.loader.entry_of(first)  # loads the chunk around it
             entries = self._map.read_entries(first, count)
             kinds, _, _ = plane.fields(entries)
             placed = is_placed(kinds)
@@ -121,7 +122,7 @@ class _Compaction:
     # ---- zeros ----
 
     def give_up_zeros(self) -> int:
-        """Blocks that hold nothing but zeros become ZERO; returns how many."""
+        """Makes blocks that hold only zeros ZERO; returns their number."""
         found, total = 0, self._engine.structure.geometry.virtual_size
         for pages, entries in self._loaded():
             kinds, offsets, _ = plane.fields(entries)
@@ -138,7 +139,7 @@ class _Compaction:
             if extent.state != plane.DATA:
                 continue
             at, end, piece = extent.offset, extent.offset + extent.length, _PROBE
-            while at < end:  # most blocks tell at their beginning
+            while at < end:  # most blocks have data at their beginning
                 part = min(piece, end - at)
                 view = memoryview(self._buffer)[:part]
                 self._leaf.read_into(view, at)
@@ -150,7 +151,7 @@ class _Compaction:
     def _give_up(self, page: int, entry: np.uint64, offset: int) -> bool:
         hole = plane.entries(plane.Kind.HOLE, 0, 0, BlockState.ZERO | plane.TAG_ZERO)
         with self._engine.structure_lock, _Shared(self._engine, page, entry) as shared:
-            # Nobody writes it now: look again.
+            # No write can change the block in place now: check it again.
             return shared.held and self._is_zero(offset) and shared.become(hole)
 
     # ---- moves ----
@@ -170,7 +171,7 @@ class _Compaction:
         )
         moved = 0
         for number, (offset, page) in enumerate(where):
-            # The other half of what the user sees: as many bytes as looking for zeros was.
+            # The second half of the progress; the search for zeros was the first.
             total = self._engine.structure.geometry.virtual_size
             self._step(total + total * number // len(where), 2 * total, self._block)
             with self._engine.structure_lock:
@@ -190,7 +191,7 @@ class _Compaction:
             return False
         new = plane.entries(kind, 0, target, tag)
         if kind == plane.Kind.MIXED:
-            # Its sectors change in place, so nobody may write it meanwhile.
+            # Its sectors change in place, so no write may run meanwhile.
             with self._switch.paused():
                 self._copy(offset, target)
                 done = self._engine.republish(page, entry, new, offset)
@@ -206,7 +207,7 @@ class _Compaction:
         return False
 
     def _copy(self, source: int, target: int) -> None:
-        """Only what the host has stored; the rest of the target, which may be anything, is zeroed."""
+        """Copies allocated extents; zeroes the rest of the target, which may hold stale data."""
         end = min(self._block, self._leaf.size - source)
         self._leaf.zero(target, self._block)
         for extent in self._leaf.extents(source, end):
@@ -220,10 +221,10 @@ class _Compaction:
 
 
 class _Shared:
-    """A block that nobody writes in place while the block of code runs.
+    """Context in which no write changes a block in place.
 
     Attributes:
-        held: whether it still stood where the entry says.
+        held: whether the entry was still current at the start.
     """
 
     def __init__(self, engine: Engine, page: int, entry: np.uint64) -> None:
@@ -240,7 +241,7 @@ class _Shared:
         return self
 
     def become(self, new: npt.NDArray[np.uint64]) -> bool:
-        """Publishes ``new`` and gives the old place back; False when a write came before."""
+        """Publishes ``new`` and releases the old place; False if a write came first."""
         done = self._replace(self._shared, new, publish=True)
         if done:
             self._release()
@@ -253,7 +254,7 @@ class _Shared:
         if not self._replace(self._shared, self._entry, publish=False):
             now = plane.fields(np.array([self._engine.loader.entry_of(self._page)], np.uint64))[1]
             if int(now[0]) != self._offset:
-                # A write took a place of its own; reads of the old one may be under way.
+                # A write took a new place; reads of the old place may be in flight.
                 self._engine.map.quiesce()
                 self._release()
 

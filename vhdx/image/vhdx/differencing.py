@@ -48,7 +48,7 @@ def locator_for(
         windows_path: the parent's absolute path on a Windows host, if the caller knows one.
 
     Raises:
-        InvalidArgumentError: the parent would not be found again by what is written.
+        InvalidArgumentError: the written locator would not lead back to the parent.
     """
     entries = {
         "parent_linkage": f"{{{linkage}}}",
@@ -63,10 +63,10 @@ def locator_for(
     except UnicodeEncodeError:
         again = None
     places = [] if again is None else candidates(os.fspath(child), again, ())
-    # A backslash or a colon in a name means something else to Windows, and so to every reader.
+    # Readers parse the path as a Windows path, where backslash and colon have a special meaning.
     if not places or os.path.realpath(places[0]) != os.path.realpath(parent):
         raise InvalidArgumentError(
-            "a parent of this name cannot be written into an image",
+            "this parent's name cannot be written into an image",
             path=parent,
             hint="rename it, or its directory",
         )
@@ -76,7 +76,7 @@ def locator_for(
 def inherited_items(structure: Structure) -> list[tuple[metadata.Item, bytes]]:
     """Metadata items of the virtual disk that a child gets from its parent ([MS-VHDX] 2.6.1.2).
 
-    Those that every image has are not among them: they are written from the disk's parameters.
+    Items that every image has are left out: they are written from the disk's parameters.
     """
     base, overlay = structure.metadata_region.offset, structure.overlay
     return [
@@ -98,11 +98,11 @@ def create_child(
     """Creates an empty differencing image; it inherits size, sector sizes and virtual disk id.
 
     Args:
-        path: where; an existing file is refused unless ``force``.
-        parent: a VHDX image that nobody has open for writing.
-        size: bytes; at least the parent's, which it is when None.
-        block_size: bytes, 2 MiB when None; the parent's may be another.
-        force: replace what is there.
+        path: of the new image; an existing file is refused unless ``force`` is set.
+        parent: a VHDX image that is not open for writing.
+        size: bytes, at least the parent's; the parent's when None.
+        block_size: bytes, 2 MiB when None; it may differ from the parent's.
+        force: replace an existing file.
         windows_path: the parent's absolute path on a Windows host.
     """
     host = open_host(parent, write=False)
@@ -129,14 +129,14 @@ def create_child(
         link = locator_for(parent, path, structure.header.data_write_guid, windows_path)
         items = inherited_items(structure)
         with new_file(path, force=force) as leaf:
-            note_child(parent, path)  # before: a hint that leads nowhere does no harm
+            note_child(parent, path)  # before the child exists: a stale hint is harmless
             layout.write_image(leaf, child, sparse=True, parent=link, items=items)
     finally:
         host.close()
 
 
 def _check_not_in_chain(path: StrPath, parent: StrPath, structure: Structure) -> None:
-    """Refuses to replace the parent, or what the parent is based on."""
+    """Refuses to replace the parent, or an image that the parent is based on."""
     layer, below, depth = os.fspath(parent), structure, 0
     while layer is not None:
         if os.path.samefile(path, layer):

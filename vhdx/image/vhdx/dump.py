@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Prints on-disk structures as they stand, damaged ones too, without changing or locking anything."""
+"""Reads on-disk structures, even damaged ones, without changing or locking the file."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def dump(
 
     Args:
         path: of the file.
-        section: which.
-        view: what leads to it where there are copies.
+        section: name of the section.
+        view: which copies of the structures lead to the section.
 
     Raises:
-        NotFoundError, HostIOError, UnsupportedError: it cannot be read, or is no VHDX file.
-        DamagedError: what leads to the section is damaged.
+        InvalidArgumentError: the section is unknown.
+        NotFoundError, HostIOError, UnsupportedError: it cannot be read, or is not a VHDX file.
+        DamagedError: a structure that leads to the section is damaged.
     """
     if section not in SECTIONS:
         raise InvalidArgumentError(

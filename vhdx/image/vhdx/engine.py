@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""The VHDX engine: it answers the faults of an image's map.
+"""The VHDX engine: the fault handler of an image's map.
 
-Python decides where every block lives; C moves the bytes. The map has one page a payload block. An
-entry's tag keeps the block's state, so the table can be turned back into BAT entries. The engine's
-loader fills the map. An engine for writing has an allocator, which gives blocks their places, and a
-committer, which makes changes durable.
+Python decides where each block is stored; C moves the data. The map has one page for each payload
+block. The tag of a map entry holds the block's state, so the map can be converted back into BAT
+entries. The engine's loader fills the map. An engine for writing also has an allocator, which gives
+blocks their places, and a committer, which makes changes durable.
 
-Threads: faults come from any thread. ``_lock`` guards space and table residency; it is never held
-across a barrier, but in :meth:`Engine.shorten`. ``_gate_lock`` makes the first change happen once;
-commits are serialised by the map's rounds, and kept apart from other changes of metadata by
-``_commit_lock``. Whoever moves or releases blocks other than by a commit holds ``structure_lock``.
-Order: structure, commit, space.
+Threads: faults come from any thread. ``_lock`` guards the space of the file and the set of resident
+chunks. It is never held across a barrier, except in :meth:`Engine.shorten`. ``_gate_lock`` makes
+the first change happen once. The map's rounds serialise commits, and ``_commit_lock`` keeps commits
+apart from other changes of metadata. A thread that moves or releases blocks outside a commit holds
+``structure_lock``. Locks are taken in this order: structure, commit, space.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 LARGEST_DISK = 64 * TIB
-_SURVEY_ENTRIES = 1 << 17  # a table of up to 1 MiB is validated whole, also for reading
+_SURVEY_ENTRIES = 1 << 17  # a BAT of up to 1 MiB is validated whole even for reading
 _RANGE_PAGES = 4096
 
 
@@ -59,13 +59,13 @@ class Engine:
     """Fault handler of one open VHDX file.
 
     Args:
-        host: the file; it belongs to the engine from here on.
+        host: the file; the engine takes ownership of it.
         structure: of the file.
         parent: device of the parent, for a differencing image.
         write: whether the image may be changed.
-        pool: for background work.
-        data_write_guid: what the first change makes the DataWriteGuid; a new one when None.
-        data: where blocks are read, if not in the file.
+        pool: runs background work.
+        data_write_guid: the DataWriteGuid that the first change sets; a new one when None.
+        data: the device to read blocks from; the file when None.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Engine:
         self._commit_lock = threading.Lock()
         self.structure_lock = threading.Lock()
         self._closed = False  # under the gate lock
-        self._frozen = False  # under both locks; by a snapshot: faults that come late do nothing
+        self._frozen = False  # under _gate_lock and _lock; a snapshot has ended all changes
         self._data_write_guid = data_write_guid
         self._furthest = 0
         self._bitmaps = SectorBitmaps(structure, host.leaf, host.path)
@@ -150,7 +150,7 @@ class Engine:
 
     @property
     def allocator(self) -> Allocator:
-        """Where blocks get their places.
+        """The allocator, which gives blocks their places.
 
         Raises:
             ReadOnlyError: the image is open for reading only.
@@ -161,7 +161,7 @@ class Engine:
 
     @property
     def committer(self) -> Committer:
-        """What makes metadata durable.
+        """The committer, which makes metadata durable.
 
         Raises:
             ReadOnlyError: the image is open for reading only.
@@ -180,12 +180,12 @@ class Engine:
         self.loader.load(first, count)
 
     def open_gate(self) -> None:
-        """Headers and log before the first change ([MS-VHDX] 2.2.2)."""
+        """Prepares headers and log for the first change ([MS-VHDX] 2.2.2)."""
         with self._gate_lock:
             if self._closed:
                 raise ClosedError("the disk was closed", path=self.host.path)
             if self._frozen:
-                return  # a snapshot was taken: the request comes back and goes to the child
+                return  # a snapshot was taken: the request is retried on the child
             try:
                 journal = self.committer.journal
                 if not journal.is_open:
@@ -194,7 +194,7 @@ class Engine:
                     # The file ends inside its last block, as QEMU's fixed images do.
                     self._leaf.resize(self._furthest)
             except BaseException:
-                # Which of its steps are durable is not known.
+                # It is unknown which steps are durable.
                 self.map.poison()
                 raise
             self.map.set_gate(is_open=True)
@@ -208,16 +208,16 @@ class Engine:
                 self.allocator.grant(wanted)
 
     def change_range(self, operation: plane.Operation, first: int, count: int, size: int) -> None:
-        """Whole blocks become ZERO or UNMAPPED and give their space back."""
+        """Makes whole blocks ZERO or UNMAPPED, and releases their space."""
         with self.structure_lock:
             if self._frozen:
-                return  # a snapshot was taken: the request comes back and goes to the child
+                return  # a snapshot was taken: the request is retried on the child
             if (
                 size != self._geometry.virtual_size
                 and (first + count) * self.structure.geometry.block_size > size
             ):
-                count -= 1  # the last block was shorter then, and may hold more by now
-            # A disk that was made smaller meanwhile refuses the request when it comes back.
+                count -= 1  # the last block was partial then; a resize may have extended it
+            # If the disk has shrunk meanwhile, it refuses the retried request.
             self._change_range(operation, first, min(count, self._geometry.blocks - first))
 
     def _change_range(self, operation: plane.Operation, first: int, count: int) -> None:
@@ -231,7 +231,7 @@ class Engine:
     def _change_pages(
         self, pages: npt.NDArray[np.uint64], new_hole: npt.NDArray[np.uint64], state: BlockState
     ) -> npt.NDArray[np.uint64]:
-        """One attempt; returns the pages that changed under it."""
+        """Tries once; returns the pages that must be tried again."""
         low, high = int(pages[0]), int(pages[-1]) + 1
         found = self.map.read_entries(low, high - low)[(pages - np.uint64(low)).astype(np.int64)]
         kinds, offsets, _ = plane.fields(found)
@@ -240,7 +240,7 @@ class Engine:
             return pages
         wanted = found != new_hole
         if state == BlockState.UNMAPPED:
-            wanted &= kinds != plane.Kind.HOLE  # what holds nothing stays as it is
+            wanted &= kinds != plane.Kind.HOLE  # a hole stays as it is
         pages, found = pages[wanted], found[wanted]
         if not len(pages):
             return pages
@@ -252,7 +252,7 @@ class Engine:
         return pages[mismatched]
 
     def commit(self, changes: plane.Changes) -> None:
-        """Writes sector bitmaps and BAT entries through the log; their data are durable."""
+        """Writes sector bitmaps and BAT entries through the log; their data is durable already."""
         with self._commit_lock:
             self.committer.commit(changes)
 
@@ -260,19 +260,19 @@ class Engine:
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[plane.Device]:
-        """Inside, metadata other than blocks may be changed: no commit runs. Gives the leaf."""
+        """Keeps commits out while the caller changes metadata; yields the leaf."""
         self.open_gate()
         if self._frozen:
-            raise ReadOnlyError("it is a checkpoint by now", path=self.host.path)
+            raise ReadOnlyError("it has become a checkpoint", path=self.host.path)
         with self._commit_lock:
             yield self._leaf
 
     def take_region(self, length: int, blocks: int = 0) -> int:
-        """Space at the end of the file that reads zeros, durable after the next barrier; bytes.
+        """Offset of zeroed space at the end of the file, durable after the next barrier; bytes.
 
         Args:
             length: a multiple of 1 MiB.
-            blocks: payload blocks that will stand there.
+            blocks: number of payload blocks that the space will hold.
         """
         start = self.allocator.take_region(length, blocks)
         self.committer.reach(start + length)
@@ -280,11 +280,11 @@ class Engine:
 
     @property
     def has_released(self) -> bool:
-        """Whether space waits for a commit to be given back."""
+        """Whether released space becomes free at the next commit."""
         return self._allocator is not None and self._allocator.has_released
 
     def republish(self, page: int, old: np.uint64, new: npt.NDArray[np.uint64], offset: int) -> bool:
-        """Publishes ``new`` where ``old`` stands, and frees its place; False where it does not."""
+        """Replaces the entry ``old`` and releases its place; False if the entry has changed."""
         one = np.array([page], np.uint64)
         before, after = np.array([old], np.uint64), np.array([new], np.uint64)
         done = not self.map.replace(one, before, after)[0]
@@ -293,16 +293,16 @@ class Engine:
         return done
 
     def shorten(self) -> None:
-        """Cuts off what nothing needs at the end of the file."""
-        with self.changing() as leaf, self._lock:  # or a grant would take what is cut off
+        """Truncates the file behind the last byte in use."""
+        with self.changing() as leaf, self._lock:  # no grant may take the space cut off
             end = self.allocator.end()
             if end < leaf.size:
-                # A log that says the file was longer would be refused.
+                # Readers refuse a log that requires a longer file.
                 self.committer.restart(end)
                 leaf.resize(end)
 
     def adopt(self, geometry: bat.Geometry, table: region.Region) -> None:
-        """The disk has this geometry from now on, and its BAT stands there."""
+        """Switches to a new geometry and BAT region."""
         with self._lock:
             old = self.structure
             self.structure = replace(
@@ -321,12 +321,12 @@ class Engine:
     # ---- the end ----
 
     def close(self) -> None:
-        """Commits, stops the map, clears the log and lets go of the file.
+        """Commits, closes the map, clears the log and closes the file.
 
-        The file is closed in any case; the first failure is raised.
+        The file is closed even after a failure.
         """
         if self.map.state == plane.FORKED:
-            self.host.close()  # the parent's locks may be held for ever here
+            self.host.close()  # forked: locks of the parent process may never be freed here
             return
         poisoned = False
         try:
@@ -347,16 +347,16 @@ class Engine:
                 self.host.close()
         if poisoned and self._committer is not None:
             raise PoisonedError(
-                "an earlier flush or commit failed, so what was written since the last good one "
+                "an earlier flush or commit failed, so data written since the last successful one "
                 "may be lost",
                 path=self.host.path,
                 hint="open it again and check what is there",
             )
 
     def freeze(self, path: str) -> None:
-        """Ends all changes, with everything committed and the log cleared; reads go on.
+        """Commits everything, clears the log and refuses further changes; reads go on.
 
-        Nobody may be writing any more. The file is called ``path`` from now on.
+        No write may be in flight. The file's name is ``path`` from now on.
         """
         with self._gate_lock, self._lock:
             self._frozen = True
@@ -368,6 +368,6 @@ class Engine:
         self.map.path = path
 
     def _finish(self) -> None:
-        """Clears the log, where there is one."""
+        """Clears the log if it is open, and truncates the file behind the last byte in use."""
         if self._committer is not None and self._committer.journal.is_open:
             self._committer.journal.close(self.allocator.finish())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""BAT entries as entries of the map, one page a payload block; the tag keeps the block's state."""
+"""Converts BAT entries into map entries: one page per payload block, its state in the tag."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["OWN", "PARENT", "entries_of", "hole_of", "is_placed"]
 
 OWN, PARENT = 0, 1
-"""Lower devices of an image's map: its file, and the parent's device."""
+"""Indices of an image map's lower devices: the file, and the parent's device."""
 
 _HOLE_TAGS = {
     BlockState.NOT_PRESENT: 0,
@@ -40,7 +40,7 @@ def hole_of(state: BlockState) -> npt.NDArray[np.uint64]:
 def entries_of(
     geometry: bat.Geometry, blocks: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]
 ) -> npt.NDArray[np.uint64]:
-    """The entries of payload blocks whose BAT entries are ``values``; they were validated."""
+    """Map entries of payload blocks whose validated BAT entries are ``values``."""
     states, offsets = bat.state_of(values), bat.offset_of(values)
     kinds = np.full(len(values), plane.Kind.HOLE, np.uint64)
     tags = np.zeros(len(values), np.uint64)

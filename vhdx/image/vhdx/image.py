@@ -60,9 +60,9 @@ class VhdxImage:
     """An open VHDX image.
 
     Attributes:
-        engine: of the file.
-        parent: the image below, or None.
-        parent_info: path, linkage and found, for a differencing image.
+        engine: the engine of this layer's file.
+        parent: the opened parent image, or None.
+        parent_info: path, linkage and found for a differencing image, else None.
     """
 
     name = "vhdx"
@@ -83,7 +83,7 @@ class VhdxImage:
         self.parent_info = parent_info
         self._pool = pool
         self._changing = threading.Lock()
-        self._changer: object = None  # who holds it
+        self._changer: object = None  # the caller that holds _changing
         self._real_path = os.path.realpath(engine.host.path)
         fixed = frozen or engine.host.read_only
         self._switch = None if fixed else plane.Switch(engine.map, pool)
@@ -104,7 +104,7 @@ class VhdxImage:
         return "fixed" if parameters.leave_blocks_allocated else "dynamic"
 
     def describe(self) -> dict[str, Any]:
-        """What the structures say; blocks as the file holds them once all is committed."""
+        """Returns the layer's properties; commits first, so that the block counts are current."""
         if not self.read_only:
             self.device.flush()
         structure, header = self.engine.structure, self.engine.header
@@ -123,17 +123,17 @@ class VhdxImage:
 
     @property
     def key(self) -> tuple[int, int]:
-        """Of this layer's file."""
+        """(device, inode) of this layer's file."""
         return self.engine.host.key
 
     @property
     def minimum_size(self) -> int | None:
-        """Bytes below which a shrink would cut off a partition; None where that is not known."""
+        """Smallest size in bytes that keeps every partition; None if it is unknown."""
         sector = self.logical_sector_size
         try:
             table = read_partitions(self.device.read, self.device.size, sector)
         except VhdxError:
-            return None  # opened without its chain, or damaged there
+            return None  # the parents were not opened, or the data is damaged
         return None if table is None else table.minimum_size(sector)
 
     def snapshot(self, checkpoint: str | os.PathLike[str] | None) -> str:
@@ -144,18 +144,18 @@ class VhdxImage:
         with self._alone("snapshot"), self.engine.structure_lock:
             old = self.engine
             snapshots.check_place(self._real_path, name, old)
-            old.open_gate()  # from here on its DataWriteGuid stays
-            # Hints first: one that leads nowhere does no harm, one that is missing does.
+            old.open_gate()  # its DataWriteGuid does not change after this
+            # Child hints come first: a stale hint is harmless, a missing one is not.
             note_child(self._real_path, self._real_path, of=name)
             if self.parent is not None:
                 note_child(self.parent.engine.host.path, name)
             with snapshots.fresh_child(self._real_path, name, old, self._pool) as child:
-                old.map.flush()  # most of it, before anybody is held up
+                old.map.flush()  # writes most changes before requests are paused
                 with self._switch.paused():
                     old.map.flush()
                     with snapshots.second_name(self._real_path, name):
                         child.take_name()
-                    # From here on there is no way back, and what fails is the child's.
+                    # The snapshot is final now: a later failure poisons the child.
                     failure = child.settle(self._switch, old, name)
                     child.engine.host.path = self.path
                     self._follow(old, child.engine, name)
@@ -164,7 +164,7 @@ class VhdxImage:
         return os.fspath(name)
 
     def _follow(self, old: Engine, new: Engine, name: Path) -> None:
-        """The image is ``new`` from now on, over ``old``, which has that name."""
+        """Makes ``new`` the engine of this image, and ``old``, now at ``name``, its parent."""
         base = VhdxImage(
             old, self.parent, self.parent_info, log_was_dirty=False, pool=self._pool, frozen=True
         )
@@ -174,10 +174,10 @@ class VhdxImage:
 
     @contextlib.contextmanager
     def _alone(self, what: str) -> Iterator[None]:
-        """One change of the structure at a time; a second one is refused rather than held up."""
+        """Allows one change of the structure at a time; a second one is refused at once."""
         if not self._changing.acquire(blocking=False):
             raise InUseError(
-                f"there can be no {what} now, because its structure is being changed",
+                f"a {what} is not possible while another operation changes its structure",
                 path=self.path,
                 hint="wait for the other operation",
             )
@@ -194,7 +194,7 @@ class VhdxImage:
         cancel: Callable[[], bool] | None,
         pace: Callable[[int], None] | None,
     ) -> compacting.Compacted:
-        """Gives space back to the host while the disk is used; see :meth:`vhdx.Disk.compact`."""
+        """Gives space back to the host while the disk is in use; see :meth:`vhdx.Disk.compact`."""
         if self._switch is None:
             raise ReadOnlyError("it is open for reading only", path=self.path)
         with self._alone("compaction"):
@@ -219,9 +219,10 @@ class VhdxImage:
         return [here, *([] if self.parent is None else self.parent.chain())]
 
     def extents(self, offset: int, length: int) -> Iterator[plane.RawExtent]:
-        """Runs of one state that cover the range, in order; neighbours may have equal states.
+        """Yields extents that cover the range in order; adjacent ones may have the same state.
 
-        Where this layer stores nothing, the table is not walked: the parent answers, or a hole.
+        Ranges that this layer does not store are not looked up in its BAT. They come from the
+        parent, or are holes.
         """
         end = offset + length
         if offset < 0 or length < 0 or end > self.device.size or self._is_alone:
@@ -242,11 +243,11 @@ class VhdxImage:
 
     @property
     def _is_alone(self) -> bool:
-        """Whether it has a parent that was not opened: what is not here is not known."""
+        """Whether its parent was not opened, so that the content of absent blocks is unknown."""
         return self.parent is None and self.engine.structure.parent is not None
 
     def _below(self, start: int, end: int) -> Iterator[plane.RawExtent]:
-        """Extents of a range of which this layer stores nothing."""
+        """Yields the extents of a range that this layer does not store."""
         present = start
         if self.parent is not None:
             present = max(start, min(end, self.parent.device.size))
@@ -256,7 +257,7 @@ class VhdxImage:
             yield plane.RawExtent(present, end - present, plane.HOLE, -1)
 
     def resize(self, size: int, *, shrink: bool, unsafe: bool, move_gpt: bool) -> str | None:
-        """Changes the virtual size while the disk is used; see :meth:`vhdx.Disk.resize`."""
+        """Changes the virtual size while the disk is in use; see :meth:`vhdx.Disk.resize`."""
         if self._switch is None:
             raise ReadOnlyError("it is open for reading only", path=self.path)
         with self._alone("resize"):
@@ -266,12 +267,12 @@ class VhdxImage:
             if size < now:
                 self._shrink(now, size, shrink=shrink, unsafe=unsafe, move_gpt=move_gpt)
             elif move_gpt and (moved := self._plan_move(now, size)) is not None:
-                self._move_gpt(moved)  # the disk was grown before
+                self._move_gpt(moved)  # an earlier grow did not move the GPT
             return None
 
     def _grow(self, now: int, size: int, *, move_gpt: bool) -> str | None:
         assert self._switch is not None
-        # What stands in the way is said before anything changes.
+        # Plan the move first: its errors must come before anything changes.
         moved = self._plan_move(now, size) if move_gpt else None
         with self.engine.structure_lock:
             resizing.grow(self.engine, size)
@@ -283,8 +284,8 @@ class VhdxImage:
         if move_gpt or table is None or table.kind != "gpt":
             return None
         return (
-            "its backup GPT still stands where the disk ended before; the guest has to move it "
-            "(sgdisk -e, or the disk tool of Windows); or stop the guest and run this resize again "
+            "its backup GPT is still at the old end of the disk; move it in the guest "
+            "(sgdisk -e, or the disk tool of Windows), or stop the guest and repeat this resize "
             "with --move-gpt"
         )
 
@@ -292,7 +293,7 @@ class VhdxImage:
         assert self._switch is not None
         if not shrink:
             raise InvalidArgumentError(
-                f"it has {now} bytes, so {size} bytes would cut some off",
+                f"it has {now} bytes, so a resize to {size} bytes would cut some off",
                 path=self.path,
                 hint="use --shrink (shrink=True) if that is what you want",
             )
@@ -328,12 +329,12 @@ class VhdxImage:
             self.device.flush()
 
     def close(self) -> None:
-        """Closes this layer, then those below; the first failure is raised.
+        """Closes this layer, then its parents, even if this layer fails to close.
 
-        Waits for a change of the structure that another thread makes.
+        Waits until a structure change by another thread is done.
         """
         if self._changer == caller():
-            raise InUseError("its structure is being changed by this very thread", path=self.path)
+            raise InUseError("an operation that changes it cannot close it", path=self.path)
         with self._changing:
             try:
                 self.engine.close()
@@ -352,16 +353,18 @@ def open_vhdx(
     force: bool = False,
     view: View = AS_SPECIFIED,
 ) -> VhdxImage:
-    """Opens the VHDX in ``host``, which belongs to the image from here on, also on failure.
+    """Opens the VHDX in ``host``, and takes ownership of ``host`` even on failure.
 
     Args:
-        host: opened for writing when ``write``.
+        host: the file, open for writing if ``write`` is set.
         write: replay the log into the file, and allow changes.
-        chain: open the parents; else sectors that this layer lacks raise MissingParentError.
-        parent_search: directories in which parents are looked for, too.
-        pool: for background work.
-        force: change it although a child beside it is based on it.
-        view: what is looked at where there are copies, in this layer.
+        chain: open the parents; without them, reading a sector that this layer lacks raises
+            MissingParentError.
+        parent_search: further directories to search for parents.
+        pool: runs background work.
+        force: allow writing although another image is based on it, or QEMU's bug 727 moved
+            entries of its BAT.
+        view: which copies of the structures to read, in this layer only.
     """
     search = tuple(parent_search)
     return _open(host, write, chain, search, pool, {host.key}, force=force, view=view)
@@ -422,7 +425,7 @@ def _open(
 
 
 def _replayed(host: HostFile, structure: Structure, pool: plane.Pool) -> plane.Device | None:
-    """The file with its log replayed in memory, where that is more than metadata."""
+    """The file with its log replayed in memory; None if only BAT or metadata change."""
     if structure.sequence is None:
         return None
     regions = [(r.offset, r.end) for r in (structure.bat, structure.metadata_region)]
@@ -433,9 +436,10 @@ def _replayed(host: HostFile, structure: Structure, pool: plane.Pool) -> plane.D
 
 
 def open_layer(host: HostFile, *, search: Sequence[str], data_write_guid: UUID) -> VhdxImage:
-    """Opens an image for writing, whatever is based on it, to give it that DataWriteGuid.
+    """Opens an image for writing, even if other images are based on it.
 
-    ``host`` belongs to the image from here on, also on failure.
+    Its first change sets the DataWriteGuid to ``data_write_guid``. The image takes ownership of
+    ``host``, even on failure.
     """
     pool = plane.default_pool()
     return _open(
@@ -444,7 +448,7 @@ def open_layer(host: HostFile, *, search: Sequence[str], data_write_guid: UUID) 
 
 
 def prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
-    """Replays the log into the file; the structure afterwards.
+    """Replays the log into the file; returns the resulting structure.
 
     Raises:
         DamagedError: it has no usable log, or must not be changed.
@@ -467,23 +471,23 @@ def prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
             offset=header.log_offset,
         )
     if structure.sequence is not None:
-        survey(structure, host.leaf)  # what must be refused is refused before it is changed
+        survey(structure, host.leaf)  # refuses a damaged BAT before anything changes
         journal.replay_to_file(host.leaf, header, structure.sequence)
         structure = read_structure(host)
     return structure
 
 
 def _mend_region_table(host: HostFile, structure: Structure) -> bool:
-    """Makes a damaged copy of the region table like the valid one ([MS-VHDX] 2.2.3).
+    """Overwrites a damaged copy of the region table with the valid one ([MS-VHDX] 2.2.3).
 
-    No content changes, so the DataWriteGuid stays.
+    The content of the disk does not change, so the DataWriteGuid stays.
     """
     tables = [host.leaf.read(region.TABLE_SIZE, at) for at in region.TABLE_OFFSETS]
     damaged = [region.parse_table(table) is None for table in tables]
     if damaged[0] == damaged[1]:
         return False
     at, good = region.TABLE_OFFSETS[damaged[1]], tables[damaged[0]]
-    survey(structure, host.leaf)  # what must be refused is refused before it is changed
+    survey(structure, host.leaf)  # refuses a damaged BAT before anything changes
     journal.change_once(host.leaf, structure.header, at, good)
     return True
 
@@ -518,7 +522,7 @@ def _open_parent(
             below.close()
             refusals.append(
                 MissingParentError(
-                    f"the chain of parents comes back to {path}",
+                    f"the chain of parents loops back to {path}",
                     reason=Reason.PARENT_CYCLE,
                     path=host.path,
                 )

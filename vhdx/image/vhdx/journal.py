@@ -1,26 +1,27 @@
 # SPDX-License-Identifier: MIT
 """Headers and the log of an image that is open for writing.
 
-Order of a first change ([MS-VHDX] 2.2.2, 2.3): new FileWriteGuid and DataWriteGuid in a header,
-durable before anything else changes; an empty log entry, durable; then the LogGuid in the other
-header, durable; then in both. So a LogGuid always has a valid sequence behind it, and of two headers
-one is always durable and whole.
+First change ([MS-VHDX] 2.2.2, 2.3). One header gets a new FileWriteGuid and DataWriteGuid. An empty
+entry is written to the log. The other header gets the LogGuid. Each of these steps is durable
+before the next one. Then the first header gets the LogGuid, too. So the log has a valid sequence
+for every LogGuid in a header, and one of the two headers is always durable and whole.
 
-Order of a commit: the caller made the data durable; then for each group of pages: log entry, barrier,
-apply; and before a further entry a barrier again, so that an entry needs none before it.
+Commit. The caller has made the data durable. For each group of pages, the journal writes a log
+entry, takes a barrier, and writes the pages in place. A barrier also comes before the next entry,
+so replay needs only the newest entry.
 
-Generations. All entries under one LogGuid form a single run of consecutive numbers, and nothing valid
-under that LogGuid stands anywhere else in the log. A new LogGuid begins a new generation: its first
-entry is made durable, then a header that names it. It is begun where an entry does not fit before the
-end of the log, where the file gets shorter, and before metadata that an entry holds are changed
-without the log. The specification asks for less: its search (2.3.3) takes only consecutive numbers,
-and replay begins at the newest entry's tail. QEMU differs in three ways. It accepts the entry behind
-a run's first one whatever its number is. It replays a run from its first entry on. It refuses a run
-in which any entry asks for a longer file.
+Generations. All entries under one LogGuid form a single run of consecutive numbers, and nothing
+valid under that LogGuid stands anywhere else in the log. A new LogGuid begins a new generation: its
+first entry is made durable, then a header that names it. A new generation begins when an entry does
+not fit before the end of the log, before the file gets shorter, and before metadata that an entry
+holds is changed without the log. The specification asks for less: its search (2.3.3) takes only
+consecutive numbers, and replay begins at the newest entry's tail. QEMU differs in three ways. It
+accepts the entry behind a run's first one whatever its sequence number is. It replays a run from
+its first entry on. It refuses a run in which any entry asks for a longer file.
 
-No entry wraps, and the last two sectors stay unused, because QEMU never ends its search of a log
-whose entries reach its end. Three entries always fit, so the one that is being written never
-overwrites the one that still counts.
+No entry wraps. The last two sectors stay unused, because QEMU's search never ends if the entries
+reach the end of the log. Three entries always fit, so a new entry never overwrites the newest
+durable entry.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def change_once(leaf: plane.Device, header: headers.Header, offset: int, data: b
     """Changes whole 4 KiB pages of metadata through the log, in a session of its own.
 
     Args:
-        leaf: the file, with nothing in its log.
+        leaf: the file, whose log is empty.
         header: the current one; its DataWriteGuid stays.
         offset: bytes in the file.
         data: up to :data:`MOST_PAGES` pages.
@@ -135,7 +136,7 @@ class Journal:
         self._leaf = leaf
         self._header = header
         self._head = 0  # where the next entry goes, bytes in the log
-        self._counting = (0, 0)  # where the entry stands that counts now
+        self._counting = (0, 0)  # start and end of the current entry, bytes in the log
         self._sequence = 0
         self._applied_durable = True
         self._pages = Pages(leaf)
@@ -155,11 +156,11 @@ class Journal:
         return self._pages.read(offsets)
 
     def forget(self) -> None:
-        """Something else than :meth:`commit` wrote where metadata are, or will be."""
+        """Drops cached pages: metadata was, or will be, written other than by :meth:`commit`."""
         self._pages.forget()
 
     def open(self, file_size: int, data_write_guid: UUID | None = None) -> None:
-        """Prepares the first change of this open; three barriers.
+        """Prepares headers and log for the first change; takes three barriers.
 
         Args:
             file_size: bytes of the file now, durable already.
@@ -186,13 +187,13 @@ class Journal:
             file_size: bytes of the file, durable already.
         """
         if not self.is_open:
-            raise PoisonedError("metadata was to be changed without a log")  # a bug of ours
+            raise PoisonedError("metadata cannot be changed without a log")  # an internal bug
         for first in range(0, len(offsets), MOST_PAGES):
             some = slice(first, first + MOST_PAGES)
             self._commit_entry((offsets[some], pages[some]), file_size)
 
     def _commit_entry(self, content: _Content, file_size: int) -> None:
-        # Its tail is itself: what was applied before must be durable.
+        # The entry is its own tail, so changes applied earlier must be durable before it.
         steps = [] if self._applied_durable else [_BARRIER]
         apply = _page_steps(_WRITE, *content)
         length = log.entry_length(len(content[0]))
@@ -202,23 +203,23 @@ class Journal:
                 steps += [*self._entry_steps(entry, self._head), _BARRIER, *apply]
                 self._applied_durable = False
                 self._leaf.batch(steps)
-                self._advance(self._head, length)  # only now: a failed entry is written over
+                self._advance(self._head, length)  # only now: a failed entry is overwritten
             else:
                 self._begin_generation(content, file_size, at=0)
                 self._applied_durable = False
                 self._leaf.batch(apply)
         except BaseException:
-            self._pages.forget()  # how much of it was applied is not known
+            self._pages.forget()  # it is unknown which pages were applied
             raise
         self._pages.keep(*content)
 
     def restart(self, file_size: int) -> None:
-        """Begins a new generation, durably, so that nothing that was logged before is replayed again.
+        """Begins a new generation, durably, so that earlier entries are never replayed.
 
-        It is called before the file gets shorter, and before metadata are changed without the log.
+        Call it before the file gets shorter, and before metadata is changed without the log.
 
         Args:
-            file_size: bytes; the file is never shorter, now and after the change that follows.
+            file_size: bytes; the file has at least this size now and after the change.
         """
         at = self._head if self._fits(log.entry_length(0)) else 0
         self._begin_generation(_nothing(), file_size, at=at)
@@ -226,8 +227,8 @@ class Journal:
     def _begin_generation(self, content: _Content, file_size: int, *, at: int) -> None:
         """Writes the first entry of a new LogGuid at ``at`` in the log; then both headers name it.
 
-        The entry before it counts until the first of the two headers is durable, so what that entry
-        changed is made durable first.
+        The previous entry is never replayed once the first of the two headers is durable. So the
+        changes of the previous entry are made durable first.
         """
         guid = uuid4()
         entry = self._pack(guid, content, file_size, at)
@@ -238,9 +239,9 @@ class Journal:
         try:
             self._leaf.batch([_header_step(header), _BARRIER])
         except NoSpaceError as error:
-            # Which LogGuid counts is not known, so nothing can be logged under either.
+            # It is unknown which LogGuid is current, so nothing can be logged under either.
             raise PoisonedError(
-                "a header may or may not be written", path=self._leaf.path, hint=_AGAIN
+                "it is unknown whether a header was written", path=self._leaf.path, hint=_AGAIN
             ) from error
         self._header = header
         self._advance(at, len(entry))
@@ -256,14 +257,14 @@ class Journal:
         """Clears the LogGuid of both headers; everything applied becomes durable first.
 
         Args:
-            end: bytes; what the file has behind them is cut off, once no log refers to it.
+            end: bytes; the file is truncated to this size once no log refers to the rest.
         """
         first = self._header.successor(log_guid=headers.NIL)
         second = first.successor()
         self._leaf.batch([_BARRIER, _header_step(first), _BARRIER, _header_step(second)])
         if end < self._leaf.size:
             self._leaf.resize(end)
-        # The next open writes over the first of the two.
+        # The second header must be durable, because the next open overwrites the first.
         self._leaf.flush()
         self._header = second
 
@@ -272,7 +273,7 @@ class Journal:
         return self._head + length <= self._header.log_length - _UNUSED
 
     def _pack(self, guid: UUID, content: _Content, file_size: int, at: int) -> npt.NDArray[np.uint8]:
-        """The next entry, to stand at ``at`` in the log; its tail is itself."""
+        """Packs the next entry for offset ``at`` in the log; the entry is its own tail."""
         size = file_size // MIB * MIB
         return log.pack_entry(
             guid,
@@ -298,7 +299,7 @@ class Journal:
 def _page_steps(
     operation: plane.Operation, offsets: npt.NDArray[np.uint64], pages: npt.NDArray[np.uint8]
 ) -> Sequence[plane.Step]:
-    """A step for each run of pages that are neighbours in the file; offsets ascend."""
+    """One step for each run of adjacent pages in the file; offsets ascend."""
     if not len(offsets):
         return []
     breaks = np.flatnonzero(np.diff(offsets) != log.SECTOR) + 1
@@ -311,16 +312,16 @@ def _page_steps(
 
 
 class Pages:
-    """The 4 KiB pages of metadata that were read or written last, so that a commit reads none.
+    """Cache of the 4 KiB metadata pages read or written last, which saves a commit most reads.
 
     Args:
         leaf: the file.
-        kept: pages; when there would be more, all are forgotten.
+        kept: capacity in pages; when it would be exceeded, the cache is emptied.
     """
 
     def __init__(self, leaf: plane.Device, kept: int = _KEPT_PAGES) -> None:
         self._leaf = leaf
-        self._contents = np.empty((kept, log.SECTOR), np.uint8)  # memory only where it was used
+        self._contents = np.empty((kept, log.SECTOR), np.uint8)  # uses memory only once written
         self._slots: dict[int, int] = {}
 
     def read(self, offsets: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
@@ -338,7 +339,7 @@ class Pages:
         return pages
 
     def keep(self, offsets: npt.NDArray[np.uint64], pages: npt.NDArray[np.uint8]) -> None:
-        """The file holds these pages there."""
+        """Caches pages that the file now holds at these offsets."""
         wanted = offsets.tolist()
         if len(self._slots) + sum(at not in self._slots for at in wanted) > len(self._contents):
             self.forget()
@@ -348,5 +349,5 @@ class Pages:
         self._contents[slots] = pages
 
     def forget(self) -> None:
-        """Nothing is known of the file any more."""
+        """Empties the cache."""
         self._slots.clear()

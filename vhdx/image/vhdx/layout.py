@@ -2,7 +2,7 @@
 """Creates VHDX files in the layout that Windows uses.
 
 Header section, log at 1 MiB, metadata at 2 MiB, BAT at 3 MiB, payload behind it. Headers are written
-last and behind a barrier, so an interrupted create leaves nothing that opens.
+last and behind a barrier, so an interrupted create leaves no file that opens.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ def create_vhdx(
     """Creates an empty image.
 
     Args:
-        path: where; an existing file is refused unless ``force``.
+        path: of the new image; an existing file is refused unless ``force`` is set.
         size: of the virtual disk, bytes: a multiple of the logical sector, 1 sector to 64 TiB.
         type: "dynamic", or "fixed" (all space allocated now).
         block_size: bytes, a power of two from 1 MiB to 256 MiB; 32 MiB when None.
         logical_sector_size: 512 or 4096.
         physical_sector_size: 512 or 4096.
-        sparse: False writes a fixed image out with zeros, so that the host file has no unwritten
-            parts either.
-        force: replace what is there.
+        sparse: False fills a fixed image with zeros, so that the host file has no unwritten
+            extents.
+        force: replace an existing file.
         disk_id: the virtual disk id (SCSI page 83), random when None.
-        progress, cancel: called while a fixed image is allocated; nothing is left when ``cancel``
-            answers True.
+        progress, cancel: called while a fixed image is allocated; no file is left when ``cancel``
+            returns True.
 
     Raises:
         InvalidArgumentError, ExistsError, NotFoundError, NoSpaceError, HostIOError.
@@ -153,13 +153,13 @@ def write_image(
     Args:
         leaf: the file.
         parameters: of the disk.
-        sparse: whether the host may leave out what is zero.
+        sparse: whether zeros may stay unallocated on the host.
         parent: locator of a differencing image.
         items: further metadata items, with their content.
         progress, cancel: called while a fixed image is allocated.
 
     Raises:
-        VhdxError: reason CANCELLED when ``cancel`` answered True.
+        VhdxError: reason CANCELLED when ``cancel`` returned True.
         UnsupportedError: the items have no room.
     """
     geometry = Geometry(
@@ -177,7 +177,7 @@ def write_image(
     fixed = parameters.leave_blocks_allocated
     end = payload + (geometry.blocks * geometry.block_size if fixed else 0)
     leaf.resize(end)
-    # A log or table that finds no space later would stop an image that still has room for data.
+    # Allocate log and BAT now. Without space for them later, data that has space would fail.
     leaf.zero(0, _BAT_OFFSET + min(geometry.table_length, _PREALLOCATED_BAT), no_hole=True)
     if fixed:
         reserve(leaf, payload, end, sparse=sparse, progress=progress, cancel=cancel)
@@ -193,7 +193,7 @@ def write_image(
         leaf.write(table, offset)
     leaf.write(header.pack_identifier(_CREATOR), 0)
     leaf.flush()
-    # Without a header nothing opens; so it comes when all the rest is durable.
+    # A file without a header does not open, so the headers are written when the rest is durable.
     first = header.Header(0, 0, uuid4(), uuid4(), header.NIL, 0, 1, _LOG_OFFSET, _LOG_LENGTH)
     for each in (first, first.successor()):
         leaf.write(each.pack(), header.HEADER_OFFSETS[each.slot])

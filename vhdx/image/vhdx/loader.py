@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Fills the map of a VHDX file from its BAT ([MS-VHDX] 2.5), and drops what was not used for long."""
+"""Loads BAT entries into the map of a VHDX file ([MS-VHDX] 2.5), and drops the oldest chunks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Loader:
         structure: of the file.
         device: the map.
         bitmaps: of partially present blocks.
-        lock: guards which chunks are resident; held while entries are read and installed.
+        lock: guards the set of resident chunks; held while entries are read and installed.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Loader:
         self._resident: OrderedDict[int, None] = OrderedDict()  # under the lock
 
     def adopt(self, structure: Structure) -> None:
-        """The file has this structure from now on; the caller holds the lock."""
+        """Switches to a new structure; the caller holds the lock."""
         self._structure = structure
 
     def load(self, first: int, count: int) -> None:
@@ -68,7 +68,7 @@ class Loader:
         if stop <= start:
             return
         with self._lock:
-            # Under the lock, so that no entry that was read before a commit is installed after it.
+            # The lock keeps an entry read before a commit from being installed after it.
             blocks = np.arange(start, stop, dtype=np.uint64)
             indices = self._structure.geometry.indices(blocks)
             base = int(indices[0])
@@ -95,7 +95,7 @@ class Loader:
     def _set_bitmaps(
         self, blocks: npt.NDArray[np.uint64], entries: npt.NDArray[np.uint64]
     ) -> dict[int, DamagedError]:
-        """Gives C the bitmaps of mixed blocks; blocks without a good one, and why."""
+        """Gives C the bitmaps of mixed blocks; returns the errors of damaged bitmaps by block."""
         failures: dict[int, DamagedError] = {}
         kinds, _, _ = plane.fields(entries)
         for i in np.flatnonzero(kinds == plane.Kind.MIXED).tolist():
@@ -115,20 +115,21 @@ class Loader:
             self._resident.move_to_end(chunk)
         excess = len(self._resident) - _RESIDENT_CHUNKS
         if excess > 0:
-            # The oldest go, and some more, so that not every load has to drop.
+            # Drop more than the excess, so that not every load has to drop chunks.
             oldest = list(self._resident)[: excess + _RESIDENT_CHUNKS // 8]
             for chunk in oldest:
                 if self._map.drop(chunk, 1):
                     del self._resident[chunk]
 
     def stored_ranges(self) -> list[tuple[int, int]]:
-        """Ranges of the disk, bytes; outside of them every entry of this layer is empty.
+        """Byte ranges of the disk; outside of them every BAT entry of this layer is zero.
 
-        The time depends on the stored part of the BAT, and not on the size of the disk.
+        The time depends on the allocated part of the BAT, not on the size of the disk, unless there
+        is a log to replay.
         """
         with self._lock:
-            # Uncommitted entries are in memory only, in chunks that are never dropped. They are noted
-            # first: what is committed meanwhile is in the table then.
+            # Uncommitted entries are in memory only, in chunks that are never dropped. Note these
+            # chunks first: entries committed later are in the BAT when it is read below.
             resident = np.array(sorted(self._resident), np.uint64) * np.uint64(plane.CHUNK_PAGES)
         ratio = np.uint64(self._structure.geometry.chunk_ratio + 1)
         firsts, lasts = [np.empty(0, np.uint64)], [np.empty(0, np.uint64)]
@@ -148,7 +149,7 @@ class Loader:
         )
 
     def entry_of(self, page: int) -> np.uint64:
-        """The entry of a block, loaded if it was dropped."""
+        """The entry of a block, loaded if it was dropped; 0 behind the last block."""
         while page < self._structure.geometry.blocks:
             entry: np.uint64 = self._map.read_entries(page, 1)[0]
             if entry:
@@ -157,7 +158,7 @@ class Loader:
         return np.uint64(0)
 
     def forget(self, first: int, past: int) -> None:
-        """The entries of these blocks, which the disk does not have any more, ask again."""
+        """Resets the map entries of blocks that the disk no longer has."""
         for start in range(first, past, _RANGE_PAGES):
             pages = np.arange(start, min(start + _RANGE_PAGES, past), dtype=np.uint64)
             found = self._map.read_entries(start, len(pages))
@@ -170,7 +171,7 @@ class Loader:
 def _united(
     firsts: npt.NDArray[np.uint64], lasts: npt.NDArray[np.uint64], block: int, size: int
 ) -> list[tuple[int, int]]:
-    """Ranges of blocks as ranges of bytes inside a disk of ``size``; those that touch are one."""
+    """Converts block ranges to byte ranges below ``size``, and merges ranges that touch."""
     order = np.argsort(firsts, kind="stable")
     found: list[tuple[int, int]] = []
     for first, last in zip(firsts[order].tolist(), lasts[order].tolist(), strict=True):

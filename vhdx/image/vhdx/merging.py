@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Offline operations that keep what an image reads as: merge, rebase, compaction.
+"""Offline operations that keep an image's content: merge, rebase, compaction.
 
-Merge. The child's content goes into the parent's file, which then takes the child's name. Its
-DataWriteGuid becomes the child's, because its content does: so images that are based on the child
-stay valid. The child accepts that GUID as its parent's from the start (parent_linkage2, [MS-VHDX]
-2.6.2.6.3): at every moment of the merge it opens and reads what it did before, and a merge that was
-interrupted is simply done again.
+Merge. The child's content is copied into the parent's file, which then takes the child's name. That
+file also takes the child's DataWriteGuid, because it has the child's content. So images that are
+based on the child stay valid. Before anything is copied, the child is made to accept that GUID as
+its parent's (parent_linkage2, [MS-VHDX] 2.6.2.6.3). So the child opens and reads the same at every
+moment of the merge, and an interrupted merge can be repeated.
 """
 
 from __future__ import annotations
@@ -67,27 +67,27 @@ def merge(
 ) -> None:
     """Merges a differencing image into its parent; the result has the name of the image.
 
-    The parent's own name is gone afterwards. Images based on the merged one stay valid; others based
-    on the parent do not, so with such images beside it the merge is refused. When it is interrupted
-    or cancelled the image still reads as before; merge it again.
+    The parent's own name is gone afterwards. Images based on the merged image stay valid. Other
+    images based on the parent become invalid, so the merge is refused if one is found. After an
+    interruption or cancellation the image reads as before; merge it again.
 
     Args:
         path: of the differencing image.
         parent_search: further directories to look for the parent in.
-        force: merge although other images are based on the parent, or one of the two has a second
-            hard link; they are lost.
+        force: merge although other images are based on the parent, or one of the two files has a
+            second hard link; those images and links become unusable.
         progress: called with the bytes done and the bytes in all.
-        cancel: asked between pieces; the merge stops when it answers True.
+        cancel: called between pieces; the merge stops when it returns True.
 
     Raises:
         InvalidArgumentError: it is not a differencing image.
-        InUseError: somebody uses one of the two, or another image is based on the parent.
+        InUseError: one of the two is in use, or another image is based on the parent.
         VhdxError: as :func:`vhdx.open`; reason CANCELLED when cancelled.
     """
     name = os.path.realpath(os.fsdecode(path))
     search = [os.fsdecode(each) for each in parent_search]
     with contextlib.ExitStack() as stack:
-        # Nobody else may write the image from the first look to the rename.
+        # The lock keeps other writers out from the first check to the rename.
         guard = open_host(name, write=True)
         stack.callback(guard.close)
         parent_path = _parent_of(name, search)
@@ -100,7 +100,7 @@ def merge(
         base = open_layer(open_host(parent_path, write=True), search=search, data_write_guid=guid)
         stack.callback(base.close)
         if not force:
-            _check_siblings(name, parent_path)  # again: now nobody can base another image on it
+            _check_siblings(name, parent_path)  # again: its lock now prevents new children
         _merge_into(base, name, progress, cancel)
         for other in _others_based_on(name):
             note_child(parent_path, other)
@@ -113,14 +113,14 @@ def merge(
             raise HostIOError(
                 f"it is merged, but {parent_path} cannot take its name: {error.strerror}",
                 path=name,
-                hint=f"both read as before, and {parent_path} has all of it; merge again by a name "
-                "that can be replaced (a file that is mounted by itself cannot)",
+                hint=f"it reads as before, and {parent_path} has the merged content; merge again "
+                "under a name that can be replaced (a file that is a mount point cannot)",
             ) from error
         sync_directory(Path(name).parent)
 
 
 def _keep_attributes(name: str, parent_path: str) -> None:
-    """The parent's file gets the owner, mode and attributes of the name that it is to take."""
+    """Gives the parent's file the owner, mode and attributes of the file that it replaces."""
     fd = os.open(parent_path, os.O_RDWR | os.O_CLOEXEC)
     try:
         copy_attributes(name, fd)
@@ -155,7 +155,7 @@ def _merge_into(
         if size > base.engine.map.size:
             resizing.grow(base.engine, size)
             base.engine.map.resize(size)
-        base.engine.open_gate()  # also where nothing is copied: the content is the child's
+        base.engine.open_gate()  # even if nothing is copied: it sets the child's GUID
         _copy_down(top, base.engine.map, name, progress, cancel)
     finally:
         top.close()
@@ -179,7 +179,7 @@ def _parent_of(name: str, search: list[str]) -> str:
 
 
 def _accept_own_guid(name: str, parent_path: str) -> UUID:
-    """Makes the child accept its own DataWriteGuid as its parent's, besides the parent's own."""
+    """Makes the child accept its own DataWriteGuid, besides the parent's, as parent linkage."""
     host = open_host(name, write=True, locked=False)
     try:
         structure = prepare_for_writing(host, read_structure(host))
@@ -204,7 +204,7 @@ def _accept_own_guid(name: str, parent_path: str) -> UUID:
 
 
 def _alone(host: HostFile, structure: Structure) -> Engine:
-    """The layer itself, to change metadata that leaves its content, and so its GUID, alone."""
+    """An engine without the parent, for changes of metadata that keep the content and the GUID."""
     nothing = plane.Memory(0, 0)
     return Engine(
         host,
@@ -258,11 +258,11 @@ def _check_names(name: str, parent_path: str) -> None:
 
 
 def _check_links(name: str, parent_path: str) -> None:
-    """Refuses where a hard link would be left with another image, or with one that does not open."""
+    """Refuses a merge after which a second hard link would show other content, or not open."""
     for each in (name, parent_path):
         if os.stat(each).st_nlink > 1:
             raise UnsupportedError(
-                f"{each} has another name, a hard link, which the merge would leave behind",
+                f"{each} has a second name (a hard link), which the merge would leave behind",
                 path=name,
                 hint="remove that name, or use --force (force=True) if it is not needed",
             )
@@ -279,7 +279,7 @@ def _check_siblings(name: str, parent_path: str) -> None:
 
 
 def _pieces(top: Engine, state: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:
-    """State, offset and length of what the upper layer stores or zeroes; the rest is the parent's."""
+    """Yields state, offset and length of each piece that the upper layer holds in ``state``."""
     for start, end in top.loader.stored_ranges():
         for extent in top.map.extents(start, end - start):
             if extent.state not in state or extent.depth > 0:
@@ -313,7 +313,7 @@ def _copy_down(
             if progress is not None:
                 progress(done, total)
         elif any(e.state == plane.DATA for e in base.extents(at, length)):
-            base.zero(at, length)  # trimmed or zeroed here: the parent's bytes go
+            base.zero(at, length)  # trimmed or zeroed in the child: clears the parent's data
     base.flush()
 
 
@@ -327,25 +327,25 @@ def rebase(
     progress: Progress | None = None,
     cancel: Cancel | None = None,
 ) -> None:
-    """Gives a differencing image another parent, with the same content afterwards.
+    """Gives a differencing image another parent, and keeps its content.
 
-    Where the new parent is the old one under another name, only the name changes. Otherwise what
-    reads differently through it is copied into the image first.
+    If the new parent is the old one under another name, only the locator changes. Otherwise data
+    that would read differently through the new parent is first copied into the image.
 
     Args:
         path: of the differencing image.
         parent: the new parent.
-        parent_search: further directories to look for the old one in.
-        unsafe: take the new parent's content for the old one's, and copy nothing.
+        parent_search: further directories to search for parents.
+        unsafe: assume that both parents have the same content, and copy nothing.
         progress: called with the bytes compared and the bytes in all.
-        cancel: asked between pieces; the image keeps its old parent, and reads as before, when it
-            answers True.
+        cancel: called between pieces; when it returns True, the image keeps its old parent and
+            reads as before.
 
     Raises:
         InvalidArgumentError: it is not a differencing image, or the new parent is larger.
-        MissingParentError: the old parent is not there, so nothing can be compared, or the new
-            one's sectors have another size.
-        InUseError: somebody uses it.
+        MissingParentError: the old parent is missing, so nothing can be compared; or the new
+            parent has a different logical sector size.
+        InUseError: one of the images is in use.
     """
     name = os.fsdecode(path)
     search = [os.fsdecode(each) for each in parent_search]
@@ -403,7 +403,7 @@ def rebase(
 
 
 def _pieces_with_content(*images: VhdxImage) -> list[int]:
-    """Offsets of pieces of which at least one image stores or says something, ascending."""
+    """Ascending offsets of the pieces that are not a hole in at least one image."""
     found: set[int] = set()
     for each in images:
         for extent in each.extents(0, each.device.size):
@@ -421,7 +421,7 @@ def _keep_content(
     progress: Progress | None,
     cancel: Cancel | None,
 ) -> None:
-    """Copies into the image what would read differently through ``new``."""
+    """Copies data that would read differently through ``new`` into the image."""
     size = engine.map.size
     for at in _pieces_with_content(old, new):
         if cancel is not None and cancel():
@@ -466,9 +466,9 @@ def compact(
     progress: Progress | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> Compacted:
-    """Compacts an image that nobody uses; see :meth:`vhdx.Disk.compact`.
+    """Compacts an image that is not in use; see :meth:`vhdx.Disk.compact`.
 
-    Its content does not change, so images that are based on it stay valid.
+    Its content does not change, so images based on it stay valid.
     """
     host = open_host(path, write=True)
     try:

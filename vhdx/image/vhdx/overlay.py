@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Metadata as it stands after the log was replayed, whether or not the file was changed."""
+"""Reads a file as if its log had been replayed, without changing the file."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ __all__ = ["Overlay", "ReplayedFile"]
 
 
 class Overlay:
-    """Reads a leaf through the patches of a log that was not written to it.
+    """Reads a leaf through the patches of a log that was not replayed into it.
 
-    Owns nothing of the leaf. Bytes past the leaf's end read as zeros, as replay would have extended
-    the file with them.
+    Does not own the leaf. Bytes past the leaf's end read as zeros, because replay would extend the
+    file with zeros.
     """
 
     def __init__(self, leaf: plane.Device, patches: list[Patch], size: int) -> None:
         self._leaf = leaf
         self._patches = patches
         self._size = size
-        if patches:  # only a log that is to be replayed takes numpy
+        if patches:  # numpy is loaded only if there is a log to replay
             self._starts = np.array([patch.offset for patch in patches], np.int64)
             self._ends = np.array([patch.offset + patch.length for patch in patches], np.int64)
 
     @property
     def size(self) -> int:
-        """Bytes of the file as replay leaves it."""
+        """Size of the file after replay, bytes."""
         return max(self._size, self._leaf.size)
 
     @property
@@ -54,7 +54,7 @@ class Overlay:
         return np.flatnonzero((self._starts < end) & (self._ends > start)).tolist()
 
     def covers_only(self, spans: Iterable[tuple[int, int]]) -> bool:
-        """Whether the file is as long as replay leaves it, and each patch inside one span."""
+        """Whether replay keeps the file size, and each patch is inside one of the spans."""
         if not self._patches:
             return self.size == self._leaf.size
         inside = np.zeros(len(self._patches), np.bool_)
@@ -82,10 +82,10 @@ class Overlay:
 
 
 class ReplayedFile:
-    """The whole file as a device, its log replayed and nothing written; for reading only.
+    """A read-only device that shows the file with its log replayed in memory.
 
-    Pages that the log changes, or that replay would add, are read through the overlay by Python; all
-    others by C from where they are.
+    Python reads the pages that the log changes, or that replay would add, through the overlay. C
+    reads all other pages directly from the file.
     """
 
     def __init__(self, leaf: plane.Device, overlay: Overlay, pool: plane.Pool, path: str) -> None:
@@ -97,7 +97,7 @@ class ReplayedFile:
         )
 
     def load(self, first: int, count: int) -> None:
-        """Chooses for each page where it is read."""
+        """Chooses the device that each page is read from."""
         start = first // plane.CHUNK_PAGES * plane.CHUNK_PAGES
         stop = min(-(-(first + count) // plane.CHUNK_PAGES) * plane.CHUNK_PAGES, self._pages)
         pages = np.arange(start, stop, dtype=np.uint64)
@@ -121,7 +121,7 @@ class ReplayedFile:
         return [plane.device.RawExtent(offset, length, plane.DATA, 0)]
 
     def _refuse(self, *_: object, **__: object) -> None:
-        raise ReadOnlyError("a log that was not replayed into the file allows no changes")
+        raise ReadOnlyError("its log was not replayed into the file, so it cannot be changed")
 
     pwrite = zero = trim = resize = grant = change_range = commit = _refuse
     flush = open_gate = _refuse

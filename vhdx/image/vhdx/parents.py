@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Where the parent of a differencing image may be, and whether a file is it ([MS-VHDX] 2.6.2.6)."""
+"""Finds candidates for the parent of a differencing image, and checks them ([MS-VHDX] 2.6.2.6)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def candidates(child: str, locator: ParentLocator, search: Sequence[str]) -> lis
     """Where the parent may be: its relative path, beside the child, in the search path.
 
     Args:
-        child: path of the image; where a symbolic link leads counts.
+        child: path of the image; symbolic links are resolved.
         locator: of the image.
         search: further directories.
     """

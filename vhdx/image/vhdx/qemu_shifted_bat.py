@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: MIT
-"""Finds pages of the BAT that QEMU's bug 727 moved by one entry, and what they were.
+"""Finds pages of the BAT whose entries QEMU's bug 727 moved by one, and reconstructs them.
 
-QEMU before 8.1 logged a change of an entry at the beginning of a 4 KiB page wrongly: the page got the
-new entry, and behind it all its old entries from the first on, so each moved to the next block and
-the last was lost. That happens once a page at most, because QEMU places a block once, and it gives
-places in the order of the file. So entries placed before the first one moved, those placed after it
-did not, and the page can be told back, unless a block that seemed empty was written again since.
+QEMU before 8.1 logged a change of the first entry of a 4 KiB page wrongly. It wrote the new entry,
+and behind it all old entries of the page from the first one on. So each old entry moved to the next
+block, and the last one was lost. This happens at most once per page, because QEMU places a block
+only once. QEMU allocates places in file order. So entries placed before the page's first entry
+moved, and entries placed after it did not. This is enough to reconstruct the page, unless a block
+whose entry had moved away was written again.
 
-A page is taken for moved only when an entry stands where no block's can: at a sector bitmap's place,
-or behind the last block; when it is QEMU's image; and when everything fits once it is moved back.
+A page counts as moved only if QEMU made the image, and if an entry stands where no block's entry
+can be: in the slot of a sector bitmap, or behind the last block. Moving the entries back must
+remove all such entries.
 """
 
 from __future__ import annotations
@@ -43,9 +45,9 @@ class ShiftedPage:
 
     Attributes:
         index: of its first entry.
-        entries: as they are to be; None where that cannot be told.
-        reason: why not, for people.
-        sure: it is the bug's work, and not just an entry that stands where none can.
+        entries: the original entries; None if they cannot be reconstructed.
+        reason: why they cannot be reconstructed; part of a message.
+        sure: whether the bug moved them; False if there is only an entry where none can be.
     """
 
     index: int
@@ -55,7 +57,7 @@ class ShiftedPage:
 
 
 def find_shifted_pages(structure: Structure, leaf: plane.Device) -> list[ShiftedPage]:
-    """The pages of a dynamic image that bear the mark of the bug; reads only."""
+    """The pages of an image without a parent that show traces of the bug; changes nothing."""
     if structure.geometry.has_parent:
         return []
     if not headers.parse_creator(structure.overlay.read(0, 8 + 512)).startswith(_CREATOR):
@@ -75,21 +77,21 @@ def find_shifted_pages(structure: Structure, leaf: plane.Device) -> list[Shifted
 
 
 def refuse_shifted_pages(structure: Structure, leaf: plane.Device) -> None:
-    """Refuses to write an image that bears the mark: what is written would take lost blocks' places.
+    """Refuses to write an image with moved pages: new data would take the places of lost blocks.
 
     Raises:
         DamagedError: reason BAT_SHIFTED.
     """
     for page in find_shifted_pages(structure, leaf):
         if not page.sure:
-            continue  # what stands there is nobody's, and nothing is lost
+            continue  # the stray entry belongs to no block, so nothing is lost
         raise DamagedError(
-            "QEMU's bug 727 moved entries of its BAT, and writing would make that final",
+            "QEMU's bug 727 moved entries of its BAT, and writing would make the damage permanent",
             reason=Reason.BAT_SHIFTED,
             offset=structure.bat.offset + page.index * bat.ENTRY_SIZE,
             hint="convert what can be read to a new image"
             if page.entries is None
-            else "mend it with check --repair (and look at the files in it)",
+            else "repair it with check --repair, then check the files in it",
         )
 
 
@@ -123,7 +125,7 @@ def _marked_pages(structure: Structure, leaf: plane.Device) -> list[int]:
 
 
 def _moved_back(structure: Structure, number: int) -> npt.NDArray[np.uint64] | str:
-    """The page before the bug, its last entry zero; or why it cannot be told."""
+    """The page before the bug, with its last entry zero; or why it cannot be reconstructed."""
     now, payload = _page(structure, number), _payload_of(structure, number)
     offsets, placed = bat.offset_of(now), _is_placed(now)
     if not placed[0]:
@@ -144,10 +146,10 @@ def _moved_back(structure: Structure, number: int) -> npt.NDArray[np.uint64] | s
 def _return_lost_block(
     structure: Structure, leaf: plane.Device, pages: dict[int, npt.NDArray[np.uint64]]
 ) -> str:
-    """Gives a single page its last entry back, where one place of the file belongs to nothing.
+    """Restores the last entry of a page, if exactly one place of the file belongs to nothing.
 
     Returns:
-        "", or why none of the pages can be told.
+        "", or why none of the pages can be reconstructed.
     """
     block = structure.geometry.block_size
     taken = Taken(structure, structure.overlay.size)
@@ -164,13 +166,13 @@ def _return_lost_block(
             mine = _is_placed(entries)
             taken.claim(indices[mine], bat.offset_of(entries[mine]), block)
     except DamagedError:
-        return "two blocks would be in one place"
+        return "two blocks would share one place"
     gaps = taken.gaps(block)
     if not len(gaps):
         return ""
     losing = [n for n, e in pages.items() if _payload_of(structure, n)[-1] and not _is_placed(e)[-1]]
     fitting = [n for n in losing if gaps[0] < bat.offset_of(pages[n][:1])[0]]
     if len(gaps) > 1 or len(losing) != 1 or not fitting:
-        return "places of the file belong to nothing, and which block was where cannot be told"
+        return "places of the file belong to nothing, and it is unknown which blocks they held"
     pages[losing[0]][-1] = gaps[0] | np.uint64(BlockState.FULLY_PRESENT)
     return ""

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Repairs what a check found, where no guess is needed, and can take it back.
+"""Repairs findings of a check that need no guess, and can undo the repair.
 
-Every byte that a repair changes is saved first, durably, in ``PATH.undo``: a header (signature,
-version, CRC-32C, size of the image before, its FileWriteGuid before and after) and records (offset,
-length, CRC-32C, the bytes). Undoing checks all of it, and that nobody changed the image since; writes
-the records back, the last first, and cuts the file to its old size. A crash in either leaves a file
-from which undoing starts over.
+A repair first saves every byte that it changes durably in ``PATH.undo``. That file has a header
+(signature, version, CRC-32C, size of the image before, its FileWriteGuid before and after) and
+records (offset, length, CRC-32C, the bytes). Undo checks all of this, and that the image was not
+changed since. Then it writes the records back, the last one first, and restores the old size. After
+a crash in a repair or an undo, undo can be run again.
 """
 
 from __future__ import annotations
@@ -59,18 +59,18 @@ _LEAVE_ALLOCATED = 1
 
 
 def undo_path(path: str | PathLike[str]) -> Path:
-    """Where a repair keeps what it overwrites: beside the file itself, whatever link leads to it."""
+    """Path of the undo file: beside the image's file, with symbolic links resolved."""
     return Path(os.path.realpath(os.fsdecode(path)) + ".undo")
 
 
 class _Undo:
-    """What a repair overwrites, saved before."""
+    """The undo file of one repair."""
 
     def __init__(self, host: HostFile, before: UUID) -> None:
         self.guid = uuid4()  # the FileWriteGuid that the repair gives the image
         self._path, self._leaf = undo_path(host.path), host.leaf
         self._size = host.leaf.size
-        self._named = False  # from then on the image may have been changed
+        self._named = False  # once True, the image may have been changed
         try:
             if os.path.lexists(self._path):
                 if not _never_used(self._path, before):
@@ -92,16 +92,16 @@ class _Undo:
 
     def _exists(self) -> ExistsError:
         return ExistsError(
-            "an earlier repair is kept there",
+            "it is the undo file of an earlier repair",
             path=self._path,
             hint="undo it with check --undo, or remove the file",
         )
 
     def save(self, offset: int, length: int) -> None:
-        """Keeps what the file has there now.
+        """Saves the current bytes of a range of the image.
 
         Raises:
-            NoSpaceError, HostIOError: it cannot be kept; the image must not be changed.
+            NoSpaceError, HostIOError: they cannot be saved; the image must not be changed.
         """
         try:
             self._save(offset, length)
@@ -112,7 +112,7 @@ class _Undo:
         if isinstance(error, VhdxError):
             return error
         if error.errno == errno.ENOSPC:
-            return NoSpaceError("no space left to keep what is overwritten", path=self._path)
+            return NoSpaceError("no space left for the undo file", path=self._path)
         return HostIOError(str(error.strerror).lower(), path=self._path)
 
     def _save(self, offset: int, length: int) -> None:
@@ -122,7 +122,7 @@ class _Undo:
             self._file.write(_RECORD.pack(at, len(data), google_crc32c.value(data)) + data)
 
     def sync(self) -> None:
-        """Makes what was saved durable, under its name; only then may the image be changed."""
+        """Makes the undo file and its name durable; only then may the image be changed."""
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -136,7 +136,7 @@ class _Undo:
             raise self._failed(error) from error
 
     def close(self) -> None:
-        """Keeps the file if the image may have been changed, else removes it."""
+        """Closes the undo file; removes it unless the image may have been changed."""
         with contextlib.suppress(OSError):
             self._temporary.unlink()
         with contextlib.suppress(OSError):
@@ -144,26 +144,26 @@ class _Undo:
 
 
 def _never_used(kept: Path, now: UUID) -> bool:
-    """Whether an undo file is there from a repair that ended before it changed anything."""
+    """Whether the undo file is from a repair that ended before it changed the image."""
     try:
         with kept.open("rb") as file:
             head = file.read(_HEADER.size)
     except OSError:
         return False
     if len(head) < _HEADER.size:
-        return False  # it is none of ours
+        return False  # it is not an undo file
     fields = _HEADER.unpack(head)
     return bool(fields[0] == _SIGNATURE and fields[4] == now.bytes_le)
 
 
 @uninterruptible
 def repair(path: str | PathLike[str]) -> Report:
-    """Checks an image and mends what can be mended without guessing.
+    """Checks an image and repairs the findings that need no guess.
 
-    What it overwrites is kept in ``PATH.undo``; :func:`undo` puts it back.
+    Saves the bytes that it overwrites in ``PATH.undo``; :func:`undo` restores them.
 
     Returns:
-        What is left, and in ``repaired`` what was mended.
+        The findings that are left; those that are gone are in ``repaired``.
 
     Raises:
         UnsupportedError, InUseError, ReadOnlyError: as :func:`vhdx.open`.
@@ -210,7 +210,7 @@ def _mend(host: HostFile, report: Report, undo_file: _Undo) -> bool:
         _mend_rest(host, header, undo_file)
         return True
     if "log_empty" in codes and report.errors > 1:
-        # Whether the log mattered cannot be told when other things are wrong, too.
+        # With other errors present, it is unknown whether the log mattered.
         codes.discard("log_empty")
         if not codes:
             return False
@@ -226,7 +226,7 @@ def _mend_rest(
     clear_log: bool = False,
     always: bool = False,
 ) -> bool:
-    """Everything but a replay; the log is empty, or is to be."""
+    """Makes all repairs except a replay; the log is empty, or is cleared here."""
     leaf = host.leaf
     if clear_log:
         probe = replace(header, log_guid=headers.NIL)
@@ -235,15 +235,15 @@ def _mend_rest(
     else:
         probe = header
     pages = [] if clear_log else _page_steps(host)
-    # Other entries are looked at when they are back in their places.
+    # Repair other entries only when no page has moved; a later repair can do it.
     steps = [*_region_steps(leaf, probe), *(pages or _table_steps(host))]
     if not steps and not always:
         return False
     for step in steps:
         undo_file.save(step.offset, len(memoryview(step.buffer or b"")))
     undo_file.sync()
-    # The FileWriteGuid first ([MS-VHDX] 2.2.2); then both headers are current and alike.
-    shown = uuid4() if pages else header.data_write_guid  # only they change what the disk holds
+    # Write the FileWriteGuid first ([MS-VHDX] 2.2.2). At the end both headers are valid and agree.
+    shown = uuid4() if pages else header.data_write_guid  # only moved pages change the content
     first = header.successor(file_write_guid=undo_file.guid, data_write_guid=shown)
     leaf.batch([_header_step(first), _BARRIER, *steps, _BARRIER])
     for _ in range(2):
@@ -258,7 +258,7 @@ def _header_step(header: headers.Header) -> plane.Step:
 
 
 def _region_steps(leaf: plane.Device, header: headers.Header) -> list[plane.Step]:
-    """Both region tables alike, with the Required bits that they must have."""
+    """Steps that make both region tables equal and set their Required bits."""
     copies = [leaf.read(region.TABLE_SIZE, at) for at in region.TABLE_OFFSETS]
     parsed = [region.parse_table(copy) for copy in copies]
     regions = next((table for table in parsed if table is not None), None)
@@ -278,7 +278,7 @@ def _region_steps(leaf: plane.Device, header: headers.Header) -> list[plane.Step
 
 
 def _table_steps(host: HostFile) -> list[plane.Step]:
-    """Entries of the BAT, and the flag of a fixed image that is none."""
+    """Steps that repair BAT entries, and the flag of a fixed image that is not allocated."""
     report, steps = examine(host), []
     for finding in report.findings:
         if not finding.repair or finding.offset is None:
@@ -299,7 +299,7 @@ def _table_steps(host: HostFile) -> list[plane.Step]:
 
 
 def _page_steps(host: HostFile) -> list[plane.Step]:
-    """Pages of the BAT whose entries moved (QEMU's bug 727), as they were."""
+    """Steps that restore pages of the BAT whose entries moved (QEMU's bug 727)."""
     try:
         structure = read_structure(host)
     except DamagedError:
@@ -334,11 +334,11 @@ def _file_parameters(host: HostFile) -> int:
 
 @uninterruptible
 def undo(path: str | PathLike[str]) -> None:
-    """Puts back what the last repair overwrote, and removes ``PATH.undo``.
+    """Restores the bytes that the last repair overwrote, and removes ``PATH.undo``.
 
     Raises:
         NotFoundError: there is nothing to undo.
-        DamagedError: the file is not whole; nothing is changed.
+        DamagedError: the undo file is damaged; nothing is changed.
         InvalidArgumentError: the image was changed since the repair; nothing is changed.
     """
     kept = undo_path(path)
@@ -362,11 +362,11 @@ def undo(path: str | PathLike[str]) -> None:
             fits = False
         if not fits:
             raise InvalidArgumentError(
-                "it was changed since the repair, so what was there before does not fit any more",
+                "it was changed since the repair, so the saved bytes no longer fit",
                 path=host.path,
                 hint=f"remove {kept}",
             )
-        if not again:  # from here on it may be done again, whatever the image looks like
+        if not again:  # from here on, an undo may start again in any state of the image
             kept.rename(under_way)
             sync_directory(kept.resolve().parent)
         if leaf.size < size:
@@ -387,7 +387,7 @@ def undo(path: str | PathLike[str]) -> None:
 def _parse(kept: Path, data: bytes) -> tuple[int, set[bytes], list[tuple[int, bytes]]]:
     def refuse(at: int) -> DamagedError:
         return DamagedError(
-            "it is not whole, so nothing is put back", reason=Reason.TRUNCATED, path=kept, offset=at
+            "it is damaged, so nothing is restored", reason=Reason.TRUNCATED, path=kept, offset=at
         )
 
     if len(data) < _HEADER.size:

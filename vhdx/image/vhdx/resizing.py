@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: MIT
 """Changes the virtual size of an open VHDX image ([MS-VHDX] 2.5, 2.6.2.2).
 
-Grow: the new part of the BAT is made zeros (the table moves to the end of the file when its region
-is too small), a fixed image's new blocks are allocated, the tail of the last block is zeroed; all of
-that is durable before one log entry changes size, region tables and what shares a page with live
-entries. So a crash leaves the old size or the new one, and nothing between.
+Grow: the new part of the BAT is zeroed. If the BAT's region is too small, the BAT first moves to
+the end of the file. A fixed image's new blocks are allocated, and the tail of the last block is
+zeroed. All of this is durable before one log entry changes the size, the region tables, and entries
+that share a page with live entries. So a crash leaves either the old size or the new size.
 
-Shrink: requests behind the new end are refused first; then one log entry changes the size; only then
-are the entries behind the end cleared and their blocks released.
+Shrink: requests behind the new end are refused first. Then one log entry changes the size. Only
+then are the entries behind the end cleared and their blocks released.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ def _check(engine: Engine, size: int) -> None:
 
 
 def grow(engine: Engine, size: int) -> None:
-    """Makes the disk larger; what is new reads as zeros. The caller tells the plane.
+    """Makes the disk larger; the new part reads as zeros. The caller resizes the map.
 
     Raises:
-        InvalidArgumentError: not a possible size.
+        InvalidArgumentError: the size is out of range, or not a multiple of the sector size.
         NoSpaceError: no room for a larger table or a fixed image's blocks; nothing is changed.
     """
     _check(engine, size)
@@ -106,7 +106,7 @@ def _move_table(engine: Engine, leaf: plane.Device, new: Geometry) -> region.Reg
 def _region_patches(
     engine: Engine, leaf: plane.Device, moved: region.Region
 ) -> list[tuple[int, bytes]]:
-    """What changes in both region tables, by pages."""
+    """The 4 KiB pages that change in both region tables."""
     regions = [moved if r.guid == region.BAT else r for r in engine.structure.regions]
     table = region.pack_table(regions)
     patches = []
@@ -125,8 +125,8 @@ def _blank(
 ) -> tuple[int, Table]:
     """Index of the first entry behind the last block of ``kept``, and zeros from there to ``end``.
 
-    Entries of sector bitmaps that ``kept`` still has keep their values: a chunk has all its entries,
-    even when the disk ends inside it.
+    Entries of sector bitmaps that ``kept`` still has keep their values. The BAT has all entries of
+    a chunk, even if the disk ends inside it.
     """
     first = kept.index(kept.blocks - 1) + 1
     table = np.zeros(end - first, np.uint64)
@@ -142,10 +142,10 @@ def _blank(
 def _write_table(
     leaf: plane.Device, where: region.Region, first: int, table: Table, live: int
 ) -> list[tuple[int, bytes]]:
-    """Writes entries from ``first`` on, but for the pages that hold one of the first ``live``.
+    """Writes entries from ``first`` on, except in pages with any of the first ``live`` entries.
 
     Returns:
-        What must go through the log.
+        The patch for those pages, which must go through the log.
     """
     at, data = where.offset + first * bat.ENTRY_SIZE, table.astype("<u8").tobytes()
     stop = round_up(live * bat.ENTRY_SIZE, _PAGE) - first * bat.ENTRY_SIZE
@@ -166,7 +166,7 @@ def _allocate(
     new: Geometry,
     table: Table,
 ) -> None:
-    """Space for the new blocks of a fixed image; their entries into ``table``."""
+    """Allocates the new blocks of a fixed image, and puts their entries into ``table``."""
     blocks = np.arange(old.blocks, new.blocks, dtype=np.uint64)
     if not len(blocks):
         return
@@ -179,7 +179,7 @@ def _allocate(
 
 
 def _zero_tail(engine: Engine, leaf: plane.Device, old: Geometry) -> None:
-    """Bytes of the last block behind the old end, which may hold anything, become zeros."""
+    """Zeroes the last block behind the old end, where it may hold stale data."""
     used = old.virtual_size % old.block_size
     if not used:
         return
@@ -199,10 +199,10 @@ def check_shrink(
     unsafe: bool,
     move_gpt: bool,
 ) -> None:
-    """Refuses what would cut a partition or a GPT's second copy off, or let the parent show.
+    """Refuses a size that cuts off a partition or the backup GPT, or exposes the parent.
 
     Raises:
-        InvalidArgumentError: saying what is in the way.
+        InvalidArgumentError: the message says what is in the way.
         UnsupportedError: a differencing image below its parent's size.
     """
     _check(engine, size)
@@ -257,7 +257,7 @@ def check_shrink(
 
 
 def shrink(engine: Engine, size: int) -> None:
-    """Makes the disk smaller; the caller lets nobody reach behind ``size`` any more."""
+    """Makes the disk smaller; the caller already refuses requests behind ``size``."""
     engine.map.flush()
     with engine.changing() as leaf:
         engine.committer.forget_log()  # entries are cleared in place below
@@ -276,7 +276,7 @@ def shrink(engine: Engine, size: int) -> None:
             engine.loader.forget(new.blocks, old.blocks)
             engine.allocator.release(bat.offset_of(values[stored]))
         except BaseException:
-            engine.map.poison()  # the size is the new one in the file, and the old one here
+            engine.map.poison()  # the file has the new size, the engine may have the old one
             raise
 
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""Snapshots of an open image: its file becomes the parent of a fresh child that takes its name.
+"""Snapshots of an open image: its file becomes the parent of a new child that takes its name.
 
-The file gets a second name, that of the checkpoint. A child that names the checkpoint is written
-under a temporary name. Then requests are held up for a moment, everything is committed, and one
-rename gives the child the image's name. A crash before the rename leaves the image as it was (with a
-second name); after it, the child over the checkpoint. Nothing is copied.
+A child that names the checkpoint as its parent is written under a temporary name. Then requests are
+paused for a moment, and everything is committed. The file gets a second name, that of the
+checkpoint, and one rename gives the child the image's name. A crash before the rename leaves the
+image as it was, perhaps with a second name. A crash after the rename leaves the child over the
+checkpoint. No data is copied.
 """
 
 from __future__ import annotations
@@ -40,10 +41,10 @@ __all__ = ["check_place", "checkpoint_path", "fresh_child", "second_name"]
 
 
 def checkpoint_path(path: str, wanted: str | os.PathLike[str] | None) -> Path:
-    """Where the checkpoint of ``path`` goes, absolute.
+    """The absolute path of a checkpoint of ``path``.
 
-    When nothing is wanted a free name beside it: its stem, the time in UTC, and a number where that
-    is taken.
+    If ``wanted`` is None, it is a free name beside the image: the image's stem, the time in UTC,
+    and a number if that name is taken.
     """
     if wanted is not None:
         name = os.fsdecode(wanted)
@@ -65,18 +66,19 @@ def _exists(checkpoint: Path) -> ExistsError:
 
 
 def check_place(path: str, checkpoint: Path, base: Engine) -> None:
-    """Refuses what would leave an image that does not open.
+    """Refuses a checkpoint path that would leave an image that does not open.
 
     Raises:
-        HostIOError: the name does not lead to the open file any more.
-        InvalidArgumentError: the image's own parent would not be found from there.
+        HostIOError: ``path`` no longer leads to the open file, or its owner cannot be kept.
+        ExistsError: another file has the checkpoint's name.
+        InvalidArgumentError: the name cannot be used, or the checkpoint would not find its parent.
     """
     try:
         status = os.stat(path)
     except OSError as error:
         raise HostIOError(f"it has lost its name: {error.strerror}", path=path) from error
     if base.host.key not in {(status.st_dev, status.st_ino), (0, 0)}:
-        raise HostIOError("another file has its name by now", path=path)
+        raise HostIOError("another file has its name now", path=path)
     if _is_same_name(path, checkpoint):
         raise InvalidArgumentError(
             "the checkpoint would have the disk's own name", path=checkpoint, hint="choose another"
@@ -85,7 +87,7 @@ def check_place(path: str, checkpoint: Path, base: Engine) -> None:
         raise _exists(checkpoint)
     if checkpoint.suffix.lower() in {".raw", ".img"}:
         raise InvalidArgumentError(
-            "an image of this name would be taken for a raw one",
+            "an image with this name would be taken for a raw image",
             path=checkpoint,
             hint="name it .vhdx",
         )
@@ -97,19 +99,19 @@ def check_place(path: str, checkpoint: Path, base: Engine) -> None:
             hint="keep it in the directory of the image",
         )
     check_owner(path)
-    locator_for(checkpoint, path, base.header.data_write_guid)  # refuses what cannot be named
+    locator_for(checkpoint, path, base.header.data_write_guid)  # refuses an unusable name
 
 
 def _is_same_name(path: str, checkpoint: Path) -> bool:
-    """Whether both lead to one entry of one directory, by whatever way."""
+    """Whether both paths lead to the same directory entry."""
     if os.path.realpath(path) == os.path.realpath(checkpoint):
         return True
     try:
         if not os.path.samefile(path, checkpoint):
             return False
         if os.stat(path).st_nlink == 1:
-            # The file has one name, so both paths are that name: by a bind mount, or in a directory
-            # that does not tell letters of either case apart.
+            # The file has one name, so both paths lead to it: through a bind mount, or in a
+            # case-insensitive directory.
             return True
         beside = os.path.samefile(os.path.dirname(path), checkpoint.parent)
     except OSError:
@@ -118,13 +120,13 @@ def _is_same_name(path: str, checkpoint: Path) -> bool:
 
 
 def _is_second_name(path: str, checkpoint: Path) -> bool:
-    """Whether the checkpoint is a hard link to the disk's file: a snapshot was killed right here."""
+    """Whether the checkpoint is a hard link to the disk's file, left by a killed snapshot."""
     return not checkpoint.is_symlink() and os.path.samefile(path, checkpoint)
 
 
 @contextlib.contextmanager
 def second_name(path: str, checkpoint: Path) -> Iterator[None]:
-    """Inside, the file has the name ``checkpoint``, too; it keeps it unless there is an exception."""
+    """Gives the file the second name ``checkpoint``; removes it again after an exception."""
     try:
         os.link(path, checkpoint)
     except FileExistsError as error:
@@ -141,7 +143,7 @@ def second_name(path: str, checkpoint: Path) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            if os.path.samefile(path, checkpoint):  # or it is the only name by now
+            if os.path.samefile(path, checkpoint):  # else it is the file's only name
                 checkpoint.unlink()
         raise
 
@@ -185,7 +187,7 @@ class FreshChild:
             raise
 
     def take_name(self) -> None:
-        """The image's name is the child's from now on; :meth:`settle` makes that durable."""
+        """Renames the child to the image's name; :meth:`settle` makes the rename durable."""
         try:
             self._temporary.replace(self._target)
         except OSError as error:
@@ -194,9 +196,9 @@ class FreshChild:
             ) from error
 
     def settle(self, switch: plane.Switch, base: Engine, checkpoint: Path) -> BaseException | None:
-        """Requests go to the child, and the base is only read; a failure poisons the child.
+        """Sends requests to the child, and freezes the base; a failure poisons the child.
 
-        Nothing that is written to the child may count as durable before its name is.
+        No data in the child may count as durable before the child's name is durable.
         """
         failure: BaseException | None = None
         try:
@@ -216,7 +218,7 @@ class FreshChild:
 
 @contextlib.contextmanager
 def fresh_child(path: str, checkpoint: Path, base: Engine, pool: plane.Pool) -> Iterator[FreshChild]:
-    """A child of ``base`` that is gone again when the block ends with an exception."""
+    """Makes a child of ``base``, and removes it if the block ends with an exception."""
     if base.host.read_only:
         raise ReadOnlyError("it is open for reading only", path=path)
     try:
@@ -229,7 +231,7 @@ def fresh_child(path: str, checkpoint: Path, base: Engine, pool: plane.Pool) -> 
         yield child
     except BaseException:
         try:
-            with contextlib.suppress(VhdxError):  # what went wrong before is what is said
+            with contextlib.suppress(VhdxError):  # the first error is the one to report
                 child.engine.close()
         finally:
             child.discard()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
-"""Free space of an image file: what C is granted from, and what comes back.
+"""Free space of an image file: the source of grants to C, and the sink of released space.
 
-A block's space that was released is free only when the BAT change that released it is durable, or a
-crash would show one block's bytes in another. Reused space is zeroed before it is granted; the data
-barrier of the commit that refers to it makes the zeros durable.
+Released space is free only when the BAT change that released it is durable. Otherwise a crash could
+show one block's data in another. Reused space is zeroed before it is granted; the data barrier of
+the commit that refers to it makes the zeros durable.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ __all__ = ["Space"]
 
 
 class Space:
-    """Places of one block each; the caller serialises the calls.
+    """Manages places of one block each; the caller serialises the calls.
 
     Args:
         leaf: the file.
-        taken: what of it belongs to something.
+        taken: the parts of the file that are in use.
         block_size: bytes.
         sparse: whether fresh space may stay unallocated until it is written.
     """
@@ -101,7 +101,7 @@ class Space:
 
     def _extend(self, start: int, length: int) -> None:
         size = self._leaf.size
-        # Bytes past the end that an earlier crash left behind may be anything.
+        # Bytes that an earlier crash left past the end may have any value.
         if size > start:
             self._leaf.zero(start, min(size - start, length))
         if size < start + length:
@@ -114,7 +114,7 @@ class Space:
                 raise
 
     def take_before(self, offset: int) -> int | None:
-        """The lowest free place, if it is before ``offset``; what it holds is anybody's."""
+        """Takes the lowest free place, if it is before ``offset``; its data may be stale."""
         if not self._free or min(self._free) >= offset:
             return None
         found = min(self._free)
@@ -138,7 +138,7 @@ class Space:
             self.committed(generation)
 
     def committed(self, generation: int) -> None:
-        """Everything up to ``generation`` is durable: frees what waited for it."""
+        """Notes that ``generation`` is durable, and frees the places that waited for it."""
         self._committed = max(self._committed, generation)
         waiting = list(self._pending)
         self._pending.clear()
@@ -153,7 +153,7 @@ class Space:
             self._in_use -= len(offsets)
 
     def give_back(self, offsets: npt.NDArray[np.uint64]) -> None:
-        """Places that were never used; the end moves down over what is free."""
+        """Takes back places that were never used; free places at the end lower the end."""
         self._in_use -= len(offsets)
         free = sorted({*self._free, *offsets.tolist()})
         while free and free[-1] + self._block == self._end:

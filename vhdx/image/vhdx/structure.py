@@ -25,21 +25,21 @@ __all__ = ["Structure", "active_sequence", "find_refusals", "read_structure"]
 
 @dataclass(frozen=True)
 class Structure:
-    """What the metadata of a VHDX file says.
+    """The metadata of a VHDX file.
 
     Attributes:
-        creator: of the identifier.
-        header: the current one.
+        creator: the creator string of the file identifier.
+        header: the current header.
         other_header_valid: whether the other copy is valid too.
-        bat, metadata_region: where these regions stand.
+        bat, metadata_region: the entries of these regions.
         regions: all of them, unknown ones included.
         items: of the metadata table, unknown ones included.
         parameters: of the disk.
         geometry: of the BAT.
         parent: the locator of a differencing image.
         overlay: metadata with the log replayed.
-        sequence: what the log holds to replay, or None.
-        refusals: what is harmless to a reader, and must be right before anything is written.
+        sequence: the log sequence to replay, or None.
+        refusals: errors that are harmless for reading, but forbid writing.
     """
 
     creator: str
@@ -62,11 +62,11 @@ def read_structure(host: HostFile, view: View = AS_SPECIFIED) -> Structure:
 
     Args:
         host: the file.
-        view: what is looked at where there are copies.
+        view: which copies of the structures to read.
 
     Raises:
-        UnsupportedError: it is no VHDX file.
-        DamagedError: the specification says that it must be refused.
+        UnsupportedError: it is not a VHDX file.
+        DamagedError: the specification requires that the file is refused.
     """
     try:
         return _read(host, view)
@@ -82,7 +82,7 @@ def _read(host: HostFile, view: View) -> Structure:
         raise UnsupportedError(
             "it is not a VHDX file",
             reason=Reason.UNKNOWN_FORMAT,
-            hint="vhdx info says what it is; VHD and raw images are converted first",
+            hint="vhdx info shows its format; convert VHD and raw images first",
         )
     if leaf.size < headers.HEADER_SECTION:
         raise DamagedError(
@@ -157,7 +157,7 @@ def find_refusals(
     values: dict[UUID, bytes],
     parent: locator.ParentLocator | None,
 ) -> Iterator[DamagedError]:
-    """What other implementations refuse, or two copies say differently.
+    """Yields errors that other implementations refuse, and differences between two copies.
 
     Args:
         overlay: the file.
@@ -195,7 +195,7 @@ def find_refusals(
 
 
 def _difference(first: list[region.Region], second: list[region.Region]) -> str:
-    """The first thing that two region tables say differently."""
+    """Describes the first difference between two region tables."""
     for one, other in itertools.zip_longest(first, second):
         if one != other:
             shown = [
@@ -204,16 +204,16 @@ def _difference(first: list[region.Region], second: list[region.Region]) -> str:
             ]
             guid = (one or other).guid
             return f"region {guid} has {shown[0]} in the first and {shown[1]} in the second"
-    return "their entries have another order"
+    return "their entries are in different order"
 
 
 def active_sequence(
     host: HostFile, header: headers.Header, view: View = AS_SPECIFIED
 ) -> log.Sequence | None:
-    """What the log holds to replay; None where its GUID says that it holds nothing.
+    """The log sequence to replay; None if the LogGuid is nil or the view skips the log.
 
     Raises:
-        DamagedError: it must hold something and does not, or what it says cannot be.
+        DamagedError: there is no valid sequence, or the sequence does not fit the file.
     """
     if header.log_guid == headers.NIL or view.log == 0:
         return None
@@ -224,7 +224,7 @@ def active_sequence(
     sequence = view.choose_sequence(host.leaf.read(header.log_length, header.log_offset), header)
     if sequence is None:
         raise DamagedError(
-            "the log must be replayed and holds no valid sequence",
+            "the log must be replayed, but holds no valid sequence",
             reason=Reason.LOG_EMPTY,
             offset=header.log_offset,
             hint="older QEMU versions leave such images after a crash; `qemu-img check` opens them",
@@ -234,7 +234,7 @@ def active_sequence(
     )
     if last > headers.LARGEST_FILE:
         raise DamagedError(
-            f"the log makes the file {last:#x} bytes long",
+            f"replaying the log would make the file {last:#x} bytes long",
             reason=Reason.LOG_TARGET,
             offset=header.log_offset + sequence.head.offset,
         )

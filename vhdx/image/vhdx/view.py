@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Which of its copies a damaged image is looked at through: for forensics, never for writing."""
+"""Selects the copies of its structures to read a damaged image through; never for writing."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["AS_SPECIFIED", "View"]
 
 @dataclass(frozen=True)
 class View:
-    """What is looked at where a file says something more than once.
+    """Which copy to read where a file has several copies of a structure.
 
     Attributes:
         header: copy 1 or 2, current or not; None for the current one.
-        region_table: copy 1 or 2; None for the first that is valid.
-        log: replay the active sequence in memory (None), nothing (0), or the sequence whose last
-            entry has this sequence number, such as ``vhdx dump log`` shows.
+        region_table: copy 1 or 2; None for the first valid one.
+        log: None replays the active sequence in memory, and 0 replays nothing. Any other number
+            replays the sequence whose last entry has this number (see ``vhdx dump log``).
     """
 
     header: int | None = None
@@ -32,7 +32,7 @@ class View:
             if value not in {None, 1, 2}:
                 raise InvalidArgumentError(f"there is no {name} {value}", hint="choose 1 or 2")
         if self.log is not None and not 0 <= self.log < 1 << 64:
-            raise InvalidArgumentError(f"{self.log} is no sequence number")
+            raise InvalidArgumentError(f"{self.log} is not a valid sequence number")
 
     def choose_header(self, copies: list[headers.Header | None]) -> headers.Header:
         """One of the two copies.
@@ -49,10 +49,10 @@ class View:
                 reason=Reason.HEADERS,
                 offset=headers.HEADER_OFFSETS[self.header - 1],
             )
-        return headers.choose_header(found, None)  # it must say what can be, all the same
+        return headers.choose_header(found, None)  # validates its fields, too
 
     def choose_sequence(self, data: bytes, header: headers.Header) -> logs.Sequence | None:
-        """What of the log in ``data`` is replayed.
+        """The sequence to replay from the log in ``data``, or None.
 
         Raises:
             DamagedError: there is no such sequence.
@@ -73,4 +73,4 @@ class View:
 
 
 AS_SPECIFIED = View()
-"""As every other reader looks at an image ([MS-VHDX] 2.2.2, 2.2.3, 2.3.3)."""
+"""The copies that [MS-VHDX] 2.2.2, 2.2.3 and 2.3.3 prescribe."""
