@@ -46,7 +46,7 @@ lint: $(STAMP) ## style, types, layers
 	$(BIN)/lint-imports --no-logo
 
 unit: $(STAMP) peers
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m 'not soak'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 test: lint unit ## everything that must pass, C unit tests under sanitizers included
 

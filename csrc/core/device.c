@@ -41,6 +41,8 @@ int vx_device_resize(vx_device *device, uint64_t size)
     int state = atomic_load(&device->state);
     if (state != 0)
         return state;
+    if (device->operations->resize == NULL)
+        return VX_E_UNSUPPORTED;
     if (size > INT64_MAX)
         return VX_E_RANGE;
     return device->operations->resize(device, size);

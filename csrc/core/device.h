@@ -25,7 +25,18 @@
  *              end holds the reply until then
  *   restart    every operation may be submitted again from the start after AGAIN or FAULTED; the
  *              first `done` bytes of the range need not be repeated
+ *   delays     with NOWAIT and without MAY_PARK the submitter drops an answer that is DONE but has
+ *              not_before_ns set, and submits the request again, so such a device answers AGAIN
+ *   holes      of a READ that has `extents`: runs of zeros that are not written into the buffer. Their
+ *              offsets are those of the request's device. Holes that find no room in `extents` are
+ *              written as zeros. After FAULTED the holes in the first `done` bytes stay
  *   poison     a failed barrier sets the device's state; every later request fails with that state
+ *
+ * A device that forwards requests submits the same request to its lower device and returns the answer.
+ * To see how the request ends it replaces `complete` and `context` first. It puts both back when the
+ * answer is not PARKED, and in its own completion before it calls theirs. It needs no upcalls, because
+ * a fault names the device that made it. A device that parks a request clears `memo`, and holds a
+ * reference to itself until the request completes.
  */
 #ifndef VX_DEVICE_H
 #define VX_DEVICE_H
@@ -55,7 +66,7 @@ enum vx_flag {
     VX_NOWAIT = 2,   /* answer AGAIN rather than block */
     VX_NO_HOLE = 4,  /* ZERO: the range must be stored afterwards */
     VX_FAST = 8,    /* ZERO: fail with UNSUPPORTED unless faster than writing */
-    VX_MAY_PARK = 16 /* with NOWAIT: a throttle may park the request nevertheless */
+    VX_MAY_PARK = 16 /* with NOWAIT: a device may park the request, but must not block */
 };
 
 enum vx_answer { VX_DONE = 0, VX_AGAIN = 1, VX_PARKED = 2, VX_FAULTED = 3 };
@@ -115,8 +126,8 @@ typedef struct vx_memo {
 } vx_memo;
 
 /* State that a layer keeps in a request while it handles the request. Each layer uses only its own
- * frame. All frames are zero in a new request and in a child. A request passes at most one device
- * of each layer. */
+ * frame. All frames are zero in a new request and in a child. So two devices of one layer never
+ * handle the same request: between them there must be a device that makes children. */
 enum vx_layer { VX_LAYER_THROTTLE = 0, VX_LAYER_SCHEDULE = 1, VX_LAYER_MAP = 2, VX_LAYERS = 3 };
 
 #define VX_FRAME_BYTES 16u
@@ -147,7 +158,7 @@ struct vx_request {
     uint64_t not_before_ns; /* CLOCK_MONOTONIC; 0: no delay */
     uint64_t queued_ns;     /* time spent in queues of throttles and schedulers so far */
 
-    vx_extent *extents; /* EXTENTS: room for extent_capacity; READ: holes found, not filled in */
+    vx_extent *extents; /* EXTENTS: room for extent_capacity; READ: holes, see above; or NULL */
     uint32_t extent_capacity;
     uint32_t extent_count;
     int32_t depth; /* EXTENTS: depth that this device reports */
@@ -163,20 +174,24 @@ struct vx_request {
     vx_fault fault;
 };
 
+/* What a device does. Every function but `submit` and `destroy` may be NULL. */
 typedef struct vx_operations {
     const char *kind;
     int (*submit)(vx_device *device, vx_request *request);
     int (*resize)(vx_device *device, uint64_t size);
     void (*destroy)(vx_device *device);
-    bool forwards; /* it hands requests on as they are, so the device below checks their range */
-    bool paces;    /* may hold requests back; has `drain`, `is_holding` and `is_limited` */
+    bool forwards; /* it forwards requests unchanged, so the device below checks their range */
+    /* May hold requests back, here or below; has `drain`, `is_holding` and `is_limited`. Front ends ask
+     * only the top device of a stack, so a device above one that paces sets this too and passes on
+     * the calls. */
+    bool paces;
     /* Stops holding requests back. Waiting requests pass, or with `drop` fail with CANCELLED. */
     void (*drain)(vx_device *device, bool drop);
     bool (*is_holding)(vx_device *device); /* whether a request waits here or below */
     /* Whether it may hold requests back for long. Its requests in flight then get less memory. */
     bool (*is_limited)(vx_device *device);
     /* Fails with CANCELLED the requests of `initiator` that wait in queues, because the client is
-     * gone. NULL if no request waits in a queue. */
+     * gone. NULL if no request waits in a queue, here or below. */
     void (*drop)(vx_device *device, const vx_initiator *initiator);
 } vx_operations;
 
@@ -189,7 +204,7 @@ struct vx_device {
     _Atomic uint32_t references;
     _Atomic uint64_t progress; /* raised by every change that a fault handler makes */
     _Atomic bool read_only;
-    vx_device *sized_by; /* the device whose size applies; NULL: this one */
+    vx_device *sized_by; /* the lower device whose size is also this device's; NULL: it has its own */
 };
 
 /* Initialises the common part of `device`. The caller holds the first reference. */
@@ -199,6 +214,7 @@ vx_device *vx_device_reference(vx_device *device);
 void vx_device_release(vx_device *device); /* destroys at the last reference; NULL is allowed */
 
 uint64_t vx_device_size(vx_device *device);
+/* UNSUPPORTED where the device has no `resize`: one that forwards requests follows its lower device. */
 int vx_device_resize(vx_device *device, uint64_t size);
 int vx_device_state(vx_device *device);
 /* The first state other than 0 stays, except that FORKED replaces anything. */

@@ -76,8 +76,10 @@ static bool wait_for_events(vx_nbd_connection *c)
     bool in_the_way = client_is_asked && vx_service_is_in_the_way(s, c->moved_ns);
     if (fds[1].revents & (POLLERR | POLLHUP) || in_the_way)
         c->gone = true;
-    if (in_the_way)
+    if (in_the_way) {
         c->result = VX_E_CANCELLED;
+        c->disconnecting = true; /* no request that has arrived is taken any more */
+    }
     return true;
 }
 

@@ -74,9 +74,13 @@ vx_device *vx_memory_create(uint64_t size, uint64_t capacity, uint64_t identity)
     if (memory == NULL)
         return NULL;
     memory->capacity = capacity < 4096 ? 4096 : capacity;
+    if (size > memory->capacity) {
+        free(memory);
+        return NULL;
+    }
     memory->bytes = mmap(NULL, memory->capacity, PROT_READ | PROT_WRITE,
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory->bytes == MAP_FAILED || size > memory->capacity) {
+    if (memory->bytes == MAP_FAILED) {
         free(memory);
         return NULL;
     }

@@ -35,7 +35,7 @@ typedef struct vx_slot vx_slot;
 
 typedef struct vx_scheduler_facts {
     uint64_t contended_ns;    /* time in which a request waited and every slot was taken */
-    uint64_t contended_units; /* pieces that freed a slot in that time, each counted as one */
+    uint64_t contended_units; /* normalised, of the pieces that freed a slot in that time */
     uint64_t waiting;         /* requests */
     uint64_t below;           /* pieces in slots */
 } vx_scheduler_facts;

@@ -53,6 +53,7 @@ struct vx_slot {
     bool dropped;        /* its client is gone: the rest of the request fails */
     uint32_t submitters; /* threads that submit the piece and still use this slot */
     bool ended;          /* the last submitter frees the slot */
+    uint64_t units;      /* normalised, of the piece */
     uint64_t worst_ns;   /* the worst case of the piece by the model */
     bool counts;         /* included in `below`; false once the lower device has parked the piece */
 };

@@ -118,9 +118,11 @@ static uint64_t cost_of(const vx_scheduler *s, const vx_share *share, const vx_d
 }
 
 static void charge(vx_scheduler *s, vx_share *share, bool reserved, const vx_device *device,
-                   const vx_request *piece, uint64_t now)
+                   vx_slot *p, uint64_t now)
 {
+    const vx_request *piece = &p->piece;
     uint64_t units = vx_units_of(piece->operation, piece->length, s->unit);
+    p->units = units;
     uint64_t cost = cost_of(s, share, device, piece, units);
     share->last_device = device;
     share->last_end = piece->offset + piece->length;
@@ -200,14 +202,13 @@ vx_slot *schedule_next(vx_scheduler *s)
     p->counts = true;
     p->ended = false;
     p->dropped = false;
-    charge(s, share, reserved, schedule_frame_of(request)->device, &p->piece, now);
+    charge(s, share, reserved, schedule_frame_of(request)->device, p, now);
     return p;
 }
 
 vx_request *schedule_take_out(vx_scheduler *s, vx_share *share,
-                            bool (*is_meant)(vx_request *, const vx_initiator *),
-                              const vx_initiator *initiator,
-                            vx_request *found)
+                              bool (*is_meant)(vx_request *, const vx_initiator *),
+                              const vx_initiator *initiator, vx_request *found)
 {
     uint64_t now = vx_clock_now(s->clock);
     vx_request **link = &share->head, *last = NULL;
@@ -233,7 +234,7 @@ void schedule_leave(vx_scheduler *s, vx_slot *p, uint64_t now)
     if (!p->counts)
         return;
     if (s->waiting > 0 && s->below >= s->depth)
-        s->contended_units++;
+        s->contended_units += p->units;
     p->counts = false;
     s->below--;
     s->below_ns -= p->worst_ns;

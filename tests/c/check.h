@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * Checks of C tests, in every build. A check that fails prints where it stands, its expression and its
+ * Checks of C tests, in every build. tests/t0_format/test_c.py builds and runs every test_*.c and
+ * stress_*.c that it finds here (pytest tests/t0_format/test_c.py -k NAME). A check that fails prints where it stands, its expression and its
  * values. Inside RUN(case) it also names the case, ends it, and the program goes on with the next one;
  * anywhere else, and on other threads, it ends the program. CHECK_REPORT() is the exit code.
  */

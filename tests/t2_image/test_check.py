@@ -189,6 +189,25 @@ def test_undo_of_an_image_that_cannot_be_told_is_refused(image):
     assert vhdx.check(image).errors == 0
 
 
+def test_an_interrupted_undo_is_not_forgotten(image):
+    """What was written after it stays, and no second repair comes between."""
+    break_header(image)
+    vhdx.repair(image)
+    active = undo_path(image).with_name(undo_path(image).name + ".active")
+    undo_path(image).rename(active)
+    break_header(image)
+    with pytest.raises(vhdx.ExistsError, match="was interrupted"):
+        vhdx.repair(image)
+    with vhdx.open(image, "r+") as disk:
+        disk.pwrite(b"new", 0)
+    written = image.read_bytes()
+    with pytest.raises(vhdx.InvalidArgumentError, match="changed since"):
+        vhdx.undo(image)
+    assert image.read_bytes() == written
+    active.unlink()
+    assert vhdx.check(image).errors == 0
+
+
 def test_a_repair_that_was_killed_early_is_done_again(image):
     break_header(image)
     damaged = image.read_bytes()

@@ -387,6 +387,8 @@ def test_a_throttle_in_virtual_time():
     assert times == [n * 10_000_000 for n in range(20)]
     with pytest.raises(vhdx.RangeError):
         throttle.write(b"x", MIB)
+    with pytest.raises(vhdx.UnsupportedError):
+        throttle.resize(2 * MIB)
     pool.close()
 
 

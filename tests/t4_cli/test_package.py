@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -111,3 +113,34 @@ def test_an_open_disk_has_loaded_numpy(tmp_path, name):
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert run.stdout.strip() == "True"
+
+
+LONGEST_FILE, LONGEST_CLASS, MOST_METHODS = 600, 300, 20
+
+
+def large_classes():
+    """Classes past the caps: name, lines, public methods."""
+    for path in (ROOT / "vhdx").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                lines = node.end_lineno - node.lineno + 1
+                names = [each.name for each in node.body if isinstance(each, ast.FunctionDef)]
+                methods = sum(not name.startswith("_") for name in names)
+                if lines > LONGEST_CLASS or methods > MOST_METHODS:
+                    yield node.name, lines, methods
+
+
+def test_files_and_classes_keep_their_caps():
+    sources = [*(ROOT / "vhdx").rglob("*.py"), *(ROOT / "csrc").rglob("*.[ch]")]
+    assert len(sources) > 150
+    assert [p for p in sources if len(p.read_text().splitlines()) > LONGEST_FILE] == []
+    listed = re.findall(
+        r"^\| `(\w+)` \((\d+) lines(?:, (\d+) methods)?\) \|",
+        (ROOT / "docs" / "architecture.md").read_text(),
+        re.MULTILINE,
+    )
+    allowed = {name: (int(lines), int(methods or MOST_METHODS)) for name, lines, methods in listed}
+    for name, lines, methods in large_classes():
+        assert name in allowed, f"{name} has {lines} lines and {methods} public methods"
+        assert lines <= allowed[name][0], name
+        assert methods <= allowed[name][1], name

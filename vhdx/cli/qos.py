@@ -16,7 +16,7 @@ from rich.table import Table
 from vhdx import control, lazy
 from vhdx.cli.output import DONE, SECONDS, SIZE, json_option, print_json, print_table
 from vhdx.errors import InUseError, InvalidArgumentError, NotFoundError, VhdxError
-from vhdx.qos import DiskReport, Policy, PolicyKind, QosReport, Settings
+from vhdx.qos import DiskReport, PolicyKind, QosReport, Settings
 from vhdx.qos.monitor import Status
 from vhdx.units import MIB, format_size
 
@@ -197,7 +197,7 @@ def show(path: str | None, as_json: bool) -> None:
     if as_json:
         print_json(found if path is None else found[0])
         return
-    rows = [_row(disk, each.policies) for each in found for disk in each.disks]
+    rows = [_row(disk, each) for each in found for disk in each.disks]
     if not rows:
         click.echo("nothing is served")
         return
@@ -271,10 +271,11 @@ def _in_words(settings: Settings, skipped: int = 0) -> str:
     )
 
 
-def _row(disk: DiskReport, policies: list[Policy]) -> tuple[str, ...]:
+def _row(disk: DiskReport, found: QosReport) -> tuple[str, ...]:
     wanted, now = disk.effective, disk.windows["1"]
     bandwidth = wanted.maximum_bandwidth
-    names = {policy.policy_id: policy.name for policy in policies}
+    names = {policy.policy_id: policy.name for policy in found.policies}
+    is_sampled = found.sampled_seconds >= _SAMPLED_SECONDS
     policy = "-" if disk.policy_id is None else names.get(disk.policy_id, str(disk.policy_id))
     return (
         disk.disk,
@@ -283,8 +284,8 @@ def _row(disk: DiskReport, policies: list[Policy]) -> tuple[str, ...]:
         _or_none(wanted.maximum_iops),
         "-" if bandwidth is None else f"{format_size(bandwidth)}/s",
         policy,
-        f"{now.normalized_iops:.0f}",
-        f"{now.latency:.2f}",
+        f"{now.normalized_iops:.0f}" if is_sampled else "-",
+        f"{now.latency:.2f}" if is_sampled else "-",
     )
 
 

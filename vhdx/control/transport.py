@@ -19,7 +19,7 @@ __all__ = ["ask", "get_text", "lines_of"]
 
 _LONGEST_LINE = 16 << 20
 _JSON = "application/json"
-_NOT_FOUND = 404
+_OK, _NOT_FOUND = 200, 404
 
 
 class _Connection(http.client.HTTPConnection):
@@ -54,24 +54,45 @@ def lines_of(
     """
     connection = _Connection(path, seconds)
     try:
-        data = None if body is None else api.encode(body)
-        connection.request(method, target, data, {"Content-Type": _JSON})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise _failure(response, path)
-        yield (json.loads(line) for line in iter(lambda: response.readline(_LONGEST_LINE), b""))
+        with _failures(path):
+            data = None if body is None else api.encode(body)
+            connection.request(method, target, data, {"Content-Type": _JSON})
+            response = connection.getresponse()
+            if response.status != _OK:
+                raise _failure(response, path)
+        yield _decoded(response, path)
+    finally:
+        connection.close()
+
+
+@contextlib.contextmanager
+def _failures(path: Path) -> Iterator[None]:
+    """Turns errors of the socket, of HTTP and of JSON into a ProtocolError."""
+    try:
+        yield
     except (OSError, http.client.HTTPException, ValueError) as error:
         if isinstance(error, VhdxError):
             raise
         raise ProtocolError(f"the server does not answer: {error!r}", path=path) from error
-    finally:
-        connection.close()
+
+
+def _decoded(response: http.client.HTTPResponse, path: Path) -> Iterator[dict[str, Any]]:
+    while True:
+        with _failures(path):
+            line = response.readline(_LONGEST_LINE)
+            if not line:
+                return
+            found = json.loads(line)
+            if not isinstance(found, dict):
+                raise ProtocolError("a line of the answer is not a JSON object", path=path)
+        yield found
 
 
 def _failure(response: http.client.HTTPResponse, path: Path) -> VhdxError:
     if response.getheader("Content-Type", "").partition(";")[0] == _JSON:
         found = json.loads(response.read(_LONGEST_LINE))
-        return api.decode_reply(found.get("error"), api.ErrorReport).exception()
+        error = found.get("error") if isinstance(found, dict) else None
+        return api.decode_reply(error, api.ErrorReport).exception()
     text = response.read(1000).decode(errors="replace")
     kind = NotFoundError if response.status == _NOT_FOUND else ProtocolError
     return kind(f"the server answered {response.status}: {text}", path=path)
@@ -90,9 +111,11 @@ def get_text(path: Path, target: str, seconds: float) -> str:
     """Gets ``target`` from the server at ``path`` as text."""
     connection = _Connection(path, seconds)
     try:
-        connection.request("GET", target)
-        return connection.getresponse().read().decode(errors="replace")
-    except (OSError, http.client.HTTPException) as error:
-        raise ProtocolError(f"the server does not answer: {error!r}", path=path) from error
+        with _failures(path):
+            connection.request("GET", target)
+            response = connection.getresponse()
+            if response.status != _OK:
+                raise _failure(response, path)
+            return response.read().decode(errors="replace")
     finally:
         connection.close()

@@ -119,7 +119,7 @@ def convert(
     target = "vhd" if azure and to is None and named is None else destination_format(destination, to)
     if azure:
         if target != "vhd":
-            raise InvalidArgumentError("Azure needs a VHD", path=destination, hint="name it .vhd")
+            raise InvalidArgumentError("Azure takes VHD only", path=destination, hint="name it .vhd")
         type = "fixed"
     with (
         open_disk(

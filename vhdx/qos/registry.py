@@ -130,14 +130,15 @@ class Registry:
         """Saves the settings of all disks, and logs unknown policies and minimums that conflict."""
         with self._change_lock:
             self._save({}, self.policies)
-        for name, disk in self.disks.items():
-            if disk.policy_id is not None and disk.policy_id not in self.policies:
-                _log.warning("QoS: %s has an unknown policy: %s", name, disk.policy_id)
-        warning = self._device.warning(self.reservations())
-        if warning is not None:
-            _log.warning("QoS: %s", warning)
-        for _, error in contradictions(self._desired(), self.policies).values():
-            _log.warning("QoS: %s", error)
+        with self.lock:
+            for name, disk in self.disks.items():
+                if disk.policy_id is not None and disk.policy_id not in self.policies:
+                    _log.warning("QoS: %s has an unknown policy: %s", name, disk.policy_id)
+            warning = self._device.warning(self.reservations())
+            if warning is not None:
+                _log.warning("QoS: %s", warning)
+            for _, error in contradictions(self._desired(), self.policies).values():
+                _log.warning("QoS: %s", error)
 
     def set_disk(self, name: str, changes: Mapping[str, Any], policy: str | None) -> str | None:
         """Changes the settings of a disk; see :meth:`Domain.set_disk`."""
@@ -162,7 +163,8 @@ class Registry:
         Raises:
             NotFoundError: there is none.
         """
-        disk = self.disks.get(name)
+        with self.lock:
+            disk = self.disks.get(name)
         if disk is None:
             raise NotFoundError(f"there is no disk {name!r}")
         return disk
@@ -185,8 +187,9 @@ class Registry:
 
     def _desired(self, changed: Mapping[str, DesiredQos] = _NO_CHANGE) -> list[DesiredQos]:
         """The settings and policy of each image, with ``changed`` (by path) in place of its own."""
-        disks = {each.path: each for each in self.disks.values()}.values()
-        return [changed.get(d.path, DesiredQos(d.settings, d.policy_id)) for d in disks]
+        with self.lock:
+            disks = {each.path: each for each in self.disks.values()}.values()
+            return [changed.get(d.path, DesiredQos(d.settings, d.policy_id)) for d in disks]
 
     def reservations(self) -> list[Reservation]:
         """The minimums of all disks and aggregated policies."""
@@ -301,7 +304,8 @@ class Registry:
         if self._closed:
             raise ClosedError("the server is closing")
         if self._store is not None:
-            desired = {d.path: DesiredQos(d.settings, d.policy_id) for d in self.disks.values()}
+            with self.lock:
+                desired = {d.path: DesiredQos(d.settings, d.policy_id) for d in self.disks.values()}
             self._store.update(desired | dict(changed), policies.values())
 
     # ---- flows ----

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import secrets
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from vhdx.errors import HostIOError, InUseError, InvalidArgumentError
@@ -21,6 +23,7 @@ from vhdx.host.runtime import (
 
 __all__ = [
     "Address",
+    "Listener",
     "address_of",
     "bind",
     "inherited_socket",
@@ -117,6 +120,52 @@ def bind(address: Address) -> tuple[socket.socket, Address]:
         shown = address.path or f"{address.host}:{address.port}"
         kind = InUseError if error.errno == errno.EADDRINUSE else HostIOError
         raise kind(f"cannot listen there: {error.strerror or error}", path=shown) from error
+
+
+class Listener:
+    """A listening socket.
+
+    Args:
+        listen: a URI, or a socket that listens already and is not removed at the end. None makes a
+            private unix socket.
+        name: of the export that the private socket is named after.
+
+    Attributes:
+        address: where it listens, with the port that was chosen.
+
+    Raises:
+        InvalidArgumentError, InUseError, HostIOError: it cannot listen.
+    """
+
+    def __init__(self, listen: str | socket.socket | None, name: str) -> None:
+        self._removes = not isinstance(listen, socket.socket)
+        if isinstance(listen, socket.socket):
+            self._socket, self.address = listen, address_of(listen)
+        else:
+            address = private_address(name) if listen is None else parse_address(listen)
+            self._socket, self.address = bind(address)
+
+    def accept(self) -> socket.socket:
+        """Waits for a client.
+
+        Raises:
+            OSError: none can be accepted now, or :meth:`stop` was called.
+        """
+        return self._socket.accept()[0]
+
+    def stop(self) -> None:
+        """Refuses further clients, and wakes the thread that is blocked in :meth:`accept`."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)  # close() does not wake it
+
+    def close(self) -> None:
+        """Closes the socket, and removes its name where it was made here."""
+        self.stop()
+        self._socket.close()
+        path = self.address.path if self._removes else None
+        if path is not None and Path(path).is_socket():
+            with contextlib.suppress(OSError):
+                Path(path).unlink()
 
 
 def inherited_socket() -> socket.socket | None:

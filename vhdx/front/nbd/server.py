@@ -14,12 +14,11 @@ import os
 import socket
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from vhdx import plane
 from vhdx.errors import ProtocolError, VhdxError
-from vhdx.front.nbd.address import address_of, bind, parse_address, private_address, uri_of
+from vhdx.front.nbd.address import Listener, uri_of
 from vhdx.front.nbd.client import Client, name_of, negotiate, terms_of
 from vhdx.front.nbd.handshake import ExportTerms, Handshake, Negotiated
 from vhdx.host import Export, ServerOptions, Session
@@ -74,20 +73,12 @@ class Server:
         with contextlib.ExitStack() as stack:
             self.session = Session(exports, options)
             stack.callback(self.session.close)
-            self._listen(listen, next(iter(exports)) or "disk")
-            stack.callback(self._stop_listening)
+            self._listener = Listener(listen, next(iter(exports)) or "disk")
+            stack.callback(self._listener.close)
             self.session.begin()
             self._cleanup = stack.pop_all()
         self._acceptor = threading.Thread(target=self._accept, name="nbd-accept", daemon=True)
         self._acceptor.start()
-
-    def _listen(self, listen: str | socket.socket | None, name: str) -> None:
-        self._removes_socket = not isinstance(listen, socket.socket)
-        if isinstance(listen, socket.socket):
-            self._listener, self._address = listen, address_of(listen)
-        else:
-            address = private_address(name) if listen is None else parse_address(listen)
-            self._listener, self._address = bind(address)
 
     # ---- state and counters ----
 
@@ -99,12 +90,12 @@ class Server:
     @property
     def uris(self) -> dict[str, str]:
         """The URI of each export, by name."""
-        return {name: uri_of(self._address, name) for name in self.session.exports}
+        return {name: uri_of(self._listener.address, name) for name in self.session.exports}
 
     @property
     def socket_path(self) -> str | None:
         """The path of the unix socket, or None with TCP."""
-        return self._address.path
+        return self._listener.address.path
 
     def exports(self) -> dict[str, Disk]:
         """The disks, by name."""
@@ -158,7 +149,7 @@ class Server:
     def _accept(self) -> None:
         while True:
             try:
-                peer, _ = self._listener.accept()
+                peer = self._listener.accept()
             except OSError as error:
                 if self._closing:
                     return
@@ -170,7 +161,8 @@ class Server:
                 target=self._serve, args=(client,), name="nbd-connection", daemon=True
             )
             with self._lock:  # so that close() joins only started threads
-                refuse = self._closing or len(self._clients) >= self._limits.connections
+                full = len(self._clients) >= self._limits.connections
+                refuse = self._closing or full
                 try:
                     if not refuse:
                         thread.start()
@@ -180,7 +172,7 @@ class Server:
                     _log.warning("cannot start a thread for a connection: %s", error)
                     refuse = True
             if refuse:
-                if not self._closing:
+                if full and not self._closing:
                     _log.warning("a client was refused: %d are connected", self._limits.connections)
                 peer.close()
 
@@ -270,16 +262,6 @@ class Server:
 
     # ---- shutdown ----
 
-    def _stop_listening(self) -> None:
-        # close() does not wake the thread that is blocked in accept(); shutdown() does.
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        path = self._address.path if self._removes_socket else None
-        if path is not None and Path(path).is_socket():
-            with contextlib.suppress(OSError):
-                Path(path).unlink()
-
     def close(self, drain_seconds: float = 10.0) -> None:
         """Drains requests in flight, takes no new ones, flushes, and closes the opened images.
 
@@ -330,12 +312,8 @@ class Server:
         with self._last, contextlib.ExitStack() as stack:
             stack.callback(self._cleanup.close)
             stack.callback(self._acceptor.join)
-            stack.callback(self._stop_accepting)
+            stack.callback(self._listener.stop)
             stack.callback(self.session.flush)
-
-    def _stop_accepting(self) -> None:
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
 
     def __enter__(self) -> Self:
         return self

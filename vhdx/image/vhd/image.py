@@ -9,9 +9,8 @@ of the footer at the start of the file stays valid all the time.
 
 from __future__ import annotations
 
-import itertools
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vhdx import plane
 from vhdx.arrays import np
@@ -28,18 +27,14 @@ from vhdx.image.parents import Missing
 from vhdx.image.plain import PlainImage
 from vhdx.image.raw import RawImage
 from vhdx.image.reclaim import flush_soon
+from vhdx.image.vhd.table import ALIGNMENT, BlockTable, Survey
 from vhdx.units import GIB, MIB, round_up
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 __all__ = ["FixedVhd", "VhdImage"]
 
 _OWN, _BELOW = 0, 1
 _MIXED_TAG, _FULL_TAG = 1, 2
 _GRANT_BYTES = 64 * MIB
-_ALIGNMENT = 4096
-_ENTRIES = vhd.SECTOR // 4  # table entries in a sector
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 """Maps each byte to its reversed bits: in a VHD's bitmaps the first sector is the highest bit."""
 
@@ -132,20 +127,17 @@ class VhdImage(PlainImage):
         self._leaf = host.leaf
         self.block_size = header.block_size
         self.size = footer.virtual_size
-        self._blocks = -(-self.size // self.block_size)
-        self._bitmap = vhd.bitmap_length(self.block_size)
         self._lock = threading.Lock()
         self._gate_lock = threading.Lock()
-        self._free: list[int] = []
         self._released: list[tuple[int, int]] = []  # generation, offset of the data
         self._unsure: set[int] = set()  # table sectors that a failed commit may have written
         self._changed = False
-        self._kept_end = 0  # the file is never cut below this end of unknown data
-        self._table = self._read_table()
-        self._in_use = int((self._table[: self._blocks] != vhd.UNUSED).sum())  # and granted places
-        self._end = self._leaf.size
-        if write:
-            self._end = self._check_table()
+        self._table = BlockTable(host, footer, header)
+        self._bitmap = self._table.bitmap
+        self._in_use = len(self._table.used())  # and granted places
+        self._end, self._free, self._kept_end = (
+            self._table.survey() if write else Survey(self._leaf.size, [], 0)
+        )
         below: plane.Device
         if footer.disk_type == vhd.DiskType.DYNAMIC:
             self._zeros = _Zeros(self._leaf, max(self.size, 1), pool)
@@ -169,109 +161,24 @@ class VhdImage(PlainImage):
             path=host.path,
         )
 
-    # ---- the table ----
-
-    def _damaged(self, message: str, block: int, reason: Reason) -> DamagedError:
-        return DamagedError(
-            message, reason=reason, path=self.path, offset=self._header.table_offset + 4 * block
-        )
-
-    def _read_table(self) -> npt.NDArray[np.uint32]:
-        at, length = self._header.table_offset, 4 * self._blocks
-        if at < vhd.FOOTER_SIZE or at + length > self._leaf.size:
-            raise self._damaged("the block table lies outside the file", 0, Reason.BAT_SIZE)
-        padded = min(round_up(length, vhd.SECTOR), self._leaf.size - at)
-        data = self._leaf.read(padded, at)
-        return np.frombuffer(data.ljust(round_up(length, 512), b"\xff"), ">u4").astype(np.uint32)
-
-    def _ends(self, blocks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """End offset of each stored block; the last block may be cut at the end of the disk."""
-        starts = self._table[blocks].astype(np.int64) * vhd.SECTOR
-        lengths = np.minimum(self.block_size, self.size - blocks * self.block_size)
-        ends: npt.NDArray[np.int64] = starts + self._bitmap + lengths
-        return ends
-
-    def _stored(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Blocks of a range that are stored, and those whose table entry is outside the file."""
-        table = self._table[first : first + count]
-        blocks = first + np.flatnonzero(table != vhd.UNUSED)
-        bad = (self._ends(blocks) > self._leaf.size) | (self._table[blocks] == 0)
-        return blocks[~bad], blocks[bad]
-
-    def _refuse(self, bad: npt.NDArray[np.int64]) -> None:
-        for block in bad[:1].tolist():
-            raise self._damaged(
-                f"block {block} is at {int(self._table[block]) * 512:#x}, outside the file",
-                block,
-                Reason.BAT_OFFSET,
-            )
-
-    def _check_table(self) -> int:
-        """Checks what must hold before a write; returns where fresh blocks may begin."""
-        blocks, bad = self._stored(0, self._blocks)
-        self._refuse(bad)
-        starts = self._table[blocks].astype(np.int64) * vhd.SECTOR
-        order = np.argsort(starts, kind="stable")
-        blocks, starts = blocks[order], starts[order]
-        ends = starts + self._bitmap + self.block_size
-        at = self._header.table_offset
-        table = at, at + round_up(4 * self._header.entries, vhd.SECTOR)
-        header = self._footer.data_offset, self._footer.data_offset + vhd.HEADER_SIZE
-        metadata = sorted([(0, vhd.FOOTER_SIZE), header, table])
-        if at % vhd.SECTOR or any(a[1] > b[0] for a, b in itertools.pairwise(metadata)):
-            raise self._damaged("the block table is misplaced", 0, Reason.BAT_OFFSET)
-        for low, high in metadata:
-            for block in blocks[(starts < high) & (ends > low)][:1].tolist():
-                raise self._damaged(f"block {block} overlaps metadata", block, Reason.BAT_OVERLAP)
-        for which in np.flatnonzero(starts[1:] < ends[:-1])[:1].tolist():
-            block = int(blocks[which + 1])
-            raise self._damaged(f"block {block} overlaps another", block, Reason.BAT_OVERLAP)
-        taken = sorted([*metadata, *zip(starts.tolist(), ends.tolist(), strict=True)])
-        end = round_up(taken[-1][1], vhd.SECTOR)
-        footer_at = self._leaf.size - vhd.FOOTER_SIZE
-        if vhd.parse_footer(self._leaf.read(vhd.FOOTER_SIZE, footer_at)) is None:
-            footer_at = self._leaf.size  # no footer: it may be another program's data
-        for (_, low), (high, _) in itertools.pairwise([*taken, (max(end, footer_at), 0)]):
-            if not self._is_zero(low, high):
-                # Data of another program, such as XenServer's batmap, or remains of a crash. It is
-                # unknown which of them matter, so all of them stay.
-                self._kept_end = max(self._kept_end, high)
-                continue
-            if high > end:
-                break  # fresh blocks begin there
-            data = round_up(low + self._bitmap, _ALIGNMENT)
-            while data + self.block_size <= high:
-                self._free.append(data)
-                data = round_up(data + self.block_size + self._bitmap, _ALIGNMENT)
-        return max(end, round_up(self._kept_end, vhd.SECTOR))
-
-    def _is_zero(self, start: int, end: int) -> bool:
-        """Whether the range of the file holds only zeros."""
-        for extent in self._leaf.extents(start, max(0, end - start)):
-            if extent.state != plane.DATA:
-                continue
-            stop = min(extent.offset + extent.length, end)
-            for at in range(max(extent.offset, start), stop, MIB):
-                if any(self._leaf.read(min(MIB, stop - at), at)):
-                    return False
-        return True
-
     # ---- the map's fault handlers ----
 
     def load(self, first: int, count: int) -> None:
         """Installs the entries of the chunks that hold these blocks."""
         start = first // plane.CHUNK_PAGES * plane.CHUNK_PAGES
-        stop = min(-(-(first + count) // plane.CHUNK_PAGES) * plane.CHUNK_PAGES, self._blocks)
+        stop = min(-(-(first + count) // plane.CHUNK_PAGES) * plane.CHUNK_PAGES, self._table.blocks)
         if stop <= start:
             return
         with self._lock:
-            blocks, bad = self._stored(start, stop - start)
+            blocks, bad = self._table.stored(start, stop - start)
             if self._footer.disk_type == vhd.DiskType.DYNAMIC:
                 new = np.full(stop - start, plane.entries(plane.Kind.HOLE, 0, 0, 0), np.uint64)
             else:
                 where = np.arange(start, stop, dtype=np.uint64) * np.uint64(self.block_size)
                 new = plane.entries(plane.Kind.SHARED, _BELOW, where, 0)
-            offsets = self._table[blocks].astype(np.uint64) * np.uint64(512) + np.uint64(self._bitmap)
+            offsets = self._table.entries[blocks].astype(np.uint64) * np.uint64(512) + np.uint64(
+                self._bitmap
+            )
             new[bad - start] = 0
             new[blocks - start] = plane.entries(plane.Kind.DATA, _OWN, offsets, _FULL_TAG)
             for block, offset in zip(blocks.tolist(), offsets.tolist(), strict=True):
@@ -282,7 +189,7 @@ class VhdImage(PlainImage):
                 self.device.set_bitmap(block, self._turned(bits[:length]))
                 new[block - start] = plane.entries(plane.Kind.MIXED, _OWN, offset, _MIXED_TAG)
             self.device.install(start, new)
-        self._refuse(bad[(bad >= first) & (bad < first + count)])
+        self._table.refuse(bad[(bad >= first) & (bad < first + count)])
 
     @staticmethod
     def _turned(bits: bytes) -> bytes:
@@ -309,7 +216,7 @@ class VhdImage(PlainImage):
         """Grants freed places if there are any, else fresh ones at the end of the file."""
         with self._lock:
             # Ahead only as many as the disk lacks, so that the file does not outgrow the disk much.
-            lacking = self._blocks - self._in_use + len(self._released)
+            lacking = self._table.blocks - self._in_use + len(self._released)
             count = max(wanted, min(_GRANT_BYTES // self.block_size, lacking))
             if count <= 0:
                 return
@@ -337,7 +244,7 @@ class VhdImage(PlainImage):
         end = self._end
         for _ in range(count):
             # Align the data to 4 KiB, whatever the bitmap's length.
-            data = round_up(end + self._bitmap, _ALIGNMENT)
+            data = round_up(end + self._bitmap, ALIGNMENT)
             if (data - self._bitmap) // vhd.SECTOR >= vhd.UNUSED:
                 if not offsets:
                     raise NoSpaceError("a VHD file cannot exceed 2 TiB", path=self.path)
@@ -355,8 +262,10 @@ class VhdImage(PlainImage):
         """Makes whole blocks holes; a zeroed and a trimmed block are the same in a VHD."""
         del operation, size
         hole = plane.entries(plane.Kind.HOLE, 0, 0, 0)
-        for start in range(first, min(first + count, self._blocks), 4096):
-            pages = np.arange(start, min(start + 4096, first + count, self._blocks), dtype=np.uint64)
+        for start in range(first, min(first + count, self._table.blocks), 4096):
+            pages = np.arange(
+                start, min(start + 4096, first + count, self._table.blocks), dtype=np.uint64
+            )
             while len(pages):
                 low, high = int(pages[0]), int(pages[-1]) + 1
                 found = self.device.read_entries(low, high - low)[
@@ -385,30 +294,25 @@ class VhdImage(PlainImage):
         with self._lock:
             values = ((offsets - np.uint64(self._bitmap)) // np.uint64(vhd.SECTOR)).astype(np.uint32)
             values[kinds == plane.Kind.HOLE] = vhd.UNUSED
-            before = self._table[blocks]
+            before = self._table.entries[blocks]
             ones = b"\xff" * self._bitmap
             # Blocks at an unchanged offset were MIXED before, and hold all their sectors now.
             full = offsets[(kinds == plane.Kind.DATA) & (before == values)]
             steps = [_write(at - self._bitmap, ones) for at in full.tolist()]
             done = set(blocks.tolist())
             for block, bits in zip(changes.bitmap_pages.tolist(), changes.bitmaps, strict=True):
-                if block not in done and self._table[block] != vhd.UNUSED:
+                if block not in done and self._table.entries[block] != vhd.UNUSED:
                     content = self._turned(bits.tobytes()).ljust(self._bitmap, b"\0")
-                    steps.append(_write(int(self._table[block]) * vhd.SECTOR, content))
-            self._table[blocks] = values
-            changed = np.unique(blocks[before != values] // np.uint64(_ENTRIES))
-            unsure = self._unsure.union(changed.tolist())
-            for sector in sorted(unsure):
-                part = (
-                    self._table[sector * _ENTRIES : (sector + 1) * _ENTRIES].astype(">u4").tobytes()
-                )
-                steps.append(_write(self._header.table_offset + sector * 512, part))
+                    steps.append(_write(int(self._table.entries[block]) * vhd.SECTOR, content))
+            self._table.entries[blocks] = values
+            unsure = self._unsure | self._table.sectors_of(blocks[before != values])
+            steps += self._table.sector_steps(sorted(unsure))
         try:
             self._leaf.batch([*steps, plane.Step(plane.Operation.FLUSH)])
         except BaseException:
             with self._lock:
                 # The commit will be retried; it is unknown which of these sectors were written.
-                self._table[blocks] = before
+                self._table.entries[blocks] = before
                 self._unsure = unsure
             raise
         self._unsure = set()
@@ -443,7 +347,7 @@ class VhdImage(PlainImage):
         if not self.read_only:
             self.device.flush()
         with self._lock:
-            stored = int((self._table[: self._blocks] != vhd.UNUSED).sum())
+            stored = len(self._table.used())
         name = self._header.parent_name or None
         parent = {
             "path": name,
@@ -454,7 +358,7 @@ class VhdImage(PlainImage):
             **_common(self._footer, self.kind),
             **super().describe(),
             "parent": None if self._footer.disk_type == vhd.DiskType.DYNAMIC else parent,
-            "blocks": {"not_present": self._blocks - stored, "fully_present": stored},
+            "blocks": {"not_present": self._table.blocks - stored, "fully_present": stored},
         }
 
     @property
@@ -481,17 +385,8 @@ class VhdImage(PlainImage):
             return
         # Zero the bitmaps of unused granted places, or later opens would keep them as unknown data.
         unused = [at - self._bitmap for at in self.device.revoke().tolist()]
-        blank = plane.Operation.ZERO
-        self._leaf.batch([plane.Step(blank, at, self._bitmap) for at in unused])
-        blocks = np.flatnonzero(self._table[: self._blocks] != vhd.UNUSED)
-        starts = self._table[blocks].astype(np.int64) * vhd.SECTOR
-        metadata = max(
-            self._header.table_offset + 4 * self._header.entries,
-            self._footer.data_offset + vhd.HEADER_SIZE,
-        )
-        ends = starts + self._bitmap + self.block_size
-        last = max(int(ends.max()) if len(ends) else 0, metadata, self._kept_end)
-        end = round_up(last, vhd.SECTOR)
+        self._leaf.batch([plane.Step(plane.Operation.ZERO, at, self._bitmap) for at in unused])
+        end = round_up(max(self._table.end(), self._kept_end), vhd.SECTOR)
         if end + vhd.FOOTER_SIZE >= self._leaf.size:
             return
         # A crash may lose this footer; then the copy at the start serves.

@@ -188,7 +188,7 @@ def _open_parent(
         if footer is None or footer.unique_id != header.parent_id:
             below.close()
             refusal = MissingParentError(
-                f"{path} is not the disk that this image was made from",
+                f"{path} is another disk than the one that this image was made from",
                 reason=Reason.PARENT_CHANGED,
             )
             continue

@@ -163,7 +163,6 @@ class Taken:
         """
         if not len(offsets):
             return
-        self.furthest = max(self.furthest, int(offsets.max()) + length)
         span = np.arange(max(1, length // MIB), dtype=np.uint64)
         step = max(1, (1 << 20) // len(span))
         claimed: list[npt.NDArray[np.uint64]] = []
@@ -189,6 +188,7 @@ class Taken:
                 )
             self._map[unique] = True
             claimed.append(unique)
+        self.furthest = max(self.furthest, int(offsets.max()) + length)
 
     @property
     def end(self) -> int:

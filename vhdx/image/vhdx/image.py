@@ -284,7 +284,7 @@ class VhdxImage:
         if move_gpt or table is None or table.kind != "gpt":
             return None
         return (
-            "its backup GPT is still at the old end of the disk; move it in the guest "
+            "its backup GPT is still at the old end of the disk; the guest has to move it "
             "(sgdisk -e, or the disk tool of Windows), or stop the guest and repeat this resize "
             "with --move-gpt"
         )

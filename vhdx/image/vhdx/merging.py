@@ -145,12 +145,15 @@ def _merge_into(
     cancel: Callable[[], bool] | None,
 ) -> None:
     child = open_host(name, write=False, locked=False)
-    structure = read_structure(child)
-    size = structure.parameters.virtual_size
-    if size < base.engine.map.size:
+    try:
+        structure = read_structure(child)
+        size = structure.parameters.virtual_size
+        if size < base.engine.map.size:
+            raise UnsupportedError("it is smaller than its parent", path=name)
+        top = Engine(child, structure, base.engine.map, write=False, pool=plane.default_pool())
+    except BaseException:
         child.close()
-        raise UnsupportedError("it is smaller than its parent", path=name)
-    top = Engine(child, structure, base.engine.map, write=False, pool=plane.default_pool())
+        raise
     try:
         if size > base.engine.map.size:
             resizing.grow(base.engine, size)

@@ -63,6 +63,11 @@ def undo_path(path: str | PathLike[str]) -> Path:
     return Path(os.path.realpath(os.fsdecode(path)) + ".undo")
 
 
+def _active(undo_file: Path) -> Path:
+    """The name that the undo file has while an undo runs."""
+    return undo_file.with_name(undo_file.name + ".active")
+
+
 class _Undo:
     """The undo file of one repair."""
 
@@ -72,6 +77,12 @@ class _Undo:
         self._size = host.leaf.size
         self._named = False  # once True, the image may have been changed
         try:
+            if os.path.lexists(_active(self._path)):
+                raise ExistsError(
+                    "an undo of an earlier repair was interrupted",
+                    path=_active(self._path),
+                    hint="finish it with check --undo",
+                )
             if os.path.lexists(self._path):
                 if not _never_used(self._path, before):
                     raise self._exists()
@@ -342,7 +353,7 @@ def undo(path: str | PathLike[str]) -> None:
         InvalidArgumentError: the image was changed since the repair; nothing is changed.
     """
     kept = undo_path(path)
-    under_way = kept.with_name(kept.name + ".active")
+    under_way = _active(kept)
     again = under_way.exists()
     try:
         data = (under_way if again else kept).read_bytes()
@@ -357,14 +368,16 @@ def undo(path: str | PathLike[str]) -> None:
     try:
         leaf = host.leaf
         try:
-            fits = again or _current(host).file_write_guid.bytes_le in guids
+            now = _current(host).file_write_guid
         except DamagedError:
-            fits = False
+            fits = again  # an interrupted undo may have left half of a header
+        else:
+            fits = now.bytes_le in guids or (again and now in _saved_guids(records))
         if not fits:
             raise InvalidArgumentError(
                 "it was changed since the repair, so the saved bytes no longer fit",
                 path=host.path,
-                hint=f"remove {kept}",
+                hint=f"remove {under_way if again else kept}",
             )
         if not again:  # from here on, an undo may start again in any state of the image
             kept.rename(under_way)
@@ -382,6 +395,18 @@ def undo(path: str | PathLike[str]) -> None:
         host.close()
     under_way.unlink()
     sync_directory(kept.resolve().parent)
+
+
+def _saved_guids(records: list[tuple[int, bytes]]) -> set[UUID]:
+    """The FileWriteGuids of the saved headers, which an undo restores one after the other."""
+    found = set()
+    for slot, at in enumerate(headers.HEADER_OFFSETS):
+        for offset, content in records:
+            if offset == at and len(content) == headers.HEADER_SIZE:
+                header = headers.parse_header(content, slot)
+                if header is not None:
+                    found.add(header.file_write_guid)
+    return found
 
 
 def _parse(kept: Path, data: bytes) -> tuple[int, set[bytes], list[tuple[int, bytes]]]:

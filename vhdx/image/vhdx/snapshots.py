@@ -171,8 +171,11 @@ class FreshChild:
         items = inherited_items(base.structure)
         self._temporary, fd = create_partial(self._target)
         sparse = base.host.sparse
-        leaf = plane.File(fd, 0, read_only=False, sparse=sparse, path=path)
-        host: HostFile | None = None
+        try:
+            leaf = plane.File(fd, 0, read_only=False, sparse=sparse, path=path)
+        except BaseException:  # fd is closed
+            self.discard()
+            raise
         try:
             copy_attributes(self._target, fd)
             layout.write_image(leaf, child, sparse=sparse, parent=link, items=items)
