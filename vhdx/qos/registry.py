@@ -135,8 +135,7 @@ class Registry:
                 if disk.policy_id is not None and disk.policy_id not in self.policies:
                     _log.warning("QoS: %s has an unknown policy: %s", name, disk.policy_id)
             warning = self._device.warning(self.reservations())
-            if warning is not None:
-                _log.warning("QoS: %s", warning)
+            _warn(warning)
             for _, error in contradictions(self._desired(), self.policies).values():
                 _log.warning("QoS: %s", error)
 
@@ -204,8 +203,7 @@ class Registry:
             if policy_id not in before or excess > before[policy_id][0]:
                 raise error
         warning = self._device.admit(self.reservations(), reservations(desired, policies))
-        if warning is not None:
-            _log.warning("QoS: %s", warning)
+        _warn(warning)
         return warning
 
     def _apply(self, disk: DiskState, *, fresh: bool = False) -> None:
@@ -266,8 +264,7 @@ class Registry:
             policy = self.policy(name)
             left = {key: each for key, each in self.policies.items() if each is not policy}
             warning = self._device.warning(reservations(self._desired(), left))
-            if warning is not None:  # the policy limited minimums; it is removed anyway
-                _log.warning("QoS: %s", warning)
+            _warn(warning)  # the policy limited minimums; it is removed anyway
             self._save({}, left)
             with self.lock:
                 del self.policies[policy.policy_id]
@@ -360,3 +357,8 @@ class Registry:
             self._closed = True
             if self._store is not None:
                 self._store.close()
+
+
+def _warn(warning: str | None) -> None:
+    if warning is not None:
+        _log.warning("QoS: %s", warning)
