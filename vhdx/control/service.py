@@ -72,8 +72,8 @@ class Control:
         self._server, self._on_stop = server, on_stop
         self._started = time.time()
         self._lock = threading.Lock()
-        self._closing = False
-        self._streams: set[Stream] = set()
+        self._closing = False  # under _lock
+        self._streams: set[Stream] = set()  # under _lock: operations that run
         self._listeners: list[web.Request] = []  # only used on the loop's thread
         directory = runtime_directory()
         self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}{api.SUFFIX}"

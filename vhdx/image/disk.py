@@ -89,8 +89,8 @@ class Disk:
         self._image = image
         self._device = image.device
         self._lock = threading.Lock()
-        self._users = 0
-        self._closed = False
+        self._users = 0  # under _lock: front ends that serve it
+        self._closed = False  # under _lock
         self._forget = keep(self, image)
 
     def __repr__(self) -> str:

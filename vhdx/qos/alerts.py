@@ -38,8 +38,9 @@ class Alerts:
     def __init__(self, hook: str | None) -> None:
         self._hook = hook
         self._to_run: queue.Queue[Alert | None] = queue.Queue(_KEPT_ALERTS)
-        self._runner: threading.Thread | None = None
         self._lock = threading.Lock()
+        # Under _lock:
+        self._runner: threading.Thread | None = None
         self._kept: deque[Alert] = deque(maxlen=_KEPT_ALERTS)
         self._listeners: list[Callable[[Alert], None]] = []
 

@@ -64,11 +64,14 @@ class Server:
         options = ServerOptions() if options is None else options
         self._limits = options.limits
         self._lock = threading.Lock()
+        # Under _lock:
         self._clients: set[Client] = set()
-        self._closing, self._closed = False, threading.Event()
+        self._closing = False
         self._failures: list[BaseException] = []
         self._slots = 0
-        self._ended: dict[str, list[int]] = {}  # under _lock: counters of closed connections
+        self._ended: dict[str, list[int]] = {}  # counters of closed connections
+        # Not guarded:
+        self._closed = threading.Event()
         self._first, self._last = contextlib.ExitStack(), contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
             self.session = Session(exports, options)
@@ -287,7 +290,8 @@ class Server:
             try:
                 self._close(drain_seconds)
             except BaseException as error:
-                self._failures.append(error)
+                with self._lock:
+                    self._failures.append(error)
             self._closed.set()
         self._closed.wait()
 

@@ -129,9 +129,11 @@ class VhdImage(PlainImage):
         self.size = footer.virtual_size
         self._lock = threading.Lock()
         self._gate_lock = threading.Lock()
+        self._changed = False  # under _gate_lock
+        # Table sectors that a failed commit may have written; only commits use it, one at a time.
+        self._unsure: set[int] = set()
+        # Under _lock from here on:
         self._released: list[tuple[int, int]] = []  # generation, offset of the data
-        self._unsure: set[int] = set()  # table sectors that a failed commit may have written
-        self._changed = False
         self._table = BlockTable(host, footer, header)
         self._bitmap = self._table.bitmap
         self._in_use = len(self._table.used())  # and granted places

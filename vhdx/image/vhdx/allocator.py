@@ -48,9 +48,9 @@ class Allocator:
         *,
         sparse: bool,
     ) -> None:
-        self._space = space
+        self._space = space  # under the lock
         self._map = device
-        self._geometry = geometry
+        self._geometry = geometry  # under the lock
         self._sparse = sparse
         self._lock = lock
         self._grant_bytes = _FIRST_GRANT  # under the lock

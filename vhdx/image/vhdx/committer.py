@@ -60,10 +60,12 @@ class Committer:
         anchors: set[int],
         lock: threading.Lock,
     ) -> None:
+        # Rounds run one at a time, and hold the engine's commit lock, as do changes of other metadata:
+        # it guards every field that changes.
         self._structure = structure
         self._leaf = leaf
         self._map = device
-        self._bitmaps = bitmaps
+        self._bitmaps = bitmaps  # its own state is under the lock
         self._allocator = allocator
         self._anchors = anchors
         self._lock = lock

@@ -80,18 +80,18 @@ class Engine:
         data: plane.Device | None = None,
     ) -> None:
         self.host = host
-        self.structure = structure
+        self.structure = structure  # changed under _commit_lock and _lock
         self._leaf = host.leaf
-        self._geometry = structure.geometry
+        self._geometry = structure.geometry  # likewise
         self._lock = threading.Lock()
         self._gate_lock = threading.Lock()
         self._commit_lock = threading.Lock()
         self.structure_lock = threading.Lock()
-        self._closed = False  # under the gate lock
+        self._closed = False  # under _gate_lock
         self._frozen = False  # under _gate_lock and _lock; a snapshot has ended all changes
-        self._data_write_guid = data_write_guid
-        self._furthest = 0
-        self._bitmaps = SectorBitmaps(structure, host.leaf, host.path)
+        self._data_write_guid = data_write_guid  # used under _gate_lock
+        self._furthest = 0  # used under _gate_lock
+        self._bitmaps = SectorBitmaps(structure, host.leaf, host.path)  # under _lock
         self._allocator: Allocator | None = None
         self._committer: Committer | None = None
         taken = None

@@ -48,7 +48,7 @@ class Loader:
         lock: threading.Lock,
     ) -> None:
         self._host = host
-        self._structure = structure
+        self._structure = structure  # under the lock
         self._map = device
         self._bitmaps = bitmaps
         self._lock = lock
