@@ -188,14 +188,10 @@ class VhdImage(PlainImage):
                 length = self.block_size // vhd.SECTOR // 8
                 if bits[:length].count(0xFF) == length:
                     continue
-                self.device.set_bitmap(block, self._turned(bits[:length]))
+                self.device.set_bitmap(block, bits[:length].translate(_REVERSED))
                 new[block - start] = plane.entries(plane.Kind.MIXED, _OWN, offset, _MIXED_TAG)
             self.device.install(start, new)
         self._table.refuse(bad[(bad >= first) & (bad < first + count)])
-
-    @staticmethod
-    def _turned(bits: bytes) -> bytes:
-        return bits.translate(_REVERSED)
 
     def open_gate(self) -> None:
         """Makes the footer's copy at the start durable, then moves the footer at the end."""
@@ -304,7 +300,7 @@ class VhdImage(PlainImage):
             done = set(blocks.tolist())
             for block, bits in zip(changes.bitmap_pages.tolist(), changes.bitmaps, strict=True):
                 if block not in done and self._table.entries[block] != vhd.UNUSED:
-                    content = self._turned(bits.tobytes()).ljust(self._bitmap, b"\0")
+                    content = bits.tobytes().translate(_REVERSED).ljust(self._bitmap, b"\0")
                     steps.append(_write(int(self._table.entries[block]) * vhd.SECTOR, content))
             self._table.entries[blocks] = values
             unsure = self._unsure | self._table.sectors_of(blocks[before != values])

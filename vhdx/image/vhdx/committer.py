@@ -60,8 +60,8 @@ class Committer:
         anchors: set[int],
         lock: threading.Lock,
     ) -> None:
-        # Rounds run one at a time, and hold the engine's commit lock, as do changes of other metadata:
-        # it guards every field that changes.
+        # Rounds and changes of other metadata hold the engine's commit lock, which guards every field
+        # that changes.
         self._structure = structure
         self._leaf = leaf
         self._map = device
