@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import os
 import re
 import subprocess
@@ -144,3 +145,25 @@ def test_files_and_classes_keep_their_caps():
         assert name in allowed, f"{name} has {lines} lines and {methods} public methods"
         assert lines <= allowed[name][0], name
         assert methods <= allowed[name][1], name
+
+
+def imports_of(path):
+    """The modules of the package that a file imports, those for types included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [node.module, *(f"{node.module}.{each.name}" for each in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [each.name for each in node.names]
+        yield from (name for name in names if name.startswith("vhdx"))
+
+
+def test_no_files_import_each_other_in_a_circle():
+    modules = {}
+    for path in (ROOT / "vhdx").rglob("*.py"):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        if path.name != "__init__.py":  # which only hands names on
+            modules[name] = path
+    graph = {name: {x for x in imports_of(path) if x in modules} for name, path in modules.items()}
+    assert sum(map(len, graph.values())) > 300
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError

@@ -3,8 +3,8 @@
 
 :class:`Registry` has disks, policies and flows. :class:`SharedDevice` schedules the device that the
 disks share and reports which minimums it can keep. :class:`Sampler` takes samples, :class:`Alerts`
-delivers alerts about missed minimums, and :mod:`vhdx.qos.report` makes reports. Any thread may call
-any method.
+delivers alerts about missed minimums, and :mod:`vhdx.qos.reporting` makes reports. Any thread may
+call any method.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vhdx.errors import ClosedError, InvalidArgumentError
 from vhdx.qos.alerts import Alerts
 from vhdx.qos.policy import NORMALISED_UNIT, Policy, Settings
 from vhdx.qos.registry import Registry
-from vhdx.qos.report import QosReport, report
+from vhdx.qos.reporting import report
 from vhdx.qos.sampler import Sampler
 from vhdx.qos.shared_device import Scheduling, SharedDevice
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from vhdx.qos.flows import Flow
     from vhdx.qos.monitor import Alert
+    from vhdx.qos.report import QosReport
     from vhdx.qos.store import Store
 
 __all__ = ["SUBSCRIPTION_SECONDS", "Domain"]
