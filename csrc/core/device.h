@@ -9,8 +9,8 @@
  *   VX_AGAIN    only with VX_NOWAIT: answering now would block; nothing lasting was done
  *   VX_PARKED   request->complete is called exactly once, perhaps before vx_submit returns. The
  *               submitter must not touch the request any more; only the completion may. Allowed
- *               only without VX_NOWAIT, or with VX_MAY_PARK. The device must not use request->memo,
- *               which is on the submitter's stack
+ *               only without VX_NOWAIT, or with VX_MAY_PARK. The device clears request->memo, which is
+ *               on the submitter's stack
  *   VX_FAULTED  the device lacks something that its fault handler must provide; request->fault
  *               says what. The whole stack is unwound: no epoch, lock or buffer is held. The
  *               driver (run.h) calls the handler once and submits the request again.
@@ -25,8 +25,8 @@
  *              end holds the reply until then
  *   restart    every operation may be submitted again from the start after AGAIN or FAULTED; the
  *              first `done` bytes of the range need not be repeated
- *   delays     with NOWAIT and without MAY_PARK the submitter drops an answer that is DONE but has
- *              not_before_ns set, and submits the request again, so such a device answers AGAIN
+ *   delays     a device that sets not_before_ns answers AGAIN to NOWAIT without MAY_PARK. Else the
+ *              submitter, who cannot wait, would submit the request a second time
  *   holes      of a READ that has `extents`: runs of zeros that are not written into the buffer. Their
  *              offsets are those of the request's device. Holes that find no room in `extents` are
  *              written as zeros. After FAULTED the holes in the first `done` bytes stay
@@ -35,8 +35,8 @@
  * A device that forwards requests submits the same request to its lower device and returns the answer.
  * To see how the request ends it replaces `complete` and `context` first. It puts both back when the
  * answer is not PARKED, and in its own completion before it calls theirs. It needs no upcalls, because
- * a fault names the device that made it. A device that parks a request clears `memo`, and holds a
- * reference to itself until the request completes.
+ * a fault names the device that made it. A device that parks a request holds a reference to
+ * itself until the request completes.
  */
 #ifndef VX_DEVICE_H
 #define VX_DEVICE_H
@@ -126,8 +126,8 @@ typedef struct vx_memo {
 } vx_memo;
 
 /* State that a layer keeps in a request while it handles the request. Each layer uses only its own
- * frame. All frames are zero in a new request and in a child. So two devices of one layer never
- * handle the same request: between them there must be a device that makes children. */
+ * frame. All frames are zero in a new request and in a child. Two devices of one layer must not
+ * handle the same request: put a device that makes children between them. */
 enum vx_layer { VX_LAYER_THROTTLE = 0, VX_LAYER_SCHEDULE = 1, VX_LAYER_MAP = 2, VX_LAYERS = 3 };
 
 #define VX_FRAME_BYTES 16u
@@ -181,9 +181,8 @@ typedef struct vx_operations {
     int (*resize)(vx_device *device, uint64_t size);
     void (*destroy)(vx_device *device);
     bool forwards; /* it forwards requests unchanged, so the device below checks their range */
-    /* May hold requests back, here or below; has `drain`, `is_holding` and `is_limited`. Front ends ask
-     * only the top device of a stack, so a device above one that paces sets this too and passes on
-     * the calls. */
+    /* A throttle, which front ends drain: it is the top device of its stack, and has `drain`,
+     * `is_holding` and `is_limited`. */
     bool paces;
     /* Stops holding requests back. Waiting requests pass, or with `drop` fail with CANCELLED. */
     void (*drain)(vx_device *device, bool drop);

@@ -63,7 +63,7 @@ static bool wait_for_events(vx_nbd_connection *c)
         return receive(c, true);
     short events = (short)((input ? POLLIN : 0) | (c->output.bytes > 0 ? POLLOUT : 0));
     /* While a throttle holds requests back, also check that the client is still connected. */
-    bool check = events != 0 || (vx_service_is_paced(s) && s->under_way > 0 && !vx_service_is_dropped(s));
+    bool check = events != 0 || (vx_service_is_paced(s) && s->under_way > 0 && !c->gone);
     struct pollfd fds[2] = {{.fd = s->wake, .events = POLLIN},
                             {.fd = check && !c->gone ? c->fd : -1, .events = events}};
     /* Other connections hold the memory and do not wake this one, so it polls. */
@@ -114,8 +114,8 @@ int vx_nbd_serve(vx_nbd_connection *c)
             nbd_abandon_input(c);
         if (c->gone)
             nbd_forget_reads(c);
-        if (c->gone || atomic_load(&c->stopping)) /* do not wait for a throttle */
-            vx_service_drain(s, !atomic_load(&c->stopping));
+        if (atomic_load(&c->stopping))
+            vx_service_drain(s, false); /* the server ends: no request waits any longer */
         if (c->gone)
             vx_service_drop(s);
         if (c->disconnecting && s->under_way == 0 && c->output.bytes == 0)

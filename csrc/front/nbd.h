@@ -32,7 +32,7 @@ typedef struct vx_nbd_terms {
     uint32_t context_id;      /* of base:allocation, when block_status */
     uint32_t requests_limit;  /* in flight at once */
     uint32_t epoch_slot;            /* spreads connections over epoch slots */
-    uint64_t bytes_limit;     /* payload in flight; the first piece a direction always fits */
+    uint64_t bytes_limit;     /* bytes of payload in flight; the first piece of each direction always fits */
     bool read_only;
     bool structured;
     bool block_status;

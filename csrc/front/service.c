@@ -366,16 +366,9 @@ void vx_service_drain(vx_service *s, bool drop)
     s->device->operations->drain(s->device, drop);
 }
 
-bool vx_service_is_dropped(vx_service *s)
-{
-    pthread_mutex_lock(&s->lock);
-    bool dropped = s->dropped;
-    pthread_mutex_unlock(&s->lock);
-    return dropped;
-}
-
 void vx_service_drop(vx_service *s)
 {
+    vx_service_drain(s, true);
     pthread_mutex_lock(&s->lock);
     bool first = !s->dropped;
     s->dropped = true;

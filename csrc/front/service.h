@@ -70,7 +70,7 @@ struct vx_task {
 
 typedef struct vx_service_terms {
     uint32_t commands_limit; /* in flight at once */
-    uint64_t bytes_limit;    /* payload in flight; the first piece a direction always fits */
+    uint64_t bytes_limit;    /* bytes of payload in flight; the first piece of each direction always fits */
 } vx_service_terms;
 
 struct vx_service {
@@ -145,10 +145,9 @@ bool vx_service_is_metered(const vx_service *service);
 bool vx_service_is_paced(const vx_service *service);
 /* The device stops holding requests back: waiting requests pass, or with `drop` fail. Acts once. */
 void vx_service_drain(vx_service *service, bool drop);
-/* The client takes no more answers: tasks in queues, or held until a time, come back at once. Acts
- * once. */
+/* The client takes no more answers: tasks in queues, or held until a time, come back at once. Drains
+ * the device with `drop`, unless it was drained before. Acts once. */
 void vx_service_drop(vx_service *service);
-bool vx_service_is_dropped(vx_service *service);
 /* Whether the client has neither sent nor received since `moved_ns`, VX_SERVICE_STALL_NS or longer
  * ago, while the service borrows memory that another connection has been waiting for as long. */
 bool vx_service_is_in_the_way(const vx_service *service, uint64_t moved_ns);

@@ -117,9 +117,9 @@ static int throttle_submit(vx_device *device, vx_request *request)
 
 /* ---- under the lock: waiting requests ---- */
 
-/* Charges the piece to its unpaid buckets as of `from`, the one with the latest due time first.
- * Returns when (ticks) the charged bucket lets it pass or pay the next; `from` once all buckets are
- * paid. */
+/* Charges the piece, as of `from`, to the unpaid bucket that would release it last. If that bucket
+ * releases it later than `from`, returns the time (ticks); else goes on with the next bucket. Returns
+ * `from` when every bucket is paid. */
 static uint64_t pay(flow *f, uint32_t operation, uint64_t from)
 {
     for (;;) {

@@ -31,7 +31,7 @@ static void *own_first_sectors(void *argument)
     return NULL;
 }
 
-int main(void)
+static void a_run_is_decided_once(void)
 {
     uint64_t size = (uint64_t)PAGES * PAGE, flips = 0;
     vx_pool *pool = vx_pool_create(1, 1 << 20);
@@ -62,5 +62,10 @@ int main(void)
     vx_device_release(device);
     vx_device_release(parent);
     vx_pool_destroy(pool);
+}
+
+int main(void)
+{
+    RUN(a_run_is_decided_once);
     return CHECK_REPORT();
 }

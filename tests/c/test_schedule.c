@@ -766,7 +766,7 @@ static void *end_slot_later(void *slot)
 }
 
 /* vx_scheduler_stop waits for slots in use, whose holders still use the clock and the pool. */
-static void a_stop_waits_for_turns(void)
+static void a_stop_waits_for_slots(void)
 {
     set_up(VX_MODEL_SSD, 1, 1, false);
     pthread_t thread;
@@ -815,7 +815,7 @@ int main(void)
     RUN(a_cut_write_is_flushed);
     RUN(large_units_and_durable_writes);
     RUN(the_rest_of_what_is_dropped_fails);
-    RUN(a_stop_waits_for_turns);
+    RUN(a_stop_waits_for_slots);
     RUN(the_same_again_is_the_same);
     return CHECK_REPORT();
 }

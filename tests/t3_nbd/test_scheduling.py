@@ -241,6 +241,22 @@ def test_alerts_end_with_their_minimum(experiment):
     ]
 
 
+def test_figures_are_sampled_during_a_subscription(experiment):
+    made = experiment(Scheduling(), {"a": Settings(maximum_iops=100)})
+    made.begin("a")
+    made.domain.report()
+    made.domain.advance(2)
+    assert made.domain.report().sampled_seconds == 0  # a report starts nothing
+    made.domain.subscribe(10)
+    made.domain.advance(5)
+    assert made.domain.report().sampled_seconds == pytest.approx(5)
+    assert made.iops("a", "1") == pytest.approx(100, rel=0.05)
+    made.domain.advance(6)
+    assert made.domain.report().sampled_seconds == 0  # it has ended
+    made.domain.subscribe(10)
+    assert made.iops("a", "1") == 0  # nothing is known of the time in between
+
+
 def test_one_disk_under_two_names(experiment):
     made = experiment(Scheduling(), {})
     memory = plane.Memory(16 * MIB)
@@ -288,7 +304,7 @@ def test_one_disk_is_one_by_any_path_and_device(pool, tmp_path):
     domain.close()
 
 
-def test_a_child_does_not_wait_for_turns_of_its_parent(pool):
+def test_a_child_does_not_wait_for_slots_of_its_parent(pool):
     domain = Domain(pool, scheduling=Scheduling(keep_minimums=True, capacity_iops=1000))
     with domain._device._background.slot(4096):  # whose thread the child does not have
         child = os.fork()
@@ -395,7 +411,7 @@ def test_what_a_client_that_is_gone_asked_for_is_dropped(fast_path, keep):
         assert waiting == 0
 
 
-def test_a_compaction_takes_turns(fast_path):
+def test_a_compaction_takes_slots(fast_path):
     image = fast_path / "disk.vhdx"
     vhdx.create(image, 64 * MIB, block_size=MIB)
     with vhdx.open(image, "r+") as disk:

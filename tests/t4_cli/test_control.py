@@ -20,7 +20,7 @@ from aiohttp import web
 import vhdx
 from tests.t4_cli.command import VHDX, run, suspend
 from vhdx import control
-from vhdx.control import operations
+from vhdx.control import api, operations
 from vhdx.control.api import NoArguments
 from vhdx.control.operations import Operation
 from vhdx.errors import ProtocolError
@@ -414,11 +414,36 @@ def test_a_server_of_another_version_is_refused_with_both(image, monkeypatch, kn
         theirs = 2 if knows_versions else 1
         wanted = f"speaks version {theirs} of the control interface .*, and this vhdx version 3"
         assert not found.answers
-        for ask in (found.qos, found.stop, lambda: vhdx.resize(image, 80 * MIB)):
+        for ask in (found.qos, found.stop):
             with pytest.raises(ProtocolError, match=wanted):
                 ask()
+        with pytest.raises(vhdx.InUseError, match=f"may be served: process .* {wanted}"):
+            vhdx.resize(image, 80 * MIB)
     assert vhdx.info(image)["virtual_size"] == 64 * MIB
 
 
 async def not_found(self, request):
     raise web.HTTPNotFound
+
+
+def test_a_field_at_its_default_is_not_sent():
+    """So that a later client may have more of them, and an older server takes what it sends."""
+    assert api.encode(api.ResizeArguments(5)) == b'{"size": 5}'
+    assert api.encode(api.ChangeDisk("a")) == b'{"change": "disk", "name": "a"}'
+
+
+@pytest.mark.parametrize("body", ["{}", '{"seconds": 0}', '{"seconds": NaN}', '{"seconds": 1e9}'])
+def test_subscriptions_have_an_end(image, body):
+    with vhdx.serve({"disk": image}) as server:
+        [found] = control.servers()
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(found.socket))
+            client.settimeout(30)
+            client.sendall(
+                f"POST /v2/qos/subscription HTTP/1.1\r\nHost: x\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
+            )
+            assert client.recv(12) == b"HTTP/1.1 400"
+        assert server.qos.report().sampled_seconds == 0
+        found.subscribe(5)
+        assert server.qos.report().sampled_seconds > 0

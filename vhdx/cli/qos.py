@@ -131,9 +131,9 @@ def refuse_stuck(servers: list[ServerInfo]) -> None:
     Raises:
         InUseError: naming the server's process.
     """
-    for server in servers:
-        if server.problem is not None:
-            raise InUseError(f"process {server.pid} {server.problem}", hint="continue or end it")
+    problems = [f"process {x.pid} {x.problem}" for x in servers if x.problem is not None]
+    if problems:
+        raise InUseError("; ".join(problems))
 
 
 def _chosen(pid: int | None) -> list[ServerInfo]:

@@ -24,7 +24,6 @@ from vhdx.errors import InvalidArgumentError, ProtocolError, Reason, VhdxError
 from vhdx.image.disk import ExtentState
 
 __all__ = [
-    "SUFFIX",
     "VERSION",
     "ChangeDisk",
     "ChangePolicy",
@@ -33,6 +32,7 @@ __all__ = [
     "Done",
     "ErrorReport",
     "ExportReport",
+    "ExtentItems",
     "Info",
     "NoArguments",
     "OperationRequest",
@@ -46,6 +46,7 @@ __all__ = [
     "SnapshotTaken",
     "Subscribe",
     "VersionReport",
+    "convert_request",
     "decode_reply",
     "decode_request",
     "encode",
@@ -54,13 +55,10 @@ __all__ = [
 VERSION = 2
 """The version of this interface."""
 
-SUFFIX = ".control"
-"""The suffix of the names of control sockets in the runtime directory."""
-
 _Kind = TypeVar("_Kind")
 
 
-class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A request from a client; unknown fields are refused."""
 
 

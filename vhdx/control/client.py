@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vhdx import lazy
 from vhdx.errors import InUseError, NotFoundError, ProtocolError, Reason, VhdxError
-from vhdx.host.runtime import is_alive, runtime_directories, runtime_directory
+from vhdx.host.runtime import CONTROL_SUFFIX, is_alive, runtime_directories, runtime_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,10 +23,9 @@ else:  # JSON and HTTP are loaded only when there is a server to ask
     api = lazy.Module("vhdx.control.api")
     transport = lazy.Module("vhdx.control.transport")
 
-__all__ = ["Owner", "ServerInfo", "find_owner", "owners", "servers"]
+__all__ = ["Owner", "ServerInfo", "find_owner", "owners", "servers", "suspects"]
 
 _ANSWER_SECONDS = 5.0
-_SUFFIX = ".control"  # a copy of api.SUFFIX, so that api need not be loaded if no socket exists
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,6 @@ class ServerInfo:
         started: seconds since 1970.
         exports, connections: its exports, and the counters of its connections.
         problem: why only its process id is known; None if the server answers.
-        is_other_version: whether the problem is another version of the control interface.
     """
 
     socket: Path
@@ -48,7 +46,6 @@ class ServerInfo:
     exports: tuple[api.ExportReport, ...] = ()
     connections: tuple[api.ConnectionReport, ...] = ()
     problem: str | None = None
-    is_other_version: bool = False
 
     @property
     def answers(self) -> bool:
@@ -160,7 +157,7 @@ def _known(path: Path) -> ServerInfo:
         found = transport.ask(path, "GET", f"/v{api.VERSION}/server", None, _ANSWER_SECONDS)
         report = api.decode_reply(found, api.ServerReport)
     except NotFoundError:
-        return ServerInfo(path, pid, problem=_other_version(path, pid), is_other_version=True)
+        return ServerInfo(path, pid, problem=_other_version(path, pid))
     exports, connections = tuple(report.exports), tuple(report.connections)
     return ServerInfo(path, report.pid, report.started, exports, connections)
 
@@ -186,16 +183,19 @@ def servers(*, everywhere: bool = False) -> list[ServerInfo]:
     """
     found = []
     directories = runtime_directories() if everywhere else [runtime_directory()]
-    for path in sorted(x for each in directories for x in each.glob(f"*{_SUFFIX}")):
+    for path in sorted(x for each in directories for x in each.glob(f"*{CONTROL_SUFFIX}")):
         if not is_alive(path):
             continue
         try:
             found.append(_known(path))
-        except VhdxError:
+        except VhdxError as error:
             if is_alive(path):  # otherwise the server ended meanwhile
                 pid = int(path.name.partition("-")[0])
-                stuck = "does not answer: it is suspended or hangs"
-                found.append(ServerInfo(path, pid, problem=stuck))
+                timeout = isinstance(error.__cause__, TimeoutError)
+                problem = "does not answer: it is suspended or hangs"
+                if not timeout:
+                    problem = f"cannot be asked: {error.message}"
+                found.append(ServerInfo(path, pid, problem=problem))
     return sorted(found, key=lambda server: (server.started, server.pid))
 
 
@@ -224,21 +224,18 @@ def owners(path: str | os.PathLike[str], *, by_name: bool = False) -> list[Owner
 
 
 def find_owner(path: str | os.PathLike[str]) -> Owner | None:
-    """The server of this user that serves the image at ``path``, or None.
-
-    Raises:
-        ProtocolError: no known server serves it, but one that speaks another version may.
-    """
+    """The server of this user that serves the image at ``path``, or None."""
     try:
-        known = servers(everywhere=True)
+        found = owners(path)
     except VhdxError:
         return None  # there is no runtime directory
-    found = _owners(path, known, by_name=False)
-    if found:
-        return found[0]
-    for server in known:
-        if server.is_other_version:
-            raise ProtocolError(
-                f"it is in use, maybe by process {server.pid}, which {server.problem}", path=path
-            )
+    return found[0] if found else None
+
+
+def suspects() -> str | None:
+    """Servers that cannot be asked what they serve, and why; None if there is none."""
+    with contextlib.suppress(VhdxError):
+        found = [f"process {x.pid} {x.problem}" for x in servers(everywhere=True) if x.problem]
+        if found:
+            return "it may be served: " + "; ".join(found)
     return None

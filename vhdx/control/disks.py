@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from vhdx import image, lazy
-from vhdx.control.client import Owner, find_owner
+from vhdx.control.client import Owner, find_owner, suspects
 from vhdx.errors import InUseError
 from vhdx.image.contract import Compacted
 from vhdx.image.disk import Extent
@@ -42,9 +42,10 @@ def _either(
 ) -> _Result:
     try:
         return idle()
-    except InUseError:
+    except InUseError as error:
         owner = find_owner(path)
         if owner is None:
+            error.hint = suspects() or error.hint
             raise
     return served(owner)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vhdx.image import Disk
     from vhdx.image.contract import Compacted
 
-__all__ = ["OPERATIONS", "Operation", "Stream", "refusal"]
+__all__ = ["OPERATIONS", "Operation", "Stream", "chosen", "refusal"]
 
 _EXTENTS_AT_ONCE = 1000
 _PROGRESS_SECONDS = 0.1
@@ -67,6 +67,7 @@ class Stream:
         self._request, self._loop, self.pace = request, loop, pace
         self._response: web.StreamResponse | None = None  # only used on the loop's thread
         self._sending = asyncio.Lock()
+        self._ended = False  # under _sending: nothing more is sent
         self._next_progress = 0.0  # only used on the operation's thread
         self._underway: Future[None] | None = None
         self.cancelled = threading.Event()
@@ -81,10 +82,12 @@ class Stream:
     async def send(self, line: dict[str, Any]) -> None:
         """Sends a line; the first line is preceded by the HTTP header."""
         async with self._sending:
+            if self._ended:
+                return
             if self._response is None:
-                headers = {"Content-Type": "application/x-ndjson"}
-                self._response = web.StreamResponse(headers=headers)
-                await self._response.prepare(self._request)
+                response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+                await response.prepare(self._request)
+                self._response = response
             await self._response.write(api.encode(line) + b"\n")
 
     async def finish(self, result: Any) -> web.StreamResponse:
@@ -96,8 +99,10 @@ class Stream:
 
     async def fail(self, error: BaseException) -> web.StreamResponse:
         """Reports ``error``: as an HTTP status, or as a line if lines were sent before."""
-        if self._response is None:
-            return refusal(error)
+        async with self._sending:
+            if self._response is None:
+                self._ended = True  # a line of progress may still be waiting
+                return refusal(error)
         await self.send({"error": api.ErrorReport.of(error)})
         await self._response.write_eof()
         return self._response

@@ -30,7 +30,7 @@ from vhdx.control.qos import change_qos
 from vhdx.errors import ClosedError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.front import nbd
 from vhdx.host import Limits, ServerOptions
-from vhdx.host.runtime import listen_unix, process_of, runtime_directory
+from vhdx.host.runtime import CONTROL_SUFFIX, listen_unix, process_of, runtime_directory
 from vhdx.qos import NORMALISED_UNIT, Scheduling, Settings
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Control:
         self._streams: set[Stream] = set()  # under _lock: operations that run
         self._listeners: list[web.Request] = []  # only used on the loop's thread
         directory = runtime_directory()
-        self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}{api.SUFFIX}"
+        self.path = directory / f"{os.getpid()}-{secrets.token_hex(4)}{CONTROL_SUFFIX}"
         self._loop = asyncio.new_event_loop()
         self._runner: web.AppRunner | None = None
         self._executor = ThreadPoolExecutor(_WORKERS, "vhdx-control")
@@ -203,7 +203,7 @@ class Control:
             )
             for name, disk in self._server.exports().items()
         ]
-        clients = [api.ConnectionReport(export, *counters) for export, counters in connections]
+        clients = [api.ConnectionReport(name, **did._asdict()) for name, did in connections]
         return _reply(api.ServerReport(os.getpid(), self._started, exports, clients))
 
     async def _stop(self, request: web.Request) -> web.Response:
@@ -227,7 +227,8 @@ class Control:
                 )
         except VhdxError as error:
             return refusal(error)
-        self._server.qos.subscribe(wanted.seconds)
+        subscribe = functools.partial(self._server.qos.subscribe, wanted.seconds)
+        await self._loop.run_in_executor(self._reports, subscribe)
         return _reply(api.Done())
 
     async def _change_qos(self, request: web.Request) -> web.Response:

@@ -16,6 +16,7 @@ from vhdx.errors import HostIOError, InUseError, Reason
 
 __all__ = [
     "BACKLOG",
+    "CONTROL_SUFFIX",
     "LONGEST_SOCKET_PATH",
     "Peer",
     "is_alive",
@@ -27,6 +28,9 @@ __all__ = [
 
 LONGEST_SOCKET_PATH = 107
 """The largest length in bytes of the path of a unix socket (unix(7))."""
+
+CONTROL_SUFFIX = ".control"
+"""Of control sockets in the runtime directory."""
 
 BACKLOG = 128
 """The largest number of connections that wait to be accepted."""

@@ -86,7 +86,7 @@ class Callback(Device):
             slot = request.extents[count]
             slot.offset, slot.length = extent.offset, extent.length
             slot.state = extent.state
-            slot.depth = -1 if extent.state == 2 else request.depth  # 2: hole
+            slot.depth = -1 if extent.state == lib.VX_EXTENT_HOLE else request.depth
             count += 1
         request.extent_count = count
 

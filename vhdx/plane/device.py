@@ -148,7 +148,13 @@ class Device:
         view = ffi.from_buffer("uint8_t[]", buffer, True)
         length = len(view)
         code = lib.vx_transfer(
-            self.handle, 0, 0, view, length, _offset(offset), failures.failure_buffer()
+            self.handle,
+            Operation.READ,
+            0,
+            view,
+            length,
+            _offset(offset),
+            failures.failure_buffer(),
         )
         if code:
             failures.raise_for(code, self.path)
@@ -172,7 +178,7 @@ class Device:
         length = len(view)
         code = lib.vx_transfer(
             self.handle,
-            1,
+            Operation.WRITE,
             _FUA if fua else 0,
             view,
             length,

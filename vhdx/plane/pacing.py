@@ -12,7 +12,6 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from vhdx.errors import HostIOError, InvalidArgumentError, Reason
-from vhdx.plane import failures
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.device import Device, Pool
 
@@ -179,9 +178,7 @@ class Throttle(Device):
     def __init__(
         self, lower: Device, pacing: Pacing, own: Limits, group: Limits | None = None
     ) -> None:
-        handle = lib.vx_throttle_create(
-            lower.handle, pacing.handle, own.handle, failures.new_identity()
-        )
+        handle = lib.vx_throttle_create(lower.handle, pacing.handle, own.handle, 0)
         super().__init__(handle, lower.path)
         self._pacing = (lower, pacing, own)
         self.set_group(group)

@@ -14,7 +14,6 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from vhdx.errors import ClosedError, HostIOError, InvalidArgumentError, Reason
-from vhdx.plane import failures
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.device import Device, Operation
 
@@ -126,9 +125,7 @@ class Delay(Device):
     def __init__(
         self, lower: Device, model: Model, pool: Pool, *, base: int = 0, clock: Clock | None = None
     ) -> None:
-        handle = lib.vx_delay_create(
-            lower.handle, model.handle, _clock_of(pool, clock), base, failures.new_identity()
-        )
+        handle = lib.vx_delay_create(lower.handle, model.handle, _clock_of(pool, clock), base, 0)
         super().__init__(handle, lower.path)
         self._keep = (lower, model, pool, clock)
 
@@ -262,7 +259,7 @@ class Scheduled(Device):
     """A disk whose requests wait in a share for slots of the scheduler."""
 
     def __init__(self, lower: Device, share: Share) -> None:
-        handle = lib.vx_schedule_create(lower.handle, share.handle, failures.new_identity())
+        handle = lib.vx_schedule_create(lower.handle, share.handle, 0)
         super().__init__(handle, lower.path)
         self._keep = (lower, share)
 

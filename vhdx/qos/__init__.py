@@ -5,7 +5,7 @@
 data, :mod:`vhdx.qos.store` saves them in a file, and :mod:`vhdx.qos.registry` applies them to
 disks. :mod:`vhdx.qos.shared_device` schedules the disks so that minimums are kept, and
 :mod:`vhdx.qos.admission` checks that they can be kept. :mod:`vhdx.qos.sampler` takes samples,
-:mod:`vhdx.qos.monitor` evaluates them, :mod:`vhdx.qos.report` reports them, and
+:mod:`vhdx.qos.monitor` evaluates them, :mod:`vhdx.qos.reporting` reports them, and
 :mod:`vhdx.qos.alerts` delivers alerts about missed minimums. The data plane's part is in
 ``csrc/qos/throttle.h`` and ``csrc/qos/schedule.h``.
 """

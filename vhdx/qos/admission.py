@@ -17,8 +17,8 @@ urgent take no more than sum(floor(L / Tj) * Cj). So the unit is late by at most
 
 (non-preemptive earliest deadline first: Jeffay, Stanat, Martel 1991). A client with n requests in
 flight sends its next unit in time if its units are late by no more than (n - 1) * T. A client that
-flushes does so if its units are early by the duration of a flush. On a hard disk a flush waits for
-all requests in flight, which takes B.
+flushes sends it in time if its units are done earlier than that by the duration of a flush. On a hard
+disk a flush waits for all requests in flight, which takes B.
 
 B is the time that ``depth`` pieces of the largest size take: the first with no other in flight, the
 second with one other, and so on. Where every client has at least n requests in flight, C is the

@@ -3,8 +3,8 @@
 
 Locks. ``_change_lock`` serializes changes and is held while the QoS file is written. ``lock`` is
 taken inside it and guards every public attribute here and all :class:`DiskState` and :class:`Flow`
-objects; it is never held for long. A change is saved before it takes effect, so a change that fails
-has no effect.
+objects; no file is read or written under it. A change is saved before it takes effect, so a change
+that fails has no effect.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ class Registry:
             for each in self._aliases(path):
                 each.settings = disk.settings
                 self._apply(each, fresh=alias is None)
+            self._device.adapt(self.reservations())
 
     def begin(self) -> None:
         """Saves the settings of all disks, and logs unknown policies and minimums that conflict."""
@@ -154,6 +155,7 @@ class Registry:
                 for each in self._aliases(disk.path):
                     each.settings, each.policy_id = settings, policy_id
                     self._apply(each)
+                self._device.adapt(self.reservations())
             return warning
 
     def disk(self, name: str) -> DiskState:
@@ -217,7 +219,6 @@ class Registry:
         for flow in self.flows:
             if self.disks.get(flow.disk) is disk:
                 flow.throttle.set_group(group)
-        self._device.adapt(self.reservations())
 
     # ---- policies ----
 
@@ -295,6 +296,7 @@ class Registry:
         for disk in self.disks.values():
             if disk.policy_id == policy_id:
                 self._apply(disk)
+        self._device.adapt(self.reservations())
 
     def _save(self, changed: Mapping[str, DesiredQos], policies: Mapping[UUID, Policy]) -> None:
         """Saves all disks, with ``changed`` (by path) in place of their settings, and policies."""

@@ -106,8 +106,9 @@ class Attachment(NamedTuple):
 class SharedDevice:
     """The scheduler, the model and the shares of one server.
 
-    Callers hold the lock of the registry, except for :meth:`pace`, :meth:`close`, and methods that
-    only read. Readers need no lock because the list of samples is replaced, never changed in place.
+    Methods that change it are called under the lock of the registry. Methods that only read need no
+    lock, because the list of samples is replaced and never changed in place; nor do :meth:`pace` and
+    :meth:`close`.
     """
 
     def __init__(

@@ -26,7 +26,7 @@ _KEEPALIVE_SECONDS = 60
 
 
 class Client:
-    """One accepted socket and its thread; the server's lock guards every field.
+    """One accepted socket and its thread; its fields are written under the server's lock.
 
     Attributes:
         socket: the socket during the handshake, then None.

@@ -266,7 +266,7 @@ class Server:
     # ---- shutdown ----
 
     def close(self, drain_seconds: float = 10.0) -> None:
-        """Drains requests in flight, takes no new ones, flushes, and closes the opened images.
+        """Takes no new requests, finishes those in flight, flushes, and closes the opened images.
 
         Args:
             drain_seconds: after this time, clients that do not read their replies are disconnected.

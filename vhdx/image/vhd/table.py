@@ -37,7 +37,7 @@ class Survey(NamedTuple):
     Attributes:
         end: where fresh blocks may begin, behind everything.
         free: offsets of data of blocks that fit into zeros between the stored ones.
-        kept_end: the file is never cut below this end of unknown data.
+        kept_end: the end of data whose owner is not known; the file is never cut before it.
     """
 
     end: int
