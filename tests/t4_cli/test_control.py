@@ -15,7 +15,6 @@ import threading
 import time
 
 import pytest
-from aiohttp import web
 
 import vhdx
 from tests.t4_cli.command import VHDX, run, suspend
@@ -137,7 +136,7 @@ def test_other_users_are_refused(image, runtime):
         ask = (
             "import os, socket, sys; os.setgroups([]); os.setgid(65534); os.setuid(65534);"
             "s = socket.socket(socket.AF_UNIX);"
-            "s.connect(sys.argv[1]); s.sendall(b'GET /v2/server HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n');"
+            "s.connect(sys.argv[1]); s.sendall(b'GET /v1/server HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n');"
             "print(s.recv(4096).decode())"
         )
         done = subprocess.run(
@@ -398,32 +397,37 @@ def test_a_client_of_another_version_is_refused_with_both(image):
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(found.socket))
             client.settimeout(30)
-            client.sendall(b"GET /v1/server HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            client.sendall(b"GET /v1/qos HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
             answer = b"".join(iter(lambda: client.recv(4096), b"")).decode()
     assert answer.startswith("HTTP/1.1 404")
     assert "speaks version 2 of the control interface, and the client version 1" in answer
 
 
-@pytest.mark.parametrize("knows_versions", [True, False], ids=["later", "first"])
-def test_a_server_of_another_version_is_refused_with_both(image, monkeypatch, knows_versions):
-    if not knows_versions:  # as the first one, which could not be asked
-        monkeypatch.setattr(control.service.Control, "_version", not_found)
-    with vhdx.serve({"disk": image}):
-        monkeypatch.setattr(control.client.api, "VERSION", 3)
-        [found] = control.servers()
-        theirs = 2 if knows_versions else 1
-        wanted = f"speaks version {theirs} of the control interface .*, and this vhdx version 3"
-        assert not found.answers
-        for ask in (found.qos, found.stop):
-            with pytest.raises(ProtocolError, match=wanted):
-                ask()
-        with pytest.raises(vhdx.InUseError, match=f"may be served: process .* {wanted}"):
-            vhdx.resize(image, 80 * MIB)
+@pytest.mark.parametrize("theirs", [1, 2], ids=["first", "later"])
+def test_a_server_of_another_version_is_found_stopped_and_else_refused(image, monkeypatch, theirs):
+    server = vhdx.serve({"disk": image})
+    monkeypatch.setattr(control.client.api, "VERSION", 3)
+    if theirs == 1:  # the first one did not say its version
+        monkeypatch.setattr(control.service.api, "ServerReport", first_report)
+    else:
+        monkeypatch.setattr(control.service.api, "ServerReport", later_report)
+    [found] = control.servers()
+    wanted = f"speaks version {theirs} of the control interface .*, and this vhdx version 3"
+    assert [export.path for export in found.exports] == [str(image)]
+    for ask in (found.qos, found.subscribe, lambda: vhdx.resize(image, 80 * MIB)):
+        with pytest.raises(ProtocolError, match=wanted):
+            ask()
+    found.stop()
+    server.close()
     assert vhdx.info(image)["virtual_size"] == 64 * MIB
 
 
-async def not_found(self, request):
-    raise web.HTTPNotFound
+def first_report(pid, started, exports, connections, *version):
+    return {"pid": pid, "started": started, "exports": exports, "connections": connections}
+
+
+def later_report(*facts):
+    return first_report(*facts) | {"control": 2, "vhdx": "0.3"}
 
 
 def test_a_field_at_its_default_is_not_sent():

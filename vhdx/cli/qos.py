@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vhdx import control, lazy
-from vhdx.cli.output import DONE, SECONDS, SIZE, json_option, print_json, print_table
+from vhdx.cli.output import DONE, IN_USE, SECONDS, SIZE, json_option, print_json, print_table
 from vhdx.errors import InUseError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.qos import DiskReport, PolicyKind, QosReport, Settings
 from vhdx.qos.monitor import Status
@@ -137,11 +137,29 @@ def refuse_stuck(servers: list[ServerInfo]) -> None:
 
 
 def _chosen(pid: int | None) -> list[ServerInfo]:
+    """The servers that are meant.
+
+    Raises:
+        NotFoundError: there is none.
+        InUseError, ProtocolError: one of them cannot be asked.
+    """
     found = [server for server in control.servers() if pid in {None, server.pid}]
     refuse_stuck(found)
     if not found:
         raise NotFoundError("no server of yours runs" if pid is None else f"{pid} is none of yours")
+    for server in found:
+        server.target("")  # refuses another version
     return found
+
+
+def _askable() -> tuple[list[ServerInfo], int]:
+    """The servers that can be asked, and the exit code; the others are named on standard error."""
+    servers = control.servers()
+    for server in servers:
+        if server.refusal is not None:
+            click.echo(f"vhdx: process {server.pid} {server.refusal}", err=True)
+    found = [server for server in servers if server.refusal is None]
+    return found, DONE if len(found) == len(servers) else IN_USE
 
 
 _pid = click.option("--pid", type=int, help="Only the server with this process id.")
@@ -179,7 +197,7 @@ def _warn(warning: str | None) -> None:
 @qos.command()
 @click.argument("path", type=click.Path(), required=False)
 @json_option
-def show(path: str | None, as_json: bool) -> None:
+def show(path: str | None, as_json: bool) -> int:
     """Show limits, minimums, policies and current figures of served disks.
 
     Example: vhdx qos show disk.vhdx --json
@@ -187,20 +205,19 @@ def show(path: str | None, as_json: bool) -> None:
     if path is not None:
         server, name = _server_of(path)
         server.subscribe()
-        found = [_only(server.qos(), name)]
+        found, code = [_only(server.qos(), name)], DONE
     else:
-        servers = control.servers()
-        refuse_stuck(servers)
+        servers, code = _askable()
         for server in servers:
             server.subscribe()
         found = [server.qos() for server in servers]
     if as_json:
         print_json(found if path is None else found[0])
-        return
+        return code
     rows = [_row(disk, each) for each in found for disk in each.disks]
     if not rows:
-        click.echo("nothing is served")
-        return
+        click.echo("nothing is served" if code == DONE else "nothing else is served")
+        return code
     print_table(("disk", "status", "min", "max", "bandwidth", "policy", "iops", "mean ms"), rows)
     for each in found:
         for disk in each.disks:
@@ -213,6 +230,7 @@ def show(path: str | None, as_json: bool) -> None:
                 click.echo(f"policy {policy.name}, its disks together: {wanted}")
         for line in _scheduling(each.scheduling):
             click.echo(line)
+    return code
 
 
 def _only(found: QosReport, name: str) -> QosReport:
@@ -404,7 +422,8 @@ def watch(seconds: float, plot: str | None, as_json: bool) -> None:
 
 
 def _watch(seconds: float, seen: list[_Seen], *, as_json: bool) -> None:
-    _chosen(None)
+    if not _askable()[0]:
+        _chosen(None)
     began = time.monotonic()
     due = began
     while time.monotonic() - began < seconds:
@@ -430,7 +449,7 @@ def _reports() -> list[QosReport]:
     """The reports of all servers that answer; makes these servers sample figures."""
     found = []
     for server in control.servers():
-        if server.answers:
+        if server.refusal is None:
             try:
                 server.subscribe()
                 found.append(server.qos())
@@ -497,16 +516,18 @@ def top(window: str, once: bool, as_json: bool) -> int:
 
     Example: vhdx top
     """
+    found, code = _askable()
     if as_json:
         print_json(_settled())
-        return DONE
-    _chosen(None)
+        return code
+    if not found:
+        _chosen(None)
     console = Console()
     if once or not console.is_terminal:
         if not console.is_terminal:
             console.width = max(console.width, _WIDE)
         console.print(_screen(_settled(), window))
-        return DONE
+        return code
     try:
         with Live(_screen(_reports(), window), console=console, screen=True) as live:
             while True:
@@ -518,7 +539,6 @@ def top(window: str, once: bool, as_json: bool) -> int:
 
 def _settled() -> list[QosReport]:
     """Reports with figures over a full second; a server that was not sampling needs as long."""
-    refuse_stuck(control.servers())
     deadline = time.monotonic() + _SETTLING_SECONDS
     while True:
         found = _reports()
@@ -544,10 +564,10 @@ def _screen(found: list[QosReport], window: str) -> Group:
 
 def _table(title: str, second: str, *more: str) -> Table:
     table = Table(title=title, title_justify="left", box=None, header_style="bold")
-    table.add_column("disk", no_wrap=True)
-    table.add_column(second, no_wrap=True)
+    table.add_column("disk", no_wrap=True, ratio=1)  # names give way to figures
+    table.add_column(second, no_wrap=True, ratio=1)
     for name in ("IOPS", "offered", "MiB/s", "mean ms", "p99 ms", "queue ms", *more, "waiting"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True, min_width=len(name))
     return table
 
 

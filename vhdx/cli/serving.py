@@ -27,7 +27,7 @@ from vhdx.cli.output import (
     print_table,
 )
 from vhdx.cli.qos import changes_of, refuse_stuck, settings_options
-from vhdx.errors import InvalidArgumentError, NotFoundError
+from vhdx.errors import InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.front import nbd
 from vhdx.host import Limits
 from vhdx.image.formats import FORMATS
@@ -206,7 +206,7 @@ def ps(as_json: bool) -> None:
                     "exports": server.exports,
                     "connections": server.connections,
                     "answers": server.answers,
-                    "problem": server.problem,
+                    "problem": server.refusal,
                 }
                 for server in found
             ]
@@ -232,8 +232,8 @@ def ps(as_json: bool) -> None:
         ],
     )
     for server in found:
-        if server.problem is not None:
-            click.echo(f"{server.pid} {server.problem}")
+        if server.refusal is not None:
+            click.echo(f"{server.pid} {server.refusal}")
 
 
 @click.command()
@@ -257,8 +257,16 @@ def stop(paths: tuple[str, ...], pids: tuple[int, ...], everything: bool) -> Non
             refuse_stuck(found)
             raise NotFoundError("no server of yours serves it", path=path, hint="see vhdx ps")
         chosen += [owner.server for owner in holders]
+    failures = []
     for server in {server.socket: server for server in chosen}.values():
-        server.stop()
+        try:
+            server.stop()
+        except VhdxError as error:  # the other servers are stopped nevertheless
+            failures.append(error)
+    for failure in failures[1:]:
+        click.echo(f"vhdx: {failure}", err=True)
+    if failures:
+        raise failures[0]
 
 
 class _Events:

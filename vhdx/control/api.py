@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT
 """The requests, replies and errors of the control socket, as data and as JSON.
 
-Requests are HTTP on a unix socket. Every path except ``/version``, ``/metrics`` and ``/events``
-begins with the version of this interface, such as ``/v2/``. A server refuses any other version. A
-client that finds a server of another version asks it only for ``/version``.
+Requests are HTTP on a unix socket. ``/v1/server``, which lists what is served, and ``/v1/stop`` are
+the same in every version of this interface, so servers are always found and stopped. ``/metrics``
+and ``/events`` have no version. Every other path begins with the present version, such as ``/v2/``.
+A server refuses other versions, and a client asks them of no server that speaks another one.
 
 The reply to an operation has one JSON object a line: any number of ``{"progress": [done, total]}``
 and ``{"item": ...}``, then one ``{"result": ...}`` or ``{"error": ...}``. The reply to a request
@@ -45,7 +46,6 @@ __all__ = [
     "SnapshotArguments",
     "SnapshotTaken",
     "Subscribe",
-    "VersionReport",
     "convert_request",
     "decode_reply",
     "decode_request",
@@ -64,14 +64,6 @@ class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
 class _Reply(msgspec.Struct, frozen=True):
     """A reply from a server; unknown fields are ignored."""
-
-
-class VersionReport(_Reply, frozen=True):
-    """The version of a server's control interface, its package version, and its process id."""
-
-    control: int
-    vhdx: str
-    pid: int
 
 
 # ---- servers ----
@@ -120,12 +112,22 @@ class ConnectionReport(_Reply, frozen=True):
 
 
 class ServerReport(_Reply, frozen=True):
-    """A server: its process, when it started (seconds since 1970), and what it serves."""
+    """A server and what it serves. Later versions may add fields, and take none away.
+
+    Attributes:
+        pid: its process.
+        started: seconds since 1970.
+        exports, connections: what it serves, and to whom.
+        control: the version of this interface that it speaks; the first one did not say.
+        vhdx: the version of its package.
+    """
 
     pid: int
     started: float
     exports: list[ExportReport]
     connections: list[ConnectionReport]
+    control: int = 1
+    vhdx: str = "an older one"
 
 
 # ---- operations on a disk ----

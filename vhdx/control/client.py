@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vhdx import lazy
-from vhdx.errors import InUseError, NotFoundError, ProtocolError, Reason, VhdxError
+from vhdx.errors import InUseError, ProtocolError, Reason, VhdxError
 from vhdx.host.runtime import CONTROL_SUFFIX, is_alive, runtime_directories, runtime_directory
 
 if TYPE_CHECKING:
@@ -35,37 +35,67 @@ class ServerInfo:
     Attributes:
         socket: its control socket.
         pid: its process id.
-        started: seconds since 1970.
-        exports, connections: its exports, and the counters of its connections.
+        report: what it serves; None if it does not answer.
         problem: why only its process id is known; None if the server answers.
     """
 
     socket: Path
     pid: int
-    started: float = 0.0
-    exports: tuple[api.ExportReport, ...] = ()
-    connections: tuple[api.ConnectionReport, ...] = ()
+    report: api.ServerReport | None = None
     problem: str | None = None
 
     @property
+    def started(self) -> float:
+        """Seconds since 1970; 0 if that is not known."""
+        return 0.0 if self.report is None else self.report.started
+
+    @property
+    def exports(self) -> list[api.ExportReport]:
+        """The disks that it serves, as far as that is known."""
+        return [] if self.report is None else self.report.exports
+
+    @property
+    def connections(self) -> list[api.ConnectionReport]:
+        """The counters of its connections, as far as they are known."""
+        return [] if self.report is None else self.report.connections
+
+    @property
     def answers(self) -> bool:
-        """Whether it answers requests, and in the same version of the control interface."""
+        """Whether it answers requests."""
         return self.problem is None
 
-    def _ask(self, method: str, target: str, body: object = None) -> Any:
-        if self.problem is not None:
-            raise ProtocolError(f"process {self.pid} {self.problem}", path=self.socket)
-        target = f"/v{api.VERSION}{target}"
-        return transport.ask(self.socket, method, target, body, _ANSWER_SECONDS)
+    @property
+    def refusal(self) -> str | None:
+        """Why it cannot be asked for more than to stop: its problem or its version; else None."""
+        if self.report is None or self.report.control == api.VERSION:
+            return self.problem
+        return (
+            f"speaks version {self.report.control} of the control interface (vhdx "
+            f"{self.report.vhdx}), and this vhdx version {api.VERSION}: use the vhdx that started it"
+            f"{_program(self.pid)}, or vhdx stop"
+        )
+
+    def target(self, path: str) -> str:
+        """The path of a request in the present version.
+
+        Raises:
+            ProtocolError: the server speaks another version, or does not answer.
+        """
+        if self.refusal is not None:
+            raise ProtocolError(f"process {self.pid} {self.refusal}", path=self.socket)
+        return f"/v{api.VERSION}{path}"
+
+    def _ask(self, method: str, path: str, body: object = None) -> Any:
+        return transport.ask(self.socket, method, self.target(path), body, _ANSWER_SECONDS)
 
     def stop(self, seconds: float = 60.0) -> None:
-        """Asks the server to end, and waits until it has closed its images.
+        """Asks the server, of any version, to end, and waits until it has closed its images.
 
         Raises:
             InUseError: the server has not ended after ``seconds``.
-            ProtocolError: the server does not answer, or speaks another version.
+            ProtocolError: the server does not answer.
         """
-        self._ask("POST", "/stop", {})
+        transport.ask(self.socket, "POST", "/v1/stop", {}, _ANSWER_SECONDS)
         deadline = time.monotonic() + seconds
         while self.socket.exists() and is_alive(self.socket):
             if time.monotonic() > deadline:
@@ -134,7 +164,7 @@ class Owner:
             item: called with each part of a long result.
         """
         body = {"export": self.export, "arguments": {} if arguments is None else arguments}
-        target = f"/v{api.VERSION}/operations/{operation}"
+        target = self.server.target(f"/operations/{operation}")
         with transport.lines_of(self.server.socket, "POST", target, body, None) as lines:
             for line in lines:
                 if "error" in line:
@@ -152,27 +182,19 @@ class Owner:
 
 def _known(path: Path) -> ServerInfo:
     """Asks the server at that control socket for its description."""
-    pid = int(path.name.partition("-")[0])
-    try:
-        found = transport.ask(path, "GET", f"/v{api.VERSION}/server", None, _ANSWER_SECONDS)
-        report = api.decode_reply(found, api.ServerReport)
-    except NotFoundError:
-        return ServerInfo(path, pid, problem=_other_version(path, pid))
-    exports, connections = tuple(report.exports), tuple(report.connections)
-    return ServerInfo(path, report.pid, report.started, exports, connections)
+    found = transport.ask(path, "GET", "/v1/server", None, _ANSWER_SECONDS)
+    report = api.decode_reply(found, api.ServerReport)
+    return ServerInfo(path, report.pid, report)
 
 
-def _other_version(path: Path, pid: int) -> str:
-    """The message that a server speaks another version of the control interface."""
-    theirs, package = 1, "an older vhdx"  # version 1 had no /version
-    with contextlib.suppress(NotFoundError):
-        found = transport.ask(path, "GET", "/version", None, _ANSWER_SECONDS)
-        version = api.decode_reply(found, api.VersionReport)
-        theirs, package = version.control, f"vhdx {version.vhdx}"
-    return (
-        f"speaks version {theirs} of the control interface ({package}), and this vhdx version "
-        f"{api.VERSION}: use the vhdx that started it, or end it with kill -TERM {pid}"
-    )
+def _program(pid: int) -> str:
+    """The program that a process was started as, in brackets; nothing if that is not known."""
+    with contextlib.suppress(OSError):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        for word in words[:2]:  # an interpreter comes first
+            if os.path.basename(word) == b"vhdx":
+                return f" ({os.fsdecode(word)})"
+    return ""
 
 
 def servers(*, everywhere: bool = False) -> list[ServerInfo]:

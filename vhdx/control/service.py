@@ -116,11 +116,10 @@ class Control:
         ours = f"/v{api.VERSION}"
         application.add_routes(
             [
-                web.get("/version", self._version),
                 web.get("/metrics", self._metrics),
                 web.get("/events", self._events),
-                web.get(f"{ours}/server", self._describe),
-                web.post(f"{ours}/stop", self._stop),
+                web.get("/v1/server", self._describe),
+                web.post("/v1/stop", self._stop),
                 web.get(f"{ours}/qos", self._report_qos),
                 web.post(f"{ours}/qos", self._change_qos),
                 web.post(f"{ours}/qos/subscription", self._subscribe),
@@ -172,10 +171,6 @@ class Control:
 
     # ---- answers ----
 
-    async def _version(self, request: web.Request) -> web.Response:
-        del request
-        return _reply(api.VersionReport(api.VERSION, metadata.version("vhdx"), os.getpid()))
-
     async def _refuse_version(self, request: web.Request) -> web.Response:
         """Refuses a request of another version, and names both versions."""
         theirs = request.match_info["version"]
@@ -204,7 +199,9 @@ class Control:
             for name, disk in self._server.exports().items()
         ]
         clients = [api.ConnectionReport(name, **did._asdict()) for name, did in connections]
-        return _reply(api.ServerReport(os.getpid(), self._started, exports, clients))
+        version = metadata.version("vhdx")
+        report = api.ServerReport(os.getpid(), self._started, exports, clients, api.VERSION, version)
+        return _reply(report)
 
     async def _stop(self, request: web.Request) -> web.Response:
         del request
