@@ -355,3 +355,41 @@ def test_command_line(image):
     assert result.exit_code == 3
     assert "[bat_overlap]" in result.output
     assert run.invoke(main, ["check", str(image), "--undo", "--repair"]).exit_code == 2
+
+
+def test_what_is_saved_for_a_change_that_never_came_does_not_count(image):
+    """As a full disk, or a crash, leaves it between two syncs of one repair."""
+    break_header(image)
+    damaged = image.read_bytes()
+    vhdx.repair(image)
+    kept, repaired = undo_path(image).read_bytes(), image.read_bytes()
+    for tail in (b"\0", kept[-16:-4], kept[64:4000]):
+        image.write_bytes(repaired)
+        undo_path(image).write_bytes(kept + tail)
+        vhdx.undo(image)
+        assert image.read_bytes() == damaged
+    image.write_bytes(repaired)
+    undo_path(image).write_bytes(
+        kept + b"\0" * 20 + kept[-16:]
+    )  # the second sync ended, and is damaged
+    with pytest.raises(vhdx.DamagedError):
+        vhdx.undo(image)
+    assert image.read_bytes() == repaired
+
+
+def test_an_undo_goes_on_where_only_the_header_is_torn(image):
+    stray_offset(image)
+    damaged = image.read_bytes()
+    vhdx.repair(image)
+    active = undo_path(image).with_name(undo_path(image).name + ".active")
+    undo_path(image).rename(active)
+    for at in header.HEADER_OFFSETS:
+        edit(image, at + 8, b"\xff\xff")
+    with pytest.raises(vhdx.InvalidArgumentError):  # the BAT is not as the undo leaves it before
+        vhdx.undo(image)
+    torn = bytearray(damaged)
+    for at in header.HEADER_OFFSETS:
+        torn[at + 8] ^= 1
+    image.write_bytes(torn)
+    vhdx.undo(image)
+    assert image.read_bytes() == damaged

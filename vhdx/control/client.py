@@ -187,6 +187,12 @@ def _known(path: Path) -> ServerInfo:
     return ServerInfo(path, report.pid, report)
 
 
+def _pid_of(path: Path) -> int | None:
+    """The process in the name of a control socket, PID-RANDOM.control."""
+    pid = path.name.partition("-")[0]
+    return int(pid) if pid.isdecimal() and pid.isascii() else None
+
+
 def _program(pid: int) -> str:
     """The program that a process was started as, in brackets; nothing if that is not known."""
     with contextlib.suppress(OSError):
@@ -205,14 +211,14 @@ def servers(*, everywhere: bool = False) -> list[ServerInfo]:
     """
     found = []
     directories = runtime_directories() if everywhere else [runtime_directory()]
-    for path in sorted(x for each in directories for x in each.glob(f"*{CONTROL_SUFFIX}")):
-        if not is_alive(path):
-            continue
+    for path in sorted(x for each in directories for x in each.glob(f"*-*{CONTROL_SUFFIX}")):
+        pid = _pid_of(path)
+        if pid is None or not is_alive(path):
+            continue  # it is not the name of a server's socket, or nothing listens there
         try:
             found.append(_known(path))
         except VhdxError as error:
             if is_alive(path):  # otherwise the server ended meanwhile
-                pid = int(path.name.partition("-")[0])
                 timeout = isinstance(error.__cause__, TimeoutError)
                 problem = "does not answer: it is suspended or hangs"
                 if not timeout:

@@ -303,6 +303,7 @@ class Control:
         except asyncio.CancelledError:
             stream.cancelled.set()  # the client has disconnected
             await asyncio.wait([done])
+            done.exception()  # nobody is there to be told
             raise
         except Exception as error:
             if not isinstance(error, VhdxError):

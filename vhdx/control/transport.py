@@ -70,7 +70,7 @@ def _failures(path: Path) -> Iterator[None]:
     """Turns errors of the socket, of HTTP and of JSON into a ProtocolError."""
     try:
         yield
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         if isinstance(error, VhdxError):
             raise
         raise ProtocolError(f"the server does not answer: {error!r}", path=path) from error

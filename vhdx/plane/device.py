@@ -96,8 +96,8 @@ class Pool:
 
     @property
     def bytes_waiting(self) -> int:
-        """Bytes of payload that connections borrow from the pool now."""
-        return lib.vx_pool_charged(self.handle)
+        """Bytes of payload that connections borrow from the pool now; 0 once it is closed."""
+        return 0 if self.handle == ffi.NULL else lib.vx_pool_charged(self.handle)
 
     def close(self) -> None:
         """Runs all queued jobs and stops the threads; the pool must not be used afterwards."""

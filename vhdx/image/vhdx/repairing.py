@@ -52,7 +52,8 @@ __all__ = ["repair", "undo", "undo_path"]
 
 _HEADER = struct.Struct("<8sIIQ16s16s")
 _RECORD = struct.Struct("<QII")
-_SIGNATURE, _VERSION = b"vhdxundo", 1
+_SIGNATURE, _VERSION = b"vhdxundo", 2
+_END = (1 << 64) - 1  # the offset in a record that ends what one sync made durable
 _LARGEST_RECORD = 64 << 20
 _BARRIER = plane.Step(plane.Operation.FLUSH)
 _LEAVE_ALLOCATED = 1
@@ -95,8 +96,9 @@ class _Undo:
             raise HostIOError(str(error.strerror), path=self._path) from error
         rest = (self._size, before.bytes_le, self.guid.bytes_le)
         checksum = google_crc32c.value(_HEADER.pack(_SIGNATURE, _VERSION, 0, *rest))
+        self._checksum = 0  # of the file so far
         try:
-            self._file.write(_HEADER.pack(_SIGNATURE, _VERSION, checksum, *rest))
+            self._write(_HEADER.pack(_SIGNATURE, _VERSION, checksum, *rest))
         except OSError as error:
             self.close()
             raise self._failed(error) from error
@@ -130,11 +132,16 @@ class _Undo:
         end = min(offset + length, self._size)
         for at in range(offset, end, _LARGEST_RECORD):
             data = self._leaf.read(min(_LARGEST_RECORD, end - at), at)
-            self._file.write(_RECORD.pack(at, len(data), google_crc32c.value(data)) + data)
+            self._write(_RECORD.pack(at, len(data), google_crc32c.value(data)) + data)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._checksum = google_crc32c.extend(self._checksum, data)
 
     def sync(self) -> None:
         """Makes the undo file and its name durable; only then may the image be changed."""
         try:
+            self._write(_RECORD.pack(_END, 0, self._checksum))
             self._file.flush()
             os.fsync(self._file.fileno())
             if not self._named:
@@ -366,14 +373,7 @@ def undo(path: str | PathLike[str]) -> None:
     size, guids, records = _parse(kept, data)
     host = open_host(path, write=True)
     try:
-        leaf = host.leaf
-        try:
-            now = _current(host).file_write_guid
-        except DamagedError:
-            fits = again  # an interrupted undo may have left half of a header
-        else:
-            fits = now.bytes_le in guids or (again and now in _saved_guids(records))
-        if not fits:
+        if not _fits(host, size, guids, records, again=again):
             raise InvalidArgumentError(
                 "it was changed since the repair, so the saved bytes no longer fit",
                 path=host.path,
@@ -382,34 +382,68 @@ def undo(path: str | PathLike[str]) -> None:
         if not again:  # from here on, an undo may start again in any state of the image
             kept.rename(under_way)
             sync_directory(kept.resolve().parent)
-        if leaf.size < size:
-            leaf.resize(size)
-        steps = [
-            plane.Step(plane.Operation.WRITE, at, buffer=content) for at, content in reversed(records)
-        ]
-        leaf.batch(steps)
-        if leaf.size > size:
-            leaf.resize(size)
-        leaf.flush()
+        _restore(host.leaf, size, records)
     finally:
         host.close()
     under_way.unlink()
     sync_directory(kept.resolve().parent)
 
 
-def _saved_guids(records: list[tuple[int, bytes]]) -> set[UUID]:
+_Records = list[tuple[int, bytes]]
+
+
+def _fits(host: HostFile, size: int, guids: set[bytes], records: _Records, *, again: bool) -> bool:
+    """Whether the image is as the repair, or an interrupted undo, has left it."""
+    try:
+        now = _current(host).file_write_guid
+    except DamagedError:
+        # An undo restores the headers after all else, and may have left half of the second one.
+        saved = [(at, content) for at, content in records if at not in headers.HEADER_OFFSETS]
+        return (
+            again
+            and host.leaf.size == size
+            and all(host.leaf.read(len(content), at) == content for at, content in saved)
+        )
+    return now.bytes_le in guids or (again and now in _saved_guids(records))
+
+
+def _restore(leaf: plane.Device, size: int, records: _Records) -> None:
+    """Writes the saved bytes back: the headers last, first those that were damaged."""
+    first: list[plane.Step] = []
+    rest: list[plane.Step] = []
+    for at, content in reversed(records):
+        is_header = at in headers.HEADER_OFFSETS
+        (rest if is_header else first).append(plane.Step(plane.Operation.WRITE, at, buffer=content))
+    if leaf.size != size:
+        leaf.resize(max(size, leaf.size))
+    leaf.batch(first)
+    if leaf.size > size:
+        leaf.resize(size)
+    leaf.flush()
+    valid = [_header_of(step.offset, bytes(step.buffer or b"")) is not None for step in rest]
+    for _, step in sorted(zip(valid, rest, strict=True), key=lambda each: each[0]):
+        leaf.batch([step, _BARRIER])
+
+
+def _header_of(at: int, content: bytes) -> headers.Header | None:
+    if len(content) != headers.HEADER_SIZE:
+        return None
+    return headers.parse_header(content, headers.HEADER_OFFSETS.index(at))
+
+
+def _saved_guids(records: _Records) -> set[UUID]:
     """The FileWriteGuids of the saved headers, which an undo restores one after the other."""
-    found = set()
-    for slot, at in enumerate(headers.HEADER_OFFSETS):
-        for offset, content in records:
-            if offset == at and len(content) == headers.HEADER_SIZE:
-                header = headers.parse_header(content, slot)
-                if header is not None:
-                    found.add(header.file_write_guid)
-    return found
+    found = [_header_of(at, each) for at, each in records if at in headers.HEADER_OFFSETS]
+    return {header.file_write_guid for header in found if header is not None}
 
 
-def _parse(kept: Path, data: bytes) -> tuple[int, set[bytes], list[tuple[int, bytes]]]:
+def _parse(kept: Path, data: bytes) -> tuple[int, set[bytes], _Records]:
+    """The size, the two FileWriteGuids and the records of an undo file.
+
+    A sync ends with an end record. What follows the last end record was not durable before the image
+    was changed next, so that change did not happen, and these records do not count.
+    """
+
     def refuse(at: int) -> DamagedError:
         return DamagedError(
             "it is damaged, so nothing is restored", reason=Reason.TRUNCATED, path=kept, offset=at
@@ -419,18 +453,38 @@ def _parse(kept: Path, data: bytes) -> tuple[int, set[bytes], list[tuple[int, by
         raise refuse(0)
     signature, version, checksum, size, *guids = _HEADER.unpack_from(data)
     plain = _HEADER.pack(signature, version, 0, size, *guids)
-    if signature != _SIGNATURE or version != _VERSION or google_crc32c.value(plain) != checksum:
+    known = version in {1, _VERSION}  # the first had no end records
+    if signature != _SIGNATURE or not known or google_crc32c.value(plain) != checksum:
         raise refuse(0)
-    at, records = _HEADER.size, []
-    while at < len(data):
-        if len(data) - at < _RECORD.size:
-            raise refuse(at)
+    records, end, stop = _parse_records(data, size)
+    is_ended = data[-_RECORD.size :].startswith(_END.to_bytes(8, "little"))
+    if stop < len(data) and (version == 1 or end is None or is_ended):
+        raise refuse(stop)
+    if version == 1:
+        return size, set(guids), records
+    if end is None:
+        raise refuse(stop)
+    return size, set(guids), records[:end]
+
+
+def _parse_records(data: bytes, size: int) -> tuple[_Records, int | None, int]:
+    """The records, how many the last end record covers, and where the valid ones end."""
+    at, end = _HEADER.size, None
+    records: _Records = []
+    while len(data) - at >= _RECORD.size:
         offset, length, checksum = _RECORD.unpack_from(data, at)
         content = data[at + _RECORD.size : at + _RECORD.size + length]
-        if len(content) != length or google_crc32c.value(content) != checksum:
-            raise refuse(at)
-        if offset + length > size:
-            raise refuse(at)
-        records.append((offset, content))
+        if offset == _END:
+            if length or google_crc32c.value(data[:at]) != checksum:
+                break
+            end = len(records)
+        elif (
+            len(content) != length
+            or google_crc32c.value(content) != checksum
+            or offset + length > size
+        ):
+            break
+        else:
+            records.append((offset, content))
         at += _RECORD.size + length
-    return size, set(guids), records
+    return records, end, at
