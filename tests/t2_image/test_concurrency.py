@@ -9,7 +9,8 @@ import pytest
 
 import vhdx
 from vhdx import plane
-from vhdx.units import MIB
+from vhdx.image.vhdx.space import Space
+from vhdx.units import GIB, MIB
 
 
 @pytest.fixture
@@ -116,3 +117,31 @@ def test_a_disk_that_nobody_closed_is_let_go(path):
         del disk
     with vhdx.open(path) as disk:
         assert disk.pread(7, 0) == b"flushed"
+
+
+def test_entries_are_loaded_while_space_is_prepared(tmp_path, monkeypatch):
+    """A slow host that zeroes blocks for a write holds up nobody who reads."""
+    path = tmp_path / "disk.vhdx"
+    vhdx.create(path, 64 * GIB, block_size=MIB)  # BAT entries of many chunks
+    began, go_on = threading.Event(), threading.Event()
+    prepare = Space.prepare
+
+    def slow(self, reservation):
+        began.set()
+        assert go_on.wait(60)
+        prepare(self, reservation)
+
+    monkeypatch.setattr(Space, "prepare", slow)
+    with vhdx.open(path, "r+") as disk:
+        writer = threading.Thread(target=disk.pwrite, args=(b"x", 0))
+        writer.start()
+        assert began.wait(60)
+        reader = threading.Thread(target=disk.pread, args=(10, 32 * GIB))
+        reader.start()
+        reader.join(30)
+        stalled = reader.is_alive()
+        go_on.set()
+        writer.join()
+        reader.join()
+        assert not stalled
+        assert disk.pread(1, 0) == b"x"

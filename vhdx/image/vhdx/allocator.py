@@ -36,7 +36,7 @@ class Allocator:
         geometry: of the disk.
         sparse: whether space may be granted long before it is used.
         lock: guards the space. It is never held across a barrier, except in the last step of a
-            compaction.
+            compaction, nor while space is zeroed or trimmed, except for sector bitmaps and regions.
     """
 
     def __init__(
@@ -62,26 +62,6 @@ class Allocator:
         """Switches to a new geometry."""
         self._geometry = geometry
 
-    def grant(self, wanted: int) -> None:
-        """Hands ready blocks to C: reused ones, zeroed, then fresh ones past the end."""
-        # Ahead of need, grant no more than the disk's unallocated blocks. So the file never gets
-        # much longer than the disk.
-        lacking = self._geometry.blocks - self._space.kept
-        count = max(wanted, min(self._grant_bytes // self._geometry.block_size, lacking))
-        if count <= 0:
-            return
-        try:
-            offsets = self._space.take(count)
-        except NoSpaceError:
-            self._grant_bytes = _FIRST_GRANT
-            if wanted == 0:
-                return  # no request waits; the next one that needs space gets the error
-            offsets = self._space.take(wanted)
-        self._grant_bytes = min(2 * self._grant_bytes, _LARGEST_GRANT)
-        if not self._sparse:
-            self._grant_bytes = _FIRST_GRANT
-        self._map.grant(OWN, offsets, BlockState.FULLY_PRESENT)
-
     def place_bitmaps(self, count: int) -> list[int]:
         """Offsets of zeroed 1 MiB places, from ready blocks so that none lie behind unused ones."""
         if count > len(self._bitmap_stock):
@@ -102,10 +82,49 @@ class Allocator:
 
     # ---- these take the lock ----
 
+    def grant(self, wanted: int) -> None:
+        """Hands ready blocks to C: reused ones, zeroed, then fresh ones past the end.
+
+        One thread at a time. The lock is not held while the blocks are made to read zeros.
+
+        Args:
+            wanted: blocks that a request waits for; 0 when the stock is refilled.
+
+        Raises:
+            NoSpaceError: a request waits, and the host has no space.
+        """
+        with self._lock:
+            # Ahead of need, grant no more than the disk's unallocated blocks. So the file never
+            # gets much longer than the disk.
+            lacking = self._geometry.blocks - self._space.kept
+            count = max(wanted, min(self._grant_bytes // self._geometry.block_size, lacking))
+        while count > 0:
+            with self._lock:
+                reservation = self._space.reserve(count)
+            try:
+                self._space.prepare(reservation)
+            except BaseException as error:
+                with self._lock:
+                    self._space.cancel(reservation)
+                    self._grant_bytes = _FIRST_GRANT
+                if not isinstance(error, NoSpaceError):
+                    raise
+                if len(reservation.offsets) == 1:
+                    if wanted:
+                        raise
+                    return  # no request waits; the next one that needs space gets the error
+                count = len(reservation.offsets) // 2
+                continue
+            with self._lock:
+                larger = min(2 * self._grant_bytes, _LARGEST_GRANT)
+                self._grant_bytes = larger if self._sparse else _FIRST_GRANT
+                self._map.grant(OWN, reservation.offsets, BlockState.FULLY_PRESENT)
+            return
+
     def finish(self) -> int:
         """Like :meth:`end`, once every published entry is committed."""
+        self._free_released(self._map.statistics()["committed_generation"])
         with self._lock:
-            self._space.committed(self._map.statistics()["committed_generation"])
             return self.end()
 
     def settle(self, generation: int, anchors: npt.NDArray[np.uint64]) -> None:
@@ -113,7 +132,16 @@ class Allocator:
         with self._lock:
             self._space.assign(len(anchors))
             self._space.release_after(generation, anchors)
-            self._space.committed(generation)
+        self._free_released(generation)
+
+    def _free_released(self, generation: int = 0) -> None:
+        """Frees the places that wait for this generation, or for one that is durable already."""
+        with self._lock:
+            ready = self._space.take_released(generation)
+        if len(ready):
+            self._space.trim(ready)
+            with self._lock:
+                self._space.add_free(ready)
 
     def take_region(self, length: int, blocks: int = 0) -> int:
         """Offset of zeroed space at the end of the file, bytes.
@@ -131,12 +159,15 @@ class Allocator:
         """Frees places that no durable entry refers to."""
         with self._lock:
             self._space.release_after(0, offsets)
+        self._free_released()
 
     def release_later(self, offsets: npt.NDArray[np.uint64]) -> None:
         """Frees places as soon as all entries published so far are durable."""
         generation = self._map.statistics()["dirty_generation"]
         with self._lock:
             self._space.release_after(generation, offsets)
+        self._free_released()
+        with self._lock:
             waiting = self._space.waiting
         most = max(_MOST_WAITING, self._geometry.virtual_size // 4)
         flush_soon(self._map, much=waiting * self._geometry.block_size > most)

@@ -7,10 +7,11 @@ entries. The engine's loader fills the map. An engine for writing also has an al
 blocks their places, and a committer, which makes changes durable.
 
 Threads: faults come from any thread. ``_lock`` guards the space of the file and the set of resident
-chunks. It is never held across a barrier, except in :meth:`Engine.shorten`. ``_gate_lock`` makes
-the first change happen once. The map's rounds serialise commits, and ``_commit_lock`` keeps commits
-apart from other changes of metadata. A thread that moves or releases blocks outside a commit holds
-``structure_lock``. Locks are taken in this order: structure, commit, space.
+chunks. It is never held across a barrier, except in :meth:`Engine.shorten`. ``_granting`` is held
+while space for new blocks is zeroed. ``_gate_lock`` makes the first change happen once. The map's
+rounds serialise commits, and ``_commit_lock`` keeps commits apart from other changes of metadata. A
+thread that moves or releases blocks outside a commit holds ``structure_lock``. Locks are taken in
+this order: structure, gate, commit, granting, space.
 """
 
 from __future__ import annotations
@@ -86,9 +87,10 @@ class Engine:
         self._lock = threading.Lock()
         self._gate_lock = threading.Lock()
         self._commit_lock = threading.Lock()
+        self._granting = threading.Lock()
         self.structure_lock = threading.Lock()
         self._closed = False  # under _gate_lock
-        self._frozen = False  # under _gate_lock and _lock; a snapshot has ended all changes
+        self._frozen = False  # under _gate_lock, _granting and _lock; a snapshot ends all changes
         self._data_write_guid = data_write_guid  # used under _gate_lock
         self._furthest = 0  # used under _gate_lock
         self._bitmaps = SectorBitmaps(structure, host.leaf, host.path)  # under _lock
@@ -201,7 +203,7 @@ class Engine:
 
     def grant(self, wanted: int) -> None:
         """Hands ready blocks to C."""
-        with self._lock:
+        with self._granting:
             if self._closed and wanted:
                 raise ClosedError("the disk was closed", path=self.host.path)
             if not self._closed and not self._frozen:
@@ -294,7 +296,7 @@ class Engine:
 
     def shorten(self) -> None:
         """Truncates the file behind the last byte in use."""
-        with self.changing() as leaf, self._lock:  # no grant may take the space cut off
+        with self.changing() as leaf, self._granting, self._lock:  # no grant takes the cut space
             end = self.allocator.end()
             if end < leaf.size:
                 # Readers refuse a log that requires a longer file.
@@ -358,7 +360,7 @@ class Engine:
 
         No write may be in flight. The file's name is ``path`` from now on.
         """
-        with self._gate_lock, self._lock:
+        with self._gate_lock, self._granting, self._lock:  # a grant that began has ended
             self._frozen = True
         self.map.flush()
         self.map.freeze()

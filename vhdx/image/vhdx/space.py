@@ -8,8 +8,9 @@ the commit that refers to it makes the zeros durable.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from vhdx import plane
 from vhdx.arrays import np
@@ -21,11 +22,25 @@ if TYPE_CHECKING:
 
     from vhdx.image.vhdx.allocation import Taken
 
-__all__ = ["Space"]
+__all__ = ["Reservation", "Space"]
+
+
+class Reservation(NamedTuple):
+    """Places that are handed out, and have to be made to read zeros.
+
+    Attributes:
+        offsets: of the places, bytes.
+        is_fresh: whether they lie side by side at the end of the file; else they are reused.
+    """
+
+    offsets: npt.NDArray[np.uint64]
+    is_fresh: bool
 
 
 class Space:
-    """Manages places of one block each; the caller serialises the calls.
+    """Manages places of one block each.
+
+    The caller serialises all calls but :meth:`prepare` and :meth:`trim`, which do the I/O.
 
     Args:
         leaf: the file.
@@ -43,6 +58,7 @@ class Space:
         self._pending: deque[tuple[int, npt.NDArray[np.uint64]]] = deque()
         self._committed = 0
         self._in_use = taken.blocks
+        self._growing = threading.Lock()  # a leaf: the file's size, which must never shrink here
 
     @property
     def end(self) -> int:
@@ -59,34 +75,52 @@ class Space:
         """Places that were handed out and are not waiting to be freed."""
         return self._in_use - self.waiting
 
+    def reserve(self, count: int) -> Reservation:
+        """Hands out up to ``count`` places (1 or more), which :meth:`prepare` makes read zeros."""
+        if self._free:
+            some = [self._free.popleft() for _ in range(min(count, len(self._free)))]
+            self._in_use += len(some)
+            return Reservation(np.array(some, np.uint64), is_fresh=False)
+        start = round_up(self._end, MIB)
+        self._end = start + count * self._block
+        self._in_use += count
+        offsets = start + np.arange(count, dtype=np.uint64) * np.uint64(self._block)
+        return Reservation(offsets, is_fresh=True)
+
+    def prepare(self, reservation: Reservation) -> None:
+        """Makes reserved places read zeros; needs no lock.
+
+        Raises:
+            NoSpaceError, HostIOError: they do not; :meth:`cancel` the reservation.
+        """
+        if reservation.is_fresh:
+            start, count = int(reservation.offsets[0]), len(reservation.offsets)
+            self._extend(start, count * self._block)
+            return
+        for offset in reservation.offsets.tolist():
+            self._leaf.zero(offset, self._block)
+
+    def cancel(self, reservation: Reservation) -> None:
+        """Takes back places that could not be prepared, and the space that was set aside for them."""
+        start = int(reservation.offsets[0])
+        at_end = self._end == int(reservation.offsets[-1]) + self._block
+        self.give_back(reservation.offsets)
+        if reservation.is_fresh and at_end and not self._sparse and self._leaf.size > start:
+            self._leaf.resize(max(start, self._end))
+
     def take(self, count: int) -> npt.NDArray[np.uint64]:
         """Offsets of up to ``count`` places (1 or more) that read zeros.
 
         Raises:
-            NoSpaceError: the host has no space for a single one.
+            NoSpaceError: the host has no space.
         """
-        if self._free:
-            some = [self._free.popleft() for _ in range(min(count, len(self._free)))]
-            try:
-                for offset in some:
-                    self._leaf.zero(offset, self._block)
-            except BaseException:
-                self._free.extendleft(reversed(some))
-                raise
-            self._in_use += len(some)
-            return np.array(some, np.uint64)
-        start = round_up(self._end, MIB)
-        while True:
-            try:
-                self._extend(start, count * self._block)
-                break
-            except NoSpaceError:
-                if count == 1:
-                    raise
-                count //= 2
-        self._end = start + count * self._block
-        self._in_use += count
-        return start + np.arange(count, dtype=np.uint64) * np.uint64(self._block)
+        reservation = self.reserve(count)
+        try:
+            self.prepare(reservation)
+        except BaseException:
+            self.cancel(reservation)
+            raise
+        return reservation.offsets
 
     def take_region(self, length: int) -> int:
         """Offset of ``length`` bytes (a multiple of 1 MiB) at the end that read zeros.
@@ -94,24 +128,26 @@ class Space:
         Raises:
             NoSpaceError: the host has no space.
         """
-        start = round_up(self._end, MIB)
-        self._extend(start, length)
+        start, size = round_up(self._end, MIB), self._leaf.size
+        try:
+            self._extend(start, length)
+        except NoSpaceError:
+            if not self._sparse and self._leaf.size > max(size, start):
+                self._leaf.resize(max(size, start))
+            raise
         self._end = start + length
         return start
 
     def _extend(self, start: int, length: int) -> None:
-        size = self._leaf.size
+        with self._growing:
+            size = self._leaf.size
+            if size < start + length:
+                self._leaf.resize(start + length)
         # Bytes that an earlier crash left past the end may have any value.
         if size > start:
             self._leaf.zero(start, min(size - start, length))
-        if size < start + length:
-            self._leaf.resize(start + length)
         if not self._sparse:
-            try:
-                self._leaf.zero(start, length, no_hole=True)
-            except NoSpaceError:
-                self._leaf.resize(max(size, start))
-                raise
+            self._leaf.zero(start, length, no_hole=True)
 
     def take_before(self, offset: int) -> int | None:
         """Takes the lowest free place, if it is before ``offset``; its data may be stale."""
@@ -131,26 +167,31 @@ class Space:
         self._in_use += count
 
     def release_after(self, generation: int, offsets: npt.NDArray[np.uint64]) -> None:
-        """These places are free as soon as ``generation`` is committed."""
+        """These places are free as soon as ``generation`` is committed; see :meth:`take_released`."""
         if len(offsets):
             self._pending.append((generation, offsets))
-        if generation <= self._committed:
-            self.committed(generation)
 
-    def committed(self, generation: int) -> None:
-        """Notes that ``generation`` is durable, and frees the places that waited for it."""
+    def take_released(self, generation: int = 0) -> npt.NDArray[np.uint64]:
+        """Notes that ``generation`` is durable.
+
+        Returns:
+            The places that are free now: :meth:`trim` them, then :meth:`add_free`.
+        """
         self._committed = max(self._committed, generation)
-        waiting = list(self._pending)
-        self._pending.clear()
-        for wanted, offsets in waiting:
-            if wanted > self._committed:
-                self._pending.append((wanted, offsets))
-                continue
-            self._leaf.batch(
-                [plane.Step(plane.Operation.TRIM, offset, self._block) for offset in offsets.tolist()]
-            )
-            self._free.extend(offsets.tolist())
-            self._in_use -= len(offsets)
+        ready = [offsets for wanted, offsets in self._pending if wanted <= self._committed]
+        self._pending = deque(each for each in self._pending if each[0] > self._committed)
+        return np.concatenate([np.empty(0, np.uint64), *ready])
+
+    def trim(self, offsets: npt.NDArray[np.uint64]) -> None:
+        """Gives the space of free places back to the host; needs no lock."""
+        self._leaf.batch(
+            [plane.Step(plane.Operation.TRIM, offset, self._block) for offset in offsets.tolist()]
+        )
+
+    def add_free(self, offsets: npt.NDArray[np.uint64]) -> None:
+        """Places that were released may be handed out again."""
+        self._free.extend(offsets.tolist())
+        self._in_use -= len(offsets)
 
     def give_back(self, offsets: npt.NDArray[np.uint64]) -> None:
         """Takes back places that were never used; free places at the end lower the end."""
