@@ -85,7 +85,7 @@ PLANTED: dict[str, list[tuple[str, str, str]]] = {
         ("vhdx/image/vhdx/repairing.py", "        undo_file.save(at, headers.HEADER_SIZE)\n", "        pass\n"),
         ("vhdx/image/vhdx/repairing.py", "        undo_file.save(step.offset, len(memoryview(step.buffer or b\"\")))\n", "        pass\n"),
         ("vhdx/image/vhdx/repairing.py", "_entry_step(at, entry & 7)", "_entry_step(at, entry | BlockState.FULLY_PRESENT)"),
-        ("vhdx/image/vhdx/repairing.py", "        if leaf.size > size:\n            leaf.resize(size)\n", ""),
+        ("vhdx/image/vhdx/repairing.py", "    if leaf.size > size:\n        leaf.resize(size)\n", ""),
         ("vhdx/image/vhdx/repairing.py", "flags & ~_LEAVE_ALLOCATED", "flags | 2"),
         ("vhdx/image/vhdx/journal.py", "for patch in patches), _BARRIER]", "for patch in patches[1:]), _BARRIER]"),
         ("vhdx/image/vhdx/repairing.py", "replace(r, required=True) if r.guid in {region.BAT, region.METADATA} else r", "replace(r, required=True)"),

@@ -414,8 +414,8 @@ def _restore(leaf: plane.Device, size: int, records: _Records) -> None:
     for at, content in reversed(records):
         is_header = at in headers.HEADER_OFFSETS
         (rest if is_header else first).append(plane.Step(plane.Operation.WRITE, at, buffer=content))
-    if leaf.size != size:
-        leaf.resize(max(size, leaf.size))
+    if leaf.size < size:
+        leaf.resize(size)
     leaf.batch(first)
     if leaf.size > size:
         leaf.resize(size)
