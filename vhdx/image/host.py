@@ -21,7 +21,6 @@ from vhdx.image.dropped import closed_so_far, wait_for_dropped
 
 __all__ = ["HostFile", "open_host"]
 
-_LARGEST_FILE = (1 << 63) - 1
 _MOST_TRIES = 20
 
 
