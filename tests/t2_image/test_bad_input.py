@@ -484,3 +484,12 @@ def test_descriptors_are_not_leaked(image):
     for _ in range(20):
         vhdx.open(image, "r+").close()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("size", ["64M", 10.5, True, 64, 0, -512])
+def test_sizes_that_cannot_be_are_refused(tmp_path, size):
+    with pytest.raises(vhdx.InvalidArgumentError, match="the size"):
+        vhdx.create(tmp_path / "disk.vhdx", size)
+    with pytest.raises(vhdx.InvalidArgumentError, match="taken for a raw one"):
+        vhdx.create(tmp_path / "disk.img", 1 << 20)
+    assert list(tmp_path.iterdir()) == []

@@ -234,6 +234,8 @@ def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: 
             click.echo("no errors")
         elif any(finding.repair for finding in report.findings) and not repair:
             click.echo("--repair can repair some of this")
+        elif report.errors and repair:
+            click.echo("what is left needs a guess: copy what can be read, or restore a backup")
     context.exit(3 if report.errors else 0)
 
 

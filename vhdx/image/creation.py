@@ -81,6 +81,9 @@ def create_disk(
         raise InvalidArgumentError(
             "an image of this name would be taken for a raw one", path=path, hint="name it .vhdx"
         )
+    given: object = size  # callers without type checks may pass anything
+    if given is not None and (not isinstance(given, int) or isinstance(given, bool)):
+        raise InvalidArgumentError(f"the size is {given!r}", path=path, hint="give bytes, as an int")
     if type is None:
         type = "dynamic" if parent is None else "differencing"
     if type == "differencing":
@@ -88,8 +91,8 @@ def create_disk(
             raise InvalidArgumentError(
                 "a differencing image needs a parent", path=path, hint="use --parent (parent=)"
             )
-        given: list[object] = [logical_sector_size, physical_sector_size, disk_id]
-        if given != [None, None, None]:
+        others: list[object] = [logical_sector_size, physical_sector_size, disk_id]
+        if others != [None, None, None]:
             raise InvalidArgumentError(
                 "a differencing image has the sector sizes and the id of its parent", path=path
             )

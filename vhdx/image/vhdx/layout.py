@@ -123,9 +123,10 @@ def check_parameters(
     if size <= 0 or size > metadata.LARGEST_DISK:
         raise refuse(f"the size is {size} bytes", "choose 1 sector to 64T")
     if size % logical:
+        below, above = size // logical * logical, (size // logical + 1) * logical
         raise refuse(
             f"the size of {size} bytes is no multiple of the logical sector of {logical} bytes",
-            f"choose {size // logical * logical or logical} or {(size // logical + 1) * logical}",
+            f"choose {below} or {above}" if below else f"choose {above}",
         )
     return metadata.DiskParameters(
         virtual_size=size,
