@@ -301,7 +301,7 @@ def test_a_large_write_that_fails_half_way_is_one_error(tmp_path, fua, monkeypat
 
         assert client.ask(1, offset=0, payload=b"1" * MIB)[0] == 0
         disk._image.engine.allocator.take_back_grants()
-        monkeypatch.setattr(space, "take", full)
+        monkeypatch.setattr(space, "prepare", full)
         error, _ = client.ask(1, offset=32 * MIB, payload=b"2" * (16 * MIB), flags=1 if fua else 0)
         assert error == 28
         monkeypatch.undo()
