@@ -194,17 +194,20 @@ def test_a_client_that_leaves_cancels_its_compaction(image):
 def test_garbage_is_refused_and_changes_nothing(image, body):
     with vhdx.serve({"disk": image}) as server:
         [found] = control.servers()
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(found.socket))
-            client.settimeout(30)
-            client.sendall(
-                b"POST /v2/operations/resize HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
-                b"Content-Type: application/json\r\n"
-                + f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-            )
-            answer = b"".join(iter(lambda: client.recv(4096), b""))
-        assert b'{"error": ' in answer
+        assert b'{"error": ' in answer(found, "POST", "/v2/operations/resize", body)
         assert server.exports()["disk"].size == 64 * MIB
+
+
+def answer(found, method, target, body=""):
+    """The bytes with which a server answers a request."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(found.socket))
+        client.settimeout(30)
+        client.sendall(
+            f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        return b"".join(iter(lambda: client.recv(4096), b""))
 
 
 def post(found, operation, body):
@@ -394,13 +397,9 @@ def test_a_server_of_another_environment_is_found_by_its_image(tmp_path, monkeyp
 def test_a_client_of_another_version_is_refused_with_both(image):
     with vhdx.serve({"disk": image}):
         [found] = control.servers()
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(found.socket))
-            client.settimeout(30)
-            client.sendall(b"GET /v1/qos HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-            answer = b"".join(iter(lambda: client.recv(4096), b"")).decode()
-    assert answer.startswith("HTTP/1.1 404")
-    assert "speaks version 2 of the control interface, and the client version 1" in answer
+        refused = answer(found, "GET", "/v1/qos").decode()
+    assert refused.startswith("HTTP/1.1 404")
+    assert "speaks version 2 of the control interface, and the client version 1" in refused
 
 
 @pytest.mark.parametrize("theirs", [1, 2], ids=["first", "later"])
@@ -440,14 +439,8 @@ def test_a_field_at_its_default_is_not_sent():
 def test_subscriptions_have_an_end(image, body):
     with vhdx.serve({"disk": image}) as server:
         [found] = control.servers()
-        with socket.socket(socket.AF_UNIX) as client:
-            client.connect(str(found.socket))
-            client.settimeout(30)
-            client.sendall(
-                f"POST /v2/qos/subscription HTTP/1.1\r\nHost: x\r\n"
-                f"Content-Length: {len(body)}\r\n\r\n{body}".encode()
-            )
-            assert client.recv(12) == b"HTTP/1.1 400"
+        refused = answer(found, "POST", "/v2/qos/subscription", body)
+        assert refused.startswith(b"HTTP/1.1 400")
         assert server.qos.report().sampled_seconds == 0
         found.subscribe(5)
         assert server.qos.report().sampled_seconds > 0
