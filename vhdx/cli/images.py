@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vhdx import control, image
+from vhdx import control, image, lazy
 from vhdx.cli.output import (
     SEQUENCE,
     SIZE,
@@ -19,13 +19,16 @@ from vhdx.cli.output import (
 )
 from vhdx.image.formats import FORMATS
 from vhdx.image.vhdx import dump as dumping
-from vhdx.image.vhdx.repairing import undo_path
 from vhdx.units import format_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from vhdx.image.vhdx import repairing
+
     _Command = Callable[..., Any]
+else:  # loaded for the command that needs it
+    repairing = lazy.Module("vhdx.image.vhdx.repairing")
 
 __all__ = [
     "check",
@@ -229,7 +232,8 @@ def check(context: click.Context, path: str, repair: bool, undo: bool, as_json: 
             where = "" if finding.offset is None else f" at {finding.offset:#x}"
             click.echo(f"{finding.severity}{where}: {finding.message} [{finding.code}]")
         if report.repaired:
-            click.echo(f"the overwritten bytes are kept in {undo_path(path)}")
+            kept = repairing.undo_path(path)
+            click.echo(f"the overwritten bytes are kept in {kept}")
         if not report.findings:
             click.echo("no errors")
         elif any(finding.repair for finding in report.findings) and not repair:
