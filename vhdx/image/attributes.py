@@ -57,7 +57,10 @@ def copy_attributes(source: str | os.PathLike[str], fd: int) -> None:
     if _ACL not in names:  # an ACL inherited from the directory would let others in
         with contextlib.suppress(OSError):
             os.removexattr(fd, _ACL)
-    os.fchmod(fd, stat.S_IMODE(wanted.st_mode))
+    try:
+        os.fchmod(fd, stat.S_IMODE(wanted.st_mode))
+    except OSError as error:
+        raise HostIOError(f"its mode cannot be kept: {error.strerror}", path=source) from error
     for name in names:
         _copy(source, fd, name)
 

@@ -106,10 +106,12 @@ def merge(
             note_child(parent_path, other)
         if base.parent is not None:
             note_child(base.parent.engine.host.path, name)
-        _keep_attributes(name, parent_path)
         try:
+            _keep_attributes(name, parent_path)
             os.replace(parent_path, name)
         except OSError as error:
+            if isinstance(error, VhdxError):
+                raise
             raise HostIOError(
                 f"it is merged, but {parent_path} cannot take its name: {error.strerror}",
                 path=name,
