@@ -202,6 +202,6 @@ int vx_nbd_serve(vx_nbd_connection *connection);
 void vx_nbd_stop(vx_nbd_connection *connection);
 void vx_nbd_abort(vx_nbd_connection *connection);
 typedef struct { uint64_t requests[8]; uint64_t bytes_read; uint64_t bytes_written; uint64_t errors;
-                 uint64_t pooled; uint64_t under_way; } vx_nbd_counters;
+                 uint64_t failed_writes; uint64_t pooled; uint64_t under_way; } vx_nbd_counters;
 void vx_nbd_counters_of(vx_nbd_connection *connection, vx_nbd_counters *counters);
 void vx_nbd_destroy(vx_nbd_connection *connection);

@@ -86,6 +86,7 @@ __all__ = [
     "create",
     "info",
     "merge",
+    "mounted",
     "open",
     "rebase",
     "repair",
@@ -104,11 +105,24 @@ _HOMES = {
         "check convert create merge open rebase repair undo"
     ),
     "vhdx.front.nbd": "Server",
+    "vhdx.mounting": "mounted",
     "vhdx.host": "Limits",
     "vhdx.errors": " ".join(name for name in __all__ if name.endswith("Error")) + " Reason",
 }
 _find = lazy.exports(__name__, _HOMES)
-_PARTS = {"cli", "control", "errors", "format", "front", "host", "image", "plane", "qos", "units"}
+_PARTS = {
+    "cli",
+    "control",
+    "errors",
+    "format",
+    "front",
+    "host",
+    "image",
+    "mounting",
+    "plane",
+    "qos",
+    "units",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,7 @@ class Reason(StrEnum):
     NO_PROGRESS = "no_progress"
     INTERNAL = "internal"
     CANCELLED = "cancelled"
+    NEEDS_CONSENT = "needs_consent"
     # the host
     NOT_FOUND = "not_found"
     EXISTS = "exists"

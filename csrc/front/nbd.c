@@ -216,6 +216,7 @@ void vx_nbd_counters_of(vx_nbd_connection *c, vx_nbd_counters *counters)
     counters->bytes_read = value(&c->counters.bytes_read);
     counters->bytes_written = value(&c->counters.bytes_written);
     counters->errors = value(&c->counters.errors);
+    counters->failed_writes = value(&c->counters.failed_writes);
     counters->pooled = value(&c->service.pooled);
     counters->under_way = value(&c->service.under_way);
 }

@@ -42,6 +42,7 @@ typedef struct vx_nbd_counters {
     uint64_t requests[8]; /* by NBD command */
     uint64_t bytes_read, bytes_written; /* payload */
     uint64_t errors;
+    uint64_t failed_writes; /* of those errors: writes, zeroes and flushes */
     uint64_t pooled;    /* tasks that went to the pool */
     uint64_t under_way; /* requests not answered yet */
 } vx_nbd_counters;

@@ -53,7 +53,7 @@ typedef struct nbd_task {
 
 /* Written by the connection's thread alone; read by anyone, at any time. */
 typedef struct live_counters {
-    _Atomic uint64_t requests[8], bytes_read, bytes_written, errors;
+    _Atomic uint64_t requests[8], bytes_read, bytes_written, errors, failed_writes;
 } live_counters;
 
 struct vx_nbd_connection {

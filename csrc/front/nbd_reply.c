@@ -7,8 +7,12 @@ void nbd_reply_status(vx_nbd_connection *c, enum nbd_error error, const nbd_requ
 {
     uint8_t *out = vx_output_stage(&c->output);
     size_t n;
-    if (error != NBD_OK)
+    if (error != NBD_OK) {
         nbd_count(&c->counters.errors, 1);
+        if (wire->command == NBD_WRITE || wire->command == NBD_WRITE_ZEROES ||
+            wire->command == NBD_FLUSH)
+            nbd_count(&c->counters.failed_writes, 1);
+    }
     if (!c->rules.structured)
         n = nbd_put_simple(out, error, wire->cookie);
     else if (error != NBD_OK)

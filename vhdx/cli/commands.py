@@ -14,6 +14,7 @@ from vhdx.cli.output import VhdxGroup, raise_from_now
 __all__ = ["main"]
 
 _IMAGES, _SERVING, _QOS = "vhdx.cli.images", "vhdx.cli.serving", "vhdx.cli.qos"
+_MOUNTING = "vhdx.cli.mounting"
 _HOMES = {
     "create": _IMAGES,
     "info": _IMAGES,
@@ -29,10 +30,15 @@ _HOMES = {
     "serve": _SERVING,
     "ps": _SERVING,
     "stop": _SERVING,
+    "mount": _MOUNTING,
+    "umount": _MOUNTING,
+    "attach": _MOUNTING,
+    "detach": _MOUNTING,
+    "mounts": _MOUNTING,
     "qos": _QOS,
     "top": _QOS,
 }
-_READING = {"info", "map", "dump", "ps"}
+_READING = {"info", "map", "dump", "ps", "mounts"}
 """Commands that change nothing, so a signal ends them at once."""
 _OTHER_NAMES = {"map": "map_extents"}
 
@@ -41,14 +47,16 @@ def _load(name: str) -> None:
     """Loads what the command ``name`` needs, so that no signal raises during an import."""
     for module in ("vhdx.control.disks", "vhdx.control.transport"):
         importlib.import_module(module)
-    if _HOMES.get(name) == _IMAGES:
+    if _HOMES.get(name) == _MOUNTING:
+        lazy.load_everything("vhdx.mounting")
+    if _HOMES.get(name) in {_IMAGES, _MOUNTING}:
         lazy.load_everything("vhdx.image")
         if sys.stderr is not None and sys.stderr.isatty():
             importlib.import_module("vhdx.cli.progress")
 
 
 class _Commands(VhdxGroup):
-    asking = frozenset(name for name, home in _HOMES.items() if home != _IMAGES)
+    asking = frozenset(name for name, home in _HOMES.items() if home in {_SERVING, _QOS})
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         del ctx

@@ -328,16 +328,27 @@ def snapshot(path: str, checkpoint: str | None, force: bool) -> None:
     is_flag=True,
     help="Proceed even if other images depend on the parent. They become unusable.",
 )
-def merge(path: str, parent_dir: tuple[str, ...], force: bool) -> None:
+@click.option(
+    "--keep-parent-name",
+    is_flag=True,
+    help="Keep the parent's name instead of the image's, as qemu-img commit and Merge-VHD do.",
+)
+def merge(path: str, parent_dir: tuple[str, ...], force: bool, keep_parent_name: bool) -> None:
     """Merge a differencing image into its parent, whose file takes the image's name.
 
-    The parent's own name is gone afterwards. If other images are based on the parent, the merge
-    is refused without --force.
+    The parent's own name is gone afterwards (or the image's, with --keep-parent-name). If other
+    images are based on the parent, the merge is refused without --force.
 
     Example: vhdx merge disk.vhdx
     """
     with progress_bar("merging") as progress, change():
-        image.merge(path, parent_search=parent_dir, force=force, progress=progress)
+        image.merge(
+            path,
+            parent_search=parent_dir,
+            force=force,
+            keep_parent_name=keep_parent_name,
+            progress=progress,
+        )
 
 
 @click.command()

@@ -109,6 +109,7 @@ class ConnectionReport(_Reply, frozen=True):
     errors: int
     pooled: int
     under_way: int
+    failed_writes: int = 0
 
 
 class ServerReport(_Reply, frozen=True):

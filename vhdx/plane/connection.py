@@ -32,6 +32,7 @@ class ConnectionCounters(NamedTuple):
     bytes_read: int
     bytes_written: int
     errors: int
+    failed_writes: int
     pooled: int
     under_way: int
 
@@ -98,5 +99,12 @@ class Connection:
         """Reads the counters; each number is exact, but they are not read at the same instant."""
         found = ffi.new("vx_nbd_counters *")
         lib.vx_nbd_counters_of(self._handle, found)
-        rest = (found.bytes_read, found.bytes_written, found.errors, found.pooled, found.under_way)
+        rest = (
+            found.bytes_read,
+            found.bytes_written,
+            found.errors,
+            found.failed_writes,
+            found.pooled,
+            found.under_way,
+        )
         return ConnectionCounters._make([*found.requests, *rest])

@@ -62,20 +62,23 @@ def merge(
     *,
     parent_search: Sequence[StrPath] = (),
     force: bool = False,
+    keep_parent_name: bool = False,
     progress: Progress | None = None,
     cancel: Callable[[], bool] | None = None,
 ) -> None:
     """Merges a differencing image into its parent; the result has the name of the image.
 
-    The parent's own name is gone afterwards. Images based on the merged image stay valid. Other
-    images based on the parent become invalid, so the merge is refused if one is found. After an
-    interruption or cancellation the image reads as before; merge it again.
+    The parent's own name is gone afterwards, or the image's with ``keep_parent_name``. Images based
+    on the merged image stay valid. Other images based on the parent become invalid, so the merge is
+    refused if one is found. After an interruption or cancellation the image reads as before; merge
+    it again.
 
     Args:
         path: of the differencing image.
         parent_search: further directories to look for the parent in.
         force: merge although other images are based on the parent, or one of the two files has a
             second hard link; those images and links become unusable.
+        keep_parent_name: the result has the name of the parent, as with qemu-img commit.
         progress: called with the bytes done and the bytes in all.
         cancel: called between pieces; the merge stops when it returns True.
 
@@ -96,29 +99,51 @@ def merge(
         if not force:
             _check_links(name, parent_path)
             _check_siblings(name, parent_path)
+            if keep_parent_name:
+                _check_children(name)
         guid = _accept_own_guid(name, parent_path)
         base = open_layer(open_host(parent_path, write=True), search=search, data_write_guid=guid)
         stack.callback(base.close)
         if not force:
             _check_siblings(name, parent_path)  # again: its lock now prevents new children
         _merge_into(base, name, progress, cancel)
-        for other in _others_based_on(name):
-            note_child(parent_path, other)
-        if base.parent is not None:
-            note_child(base.parent.engine.host.path, name)
-        try:
-            _keep_attributes(name, parent_path)
-            os.replace(parent_path, name)
-        except OSError as error:
-            if isinstance(error, VhdxError):
-                raise
-            raise HostIOError(
-                f"it is merged, but {parent_path} cannot take its name: {error.strerror}",
-                path=name,
-                hint=f"it reads as before, and {parent_path} has the merged content; merge again "
-                "under a name that can be replaced (a file that is a mount point cannot)",
-            ) from error
+        if keep_parent_name:
+            _remove_child(name, parent_path)
+        else:
+            _take_name(base, name, parent_path)
         sync_directory(Path(name).parent)
+
+
+def _remove_child(name: str, parent_path: str) -> None:
+    """Removes the image, whose content the parent has by now."""
+    try:
+        os.unlink(name)
+    except OSError as error:
+        raise HostIOError(
+            f"it is merged into {parent_path}, but it cannot be removed: {error.strerror}",
+            path=name,
+            hint="it is not needed any more",
+        ) from error
+
+
+def _take_name(base: VhdxImage, name: str, parent_path: str) -> None:
+    """Renames the parent's file, which has the content of both, over the image."""
+    for other in _others_based_on(name):
+        note_child(parent_path, other)
+    if base.parent is not None:
+        note_child(base.parent.engine.host.path, name)
+    try:
+        _keep_attributes(name, parent_path)
+        os.replace(parent_path, name)
+    except OSError as error:
+        if isinstance(error, VhdxError):
+            raise
+        raise HostIOError(
+            f"it is merged, but {parent_path} cannot take its name: {error.strerror}",
+            path=name,
+            hint=f"it reads as before, and {parent_path} has the merged content; merge again "
+            "under a name that can be replaced (a file that is a mount point cannot)",
+        ) from error
 
 
 def _keep_attributes(name: str, parent_path: str) -> None:
@@ -281,6 +306,16 @@ def _check_siblings(name: str, parent_path: str) -> None:
                 path=name,
                 hint="use --force (force=True) if it is not needed",
             )
+
+
+def _check_children(name: str) -> None:
+    """Refuses to remove an image that others are based on."""
+    for other in _others_based_on(name):
+        raise InUseError(
+            f"{other} is based on it and would be lost with its name",
+            path=name,
+            hint="use --force (force=True) if it is not needed",
+        )
 
 
 def _pieces(top: Engine, state: tuple[int, ...]) -> Iterator[tuple[int, int, int]]:

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: MIT
+"""Commands that mount images, and that attach them as block devices."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+from vhdx import mounting
+from vhdx.cli.output import change, json_option, print_json, print_table
+from vhdx.errors import Reason, VhdxError
+from vhdx.image.formats import FORMATS
+from vhdx.mounting.ways import WAYS
+from vhdx.units import format_size
+
+__all__ = ["attach", "detach", "mount", "mounts", "umount"]
+
+_via_option = click.option(
+    "--via",
+    type=click.Choice(list(WAYS)),
+    help="How the kernel reaches the disk. [the best there is]",
+)
+_format_option = click.option(
+    "--format", "format_", type=click.Choice(FORMATS), help="Format. [default: detected]"
+)
+_parent_option = click.option(
+    "--parent-dir",
+    "parent_search",
+    multiple=True,
+    type=click.Path(file_okay=False),
+    help="Another directory to search for parents; repeatable.",
+)
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@click.argument("directory", type=click.Path())
+@click.option(
+    "--partition",
+    "-p",
+    type=click.IntRange(0),
+    help="Number of the partition; 0 is the whole disk. [the only one with a file system]",
+)
+@click.option("--read-only", "-r", is_flag=True, help="Do not change one byte of the image.")
+@click.option("--fs", "filesystem", metavar="TYPE", help="Type of the file system. [detected]")
+@click.option("--options", "-o", default="", help="More options for mount(8), with commas.")
+@_via_option
+@click.option("--yes", "-y", is_flag=True, help="Replay journals, and agree to what else is asked.")
+@click.option(
+    "--snapshot",
+    is_flag=True,
+    help="Keep changes apart; vhdx umount --commit keeps them, --discard throws them away.",
+)
+@_format_option
+@_parent_option
+@json_option
+def mount(as_json: bool, yes: bool, path: str, directory: str, **given: Any) -> None:
+    """Mount a file system of an image on an empty directory. Needs root.
+
+    It stays mounted until vhdx umount. Mounting again with the same arguments changes nothing.
+
+    Example: vhdx mount windows.vhdx /mnt --read-only
+    """
+    settings = {"format" if name == "format_" else name: value for name, value in given.items()}
+    try:
+        with change():
+            done = mounting.mount(path, directory, yes=yes, **settings)
+    except VhdxError as error:
+        if error.reason is not Reason.NEEDS_CONSENT or not _agrees(error):
+            raise
+        with change():
+            done = mounting.mount(path, directory, yes=True, **settings)
+    for note in done.notes:
+        click.echo(f"vhdx: {directory}: {note}", err=True)
+    if as_json:
+        print_json(done._asdict())
+        return
+    what = "the disk" if done.partition is None else f"partition {done.partition}"
+    click.echo(f"{what} ({done.filesystem}, {done.device}) is mounted on {done.directory}")
+
+
+def _agrees(error: VhdxError) -> bool:
+    """Asks on a terminal."""
+    if sys.stdin is None or not sys.stdin.isatty() or sys.stderr is None:
+        return False
+    click.echo(f"vhdx: {error.path}: {error.message}", err=True)
+    return click.confirm("Mount it for writing?", err=True)
+
+
+@click.command()
+@click.argument("targets", nargs=-1, type=click.Path(), metavar="DIRECTORY|IMAGE...")
+@click.option("--all", "everything", is_flag=True, help="Unmount everything that vhdx mounted.")
+@click.option("--commit", is_flag=True, help="After mount --snapshot: merge the changes.")
+@click.option("--discard", is_flag=True, help="After mount --snapshot: throw the changes away.")
+def umount(targets: tuple[str, ...], everything: bool, commit: bool, discard: bool) -> None:
+    """Unmount, and close the image. Afterwards its bytes are on the disk, or it says what is not.
+
+    Example: vhdx umount /mnt
+    """
+    if everything == bool(targets):
+        raise click.UsageError("say which: DIRECTORY, IMAGE or --all")
+    if everything:
+        found = mounting.mounts()
+        targets = tuple(dict.fromkeys(each.image for each in found if each.directory))
+    failures = []
+    for target in targets:
+        try:
+            with change():
+                if not mounting.unmount(target, commit=commit, discard=discard):
+                    click.echo(f"{target}: nothing is mounted there", err=True)
+        except VhdxError as error:  # the others are unmounted nevertheless
+            failures.append(error)
+    _raise(failures)
+
+
+def _raise(failures: list[VhdxError]) -> None:
+    for failure in failures[1:]:
+        click.echo(f"vhdx: {failure}", err=True)
+    if failures:
+        raise failures[0]
+
+
+@click.command()
+@click.argument("path", type=click.Path())
+@click.option("--read-only", "-r", is_flag=True, help="Do not change one byte of the image.")
+@_via_option
+@_format_option
+@_parent_option
+@json_option
+def attach(as_json: bool, path: str, format_: str | None, **given: Any) -> None:
+    """Make a disk and its partitions block devices, until vhdx detach. Needs root.
+
+    This is for what vhdx mount does not do itself: encrypted disks, LVM, RAIDs, fsck.
+
+    Example: vhdx attach disk.vhdx
+    """
+    with change():
+        done = mounting.attach(path, format=format_, **given)
+    if as_json:
+        devices = [each._asdict() for each in done.devices]
+        print_json({"way": done.way, "devices": devices})
+        return
+    print_table(
+        ("device", "partition", "size", "content", "label"),
+        [
+            (
+                each.device,
+                "" if each.partition is None else str(each.partition),
+                format_size(each.length),
+                each.filesystem,
+                each.label,
+            )
+            for each in done.devices
+        ],
+    )
+
+
+@click.command()
+@click.argument("targets", nargs=-1, required=True, type=click.Path(), metavar="IMAGE|DEVICE...")
+def detach(targets: tuple[str, ...]) -> None:
+    """Detach images. Afterwards their bytes are on the disk, or it says what is not.
+
+    Example: vhdx detach disk.vhdx
+    """
+    failures = []
+    for target in targets:
+        try:
+            with change():
+                if not mounting.detach(target):
+                    click.echo(f"{target}: it is not attached", err=True)
+        except VhdxError as error:
+            failures.append(error)
+    _raise(failures)
+
+
+@click.command()
+@json_option
+def mounts(as_json: bool) -> None:
+    """List what vhdx has mounted and attached on this machine.
+
+    Example: vhdx mounts --json
+    """
+    found = mounting.mounts()
+    if as_json:
+        print_json([each._asdict() for each in found])
+        return
+    if not found:
+        click.echo("nothing is mounted or attached")
+        return
+    print_table(
+        ("image", "mode", "way", "device", "partition", "type", "directory", "pid"),
+        [
+            (
+                each.image,
+                each.mode,
+                each.way,
+                each.device or "",
+                "" if each.partition is None else str(each.partition),
+                each.filesystem or "",
+                each.directory or "",
+                "" if each.pid is None else str(each.pid),
+            )
+            for each in found
+        ],
+    )
+    for problem in dict.fromkeys((each.image, each.problem) for each in found):
+        if problem[1] is not None:
+            click.echo(f"{problem[0]}: {problem[1]}")

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: MIT
+"""Which partition is meant, and the block devices of an attached image."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from vhdx.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    VhdxError,
+)
+from vhdx.mounting import filesystems, partitions, system, ways
+from vhdx.mounting.attachments import (
+    scratch,
+)
+from vhdx.mounting.programs import run
+from vhdx.mounting.records import Attachment, Device
+
+if TYPE_CHECKING:
+    StrPath = str | os.PathLike[str]
+
+__all__ = [
+    "choose_partition",
+    "content_in",
+    "device_of",
+    "find_partitions",
+    "give_up",
+    "needs_replay",
+]
+
+
+def find_partitions(attachment: Attachment) -> list[partitions.Partition]:
+    """The partitions of the disk, as it is now."""
+    assert attachment.view is not None
+    if attachment.way == "nbd":  # what was written through partitions is not in this cache
+        run("blockdev", "--flushbufs", attachment.view)
+    return partitions.partitions_of(
+        attachment.view, size=attachment.size, sector_size=attachment.sector_size
+    )
+
+
+def content_in(attachment: Attachment, partition: partitions.Partition | None) -> partitions.Content:
+    """What a partition holds, or the whole disk."""
+    assert attachment.view is not None
+    return partitions.content_of(attachment.view, partition, size=attachment.size)
+
+
+def _described(attachment: Attachment, found: list[partitions.Partition]) -> str:
+    words = []
+    for each in found:
+        try:
+            content = content_in(attachment, each)
+        except VhdxError:
+            content = partitions.Content("ambiguous", "", "", "")
+        name = content.label or each.name
+        size = f"{each.length / (1 << 20):.0f} MiB"
+        words.append(
+            f"{each.number} ({content.kind or 'no file system'}, {size}"
+            + (f", {name!r})" if name else ")")
+        )
+    return ", ".join(words)
+
+
+def choose_partition(
+    attachment: Attachment, number: int | None, filesystem: str | None
+) -> partitions.Partition | None:
+    """The wanted partition; without a wish, the only one that can be mounted.
+
+    Raises:
+        NotFoundError: there is no such partition.
+        InvalidArgumentError: a partition must be chosen.
+    """
+    found = find_partitions(attachment)
+    if number == 0:
+        return None
+    if number is not None:
+        for each in found:
+            if each.number == number:
+                return each
+        there = _described(attachment, found)
+        raise NotFoundError(
+            f"there is no partition {number}",
+            path=attachment.image,
+            hint=f"there are {there}" if there else "the disk has no partitions",
+        )
+    if not found:
+        return None
+    usable = []
+    for each in found:
+        with contextlib.suppress(VhdxError):
+            content = content_in(attachment, each)
+            if (content.kind or filesystem) and not partitions.is_reserved(each):
+                usable.append(each)
+    if len(found) == 1:
+        usable = found
+    if len(usable) != 1:
+        raise InvalidArgumentError(
+            f"it has the partitions {_described(attachment, found)}",
+            path=attachment.image,
+            hint="choose one with --partition N (partition=N)",
+        )
+    return usable[0]
+
+
+def device_of(attachment: Attachment, partition: partitions.Partition | None) -> tuple[Device, bool]:
+    """A block device for the partition, and whether it is new."""
+    number = None if partition is None else partition.number
+    for each in attachment.devices:
+        if each.partition == number:
+            return each, False
+    device = ways.of(attachment).device(attachment, partition)
+    attachment.devices = [*attachment.devices, device]
+    attachment.save()
+    return device, True
+
+
+def give_up(attachment: Attachment, device: Device) -> None:
+    """Detaches a device that was made for a mount."""
+    if device.loop:
+        system.detach_loop(device.path)
+    attachment.devices = [each for each in attachment.devices if each != device]
+    attachment.save()
+
+
+def needs_replay(attachment: Attachment, partition: partitions.Partition | None, kind: str) -> bool:
+    """Tries a read-only mount on a read-only device of its own."""
+    assert attachment.view is not None
+    device = system.attach_loop(
+        attachment.view,
+        offset=0 if partition is None else partition.offset,
+        length=attachment.size if partition is None else partition.length,
+        sector_size=attachment.sector_size,
+        read_only=True,
+    )
+    try:
+        with scratch(attachment) as directory:
+            return filesystems.needs_replay(kind, device, directory)
+    finally:
+        system.detach_loop(device)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: MIT
+"""Finds the image that a directory, a device or a name of a file stands for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from vhdx.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+)
+from vhdx.mounting import records, system
+
+if TYPE_CHECKING:
+    StrPath = str | os.PathLike[str]
+
+__all__ = ["find_image", "nothing_there"]
+
+
+def find_image(target: StrPath) -> tuple[tuple[int, int], str | None] | None:
+    """The image that a directory, an image or a device names; and the directory, if it is one."""
+    path = os.path.realpath(os.fsdecode(target))
+    found = records.load_all()
+    for attachment in found:
+        for each in attachment.mounts:
+            if each.directory == path:
+                return attachment.key, path
+    for attachment in found:
+        if path in {each.path for each in attachment.devices} | {attachment.view}:
+            return attachment.key, None
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        for attachment in found:
+            if attachment.key == (status.st_dev, status.st_ino):
+                return attachment.key, None
+    for attachment in found:
+        if attachment.image in {path, os.path.abspath(os.fsdecode(target))}:
+            return attachment.key, None
+    return None
+
+
+def nothing_there(target: StrPath) -> bool:
+    """Returns False: nothing of vhdx is mounted there.
+
+    Raises:
+        NotFoundError: there is no such file.
+        InvalidArgumentError: another program mounted what is mounted there.
+    """
+    if not os.path.lexists(target):
+        raise NotFoundError("there is no such directory or image", path=os.fsdecode(target))
+    path = os.path.realpath(os.fsdecode(target))
+    if system.mounted_at(path) is not None:
+        raise InvalidArgumentError("it was not mounted by vhdx", path=path, hint="use umount(8)")
+    return False

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: MIT
+"""Runs the programs of the system that attach and mount: util-linux, nbd-client, nbdfuse, ntfs-3g."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from vhdx.errors import HostIOError, Reason, UnsupportedError, VhdxError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Output", "Process", "find", "has", "load_module", "run", "spawn", "wait_until"]
+
+_PACKAGES = {
+    "blkid": "util-linux",
+    "partx": "util-linux",
+    "losetup": "mount",
+    "mount": "mount",
+    "umount": "mount",
+    "fusermount3": "fuse3",
+    "nbdfuse": "libnbd-bin",
+    "nbd-client": "nbd-client",
+    "mount.ntfs-3g": "ntfs-3g",
+    "ntfs-3g.probe": "ntfs-3g",
+}
+"""The Debian package of each program."""
+
+_SECONDS = 60.0
+_POLL_SECONDS = 0.02
+
+
+class Output(NamedTuple):
+    """What a program left: its exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def complaint(self) -> str:
+        """The last line that it wrote to standard error, or its exit code."""
+        lines = [line.strip() for line in self.err.splitlines() if line.strip()]
+        return lines[-1] if lines else f"exit code {self.code}"
+
+
+def _path() -> str:
+    return os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+
+
+def has(name: str) -> bool:
+    """Whether a program is installed."""
+    return shutil.which(name, path=_path()) is not None
+
+
+def find(name: str) -> str:
+    """The path of a program.
+
+    Raises:
+        UnsupportedError: it is not installed; the hint names its Debian package.
+    """
+    found = shutil.which(name, path=_path())
+    if found is None:
+        raise UnsupportedError(
+            f"the program {name} is not installed", hint=f"apt install {_PACKAGES.get(name, name)}"
+        )
+    return found
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | {"PATH": _path(), "LC_ALL": "C.UTF-8"}
+
+
+def run(name: str, *arguments: str, seconds: float = _SECONDS) -> Output:
+    """Runs a program to its end. It is not in our process group, so Ctrl-C does not reach it.
+
+    Raises:
+        UnsupportedError: it is not installed.
+        HostIOError: it cannot be started, or has not ended after ``seconds``.
+    """
+    try:
+        child = subprocess.Popen(
+            [find(name), *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=_environment(),
+            start_new_session=True,
+            text=True,
+            errors="surrogateescape",
+        )
+    except OSError as error:
+        raise HostIOError(f"{name} cannot be started: {error.strerror}") from error
+    try:
+        out, err = child.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired as error:
+        child.kill()  # a program that waits in the kernel does not die, so nobody waits for it
+        for pipe in (child.stdout, child.stderr):
+            if pipe is not None:
+                pipe.close()
+        raise HostIOError(f"{name} has not ended after {seconds:g} s") from error
+    return Output(child.returncode, out, err)
+
+
+def load_module(name: str) -> bool:
+    """Makes sure that the kernel has a module, or has it built in; returns whether it does."""
+    if Path("/sys/module", name).is_dir():
+        return True
+    return has("modprobe") and run("modprobe", "--quiet", name).code == 0
+
+
+def wait_until(
+    happened: Callable[[], bool], seconds: float, cancel: Callable[[], bool] | None = None
+) -> bool:
+    """Polls until ``happened`` returns True; returns False after ``seconds``.
+
+    Raises:
+        VhdxError: ``cancel`` returned True (reason CANCELLED).
+    """
+    deadline = time.monotonic() + seconds
+    while not happened():
+        if cancel is not None and cancel():
+            raise VhdxError("the operation was cancelled", reason=Reason.CANCELLED)
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_POLL_SECONDS)
+    return True
+
+
+class Process(msgspec.Struct, frozen=True):
+    """A process that outlives the command that started it.
+
+    Attributes:
+        pid: its number.
+        started: clock ticks from the boot to its start, because numbers are used again.
+    """
+
+    pid: int
+    started: int
+
+    @classmethod
+    def of(cls, pid: int) -> Process:
+        """The process that has this number now."""
+        return cls(pid, _start_of(pid) or 0)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        _reap(self.pid)
+        return _start_of(self.pid) == self.started
+
+    def signal(self, number: int) -> None:
+        """Sends a signal, if the process runs."""
+        if self.alive:
+            os.kill(self.pid, number)
+
+    def end(self, seconds: float) -> bool:
+        """Asks it to end, and kills it after ``seconds``; returns whether it ended by itself."""
+        self.signal(signal.SIGTERM)
+        if wait_until(lambda: not self.alive, seconds):
+            return True
+        self.signal(signal.SIGKILL)
+        wait_until(lambda: not self.alive, 5.0)
+        return False
+
+
+def _start_of(pid: int) -> int | None:
+    """When a process started; None if it has ended. A zombie has ended."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except OSError:
+        return None
+    fields = text.rpartition(b")")[2].split()  # the name before it may contain anything
+    return None if fields[0] in {b"Z", b"X"} else int(fields[19])
+
+
+def _reap(pid: int) -> None:
+    with contextlib.suppress(ChildProcessError):  # another process may have started it
+        os.waitpid(pid, os.WNOHANG)
+
+
+def spawn(arguments: list[str], *, output: int, errors: Path) -> Process:
+    """Starts a program that goes on when this process ends.
+
+    Its working directory is the root, so that it keeps no file system busy.
+
+    Args:
+        arguments: the program and its arguments.
+        output: the file descriptor for its standard output.
+        errors: the file that its standard error is appended to.
+    """
+    command = [find("env"), "--chdir=/", find(arguments[0]), *arguments[1:]]
+    actions = [
+        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, output, 1),
+        (os.POSIX_SPAWN_OPEN, 2, os.fspath(errors), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
+    ]
+    try:
+        pid = os.posix_spawn(command[0], command, _environment(), file_actions=actions, setsid=True)
+    except OSError as error:
+        raise HostIOError(f"{arguments[0]} cannot be started: {error.strerror}") from error
+    return Process.of(pid)

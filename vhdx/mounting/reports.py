@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: MIT
+"""What is mounted and attached, and what is wrong with it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, NamedTuple
+
+from vhdx.mounting import records, system
+from vhdx.mounting.attachments import (
+    check_alive,
+)
+from vhdx.mounting.records import Attachment, State
+
+if TYPE_CHECKING:
+    StrPath = str | os.PathLike[str]
+
+__all__ = ["MountReport", "mounts"]
+
+
+class MountReport(NamedTuple):
+    """An attached image, for each of its mounts; ``directory`` is None where there is none.
+
+    Attributes:
+        image: the path that the user named.
+        way: "nbd" or "fuse".
+        mode: "r" or "r+"; "snapshot" where a differencing image takes the changes.
+        device: the block device.
+        partition: its number; None for the whole disk.
+        filesystem: its type.
+        directory: where it is mounted.
+        pid: the process of the server.
+        problem: what is wrong, and the way out; None if nothing is.
+    """
+
+    image: str
+    way: str
+    mode: str
+    device: str | None
+    partition: int | None
+    filesystem: str | None
+    directory: str | None
+    pid: int | None
+    problem: str | None
+
+
+def mounts() -> list[MountReport]:
+    """Everything that is attached or mounted by vhdx on this machine, oldest first."""
+    found = []
+    for attachment in records.load_all():
+        problem = _problem(attachment)
+        mode = "r" if attachment.read_only else "r+"
+        mode = mode if attachment.overlay is None else "snapshot"
+        pid = None if attachment.server is None else attachment.server.pid
+        base = (attachment.image, attachment.way, mode)
+        used = {each.device for each in attachment.mounts}
+        for each in attachment.mounts:
+            there = system.mounted_at(each.directory)
+            gone = there is None or there.source != each.device.path
+            trouble = problem
+            if trouble is None and gone:
+                trouble = f"not mounted any more: vhdx umount {each.directory} detaches it"
+            found.append(
+                MountReport(
+                    *base,
+                    each.device.path,
+                    each.device.partition,
+                    each.filesystem,
+                    each.directory,
+                    pid,
+                    trouble,
+                )
+            )
+        found += [
+            MountReport(*base, device.path, device.partition, None, None, pid, problem)
+            for device in attachment.devices
+            if device not in used
+        ]
+        if not attachment.devices:
+            found.append(MountReport(*base, attachment.view, None, None, None, pid, problem))
+    return found
+
+
+def _problem(attachment: Attachment) -> str | None:
+    where = attachment.mounts[0].directory if attachment.mounts else attachment.image
+    if attachment.state is not State.ATTACHED:
+        if records.is_locked(attachment.key):
+            return f"{attachment.state.value} now"
+        return f"a command was killed while {attachment.state.value}: vhdx umount {where}"
+    problem = check_alive(attachment)
+    if problem is None:
+        return None
+    return f"{problem}, so every access fails: vhdx umount {where}"

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT
+"""What the kernel says about mounts, loop devices and nbd devices (proc(5), sysfs(5))."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from vhdx.errors import HostIOError, UnsupportedError
+from vhdx.mounting.programs import load_module, run, wait_until
+
+__all__ = [
+    "Mounted",
+    "attach_loop",
+    "detach_loop",
+    "holders",
+    "is_busy",
+    "loop_is_attached",
+    "mounted_at",
+    "mounts",
+    "sync_device",
+    "sync_filesystem",
+]
+
+_ESCAPED = re.compile(r"\\([0-7]{3})")
+_DETACH_SECONDS = 10.0
+
+
+class Mounted(NamedTuple):
+    """A line of /proc/self/mountinfo: directory, device (major, minor), type and source."""
+
+    directory: str
+    device: str
+    filesystem: str
+    source: str
+
+
+def _plain(text: str) -> str:
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), text)
+
+
+def mounts() -> list[Mounted]:
+    """All mounts of this mount namespace, in the order in which they were made."""
+    found = []
+    text = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape")
+    for line in text.splitlines():
+        first, _, rest = line.partition(" - ")
+        fields, others = first.split(" "), rest.split(" ")
+        found.append(Mounted(_plain(fields[4]), fields[2], others[0], _plain(others[1])))
+    return found
+
+
+def mounted_at(directory: str) -> Mounted | None:
+    """The topmost mount on a directory, or None."""
+    found = [each for each in mounts() if each.directory == directory]
+    return found[-1] if found else None
+
+
+def holders(directory: str) -> list[str]:
+    """Processes that use the file system that is mounted on a directory: names and numbers."""
+    try:
+        device = os.stat(directory).st_dev
+    except OSError:
+        return []
+    found = []
+    for process in Path("/proc").iterdir():
+        if not process.name.isdecimal():
+            continue
+        with contextlib.suppress(OSError):
+            used = [process / "cwd", process / "root", process / "exe", *(process / "fd").iterdir()]
+            if any(_is_on(path, device) for path in used):
+                name = (process / "comm").read_text(errors="replace").strip()
+                found.append(f"{name} ({process.name})")
+    return found
+
+
+def _is_on(path: Path, device: int) -> bool:
+    try:
+        return path.stat().st_dev == device
+    except OSError:
+        return False
+
+
+# ---- loop devices ----
+
+
+def attach_loop(path: str, *, offset: int, length: int, sector_size: int, read_only: bool) -> str:
+    """Attaches a loop device to a range of a file or of a device; returns its path.
+
+    Raises:
+        UnsupportedError: the kernel has no loop devices.
+        HostIOError: losetup failed.
+    """
+    if not Path("/dev/loop-control").exists() and not load_module("loop"):
+        raise UnsupportedError(
+            "there are no loop devices (/dev/loop-control)",
+            hint="modprobe loop; in a container, give it the loop devices of the host",
+        )
+    arguments = ["--find", "--show", f"--offset={offset}", f"--sizelimit={length}"]
+    arguments += ["--read-only"] if read_only else []
+    done = run("losetup", *arguments, f"--sector-size={sector_size}", path)
+    if done.code != 0:
+        raise HostIOError(f"no loop device could be attached: {done.complaint}", path=path)
+    return done.out.strip()
+
+
+def loop_is_attached(device: str) -> bool:
+    """Whether a loop device has a file."""
+    return Path("/sys/block", Path(device).name, "loop/backing_file").exists()
+
+
+def detach_loop(device: str) -> bool:
+    """Detaches a loop device; returns False if it stays, because something still uses it."""
+    if not loop_is_attached(device):
+        return True
+    run("losetup", "--detach", device)
+    return wait_until(lambda: not loop_is_attached(device), _DETACH_SECONDS)
+
+
+def is_busy(device: str) -> bool:
+    """Whether a block device is mounted or claimed, such as by LVM or a RAID."""
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        return error.errno == errno.EBUSY
+    return False
+
+
+# ---- writing back ----
+
+
+def sync_device(device: str) -> str | None:
+    """Writes back what the kernel holds of a block device; returns the failure, or None."""
+    try:
+        fd = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return f"{device} could not be written back: {error.strerror}"
+    return None
+
+
+def sync_filesystem(directory: str) -> str | None:
+    """Writes back a mounted file system (syncfs(2)); returns the failure, or None."""
+    done = run("sync", "--file-system", directory, seconds=3600)
+    return None if done.code == 0 else f"{directory} could not be written back: {done.complaint}"
