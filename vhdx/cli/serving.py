@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vhdx import control
+from vhdx import control, mounting
 from vhdx.cli import INTERRUPTED, SIGNALS
 from vhdx.cli.output import (
     DONE,
@@ -27,7 +27,7 @@ from vhdx.cli.output import (
     print_table,
 )
 from vhdx.cli.qos import changes_of, refuse_stuck, settings_options
-from vhdx.errors import InvalidArgumentError, NotFoundError, VhdxError
+from vhdx.errors import InUseError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.front import nbd
 from vhdx.host import Limits
 from vhdx.image.formats import FORMATS
@@ -197,6 +197,7 @@ def ps(as_json: bool) -> None:
     Example: vhdx ps --json
     """
     found = control.servers()
+    used = mounting.servers_in_use()
     if as_json:
         print_json(
             [
@@ -207,6 +208,7 @@ def ps(as_json: bool) -> None:
                     "connections": server.connections,
                     "answers": server.answers,
                     "problem": server.refusal,
+                    "mounted": used.get(server.pid, []),
                 }
                 for server in found
             ]
@@ -234,6 +236,8 @@ def ps(as_json: bool) -> None:
     for server in found:
         if server.refusal is not None:
             click.echo(f"{server.pid} {server.refusal}")
+        if server.pid in used:
+            click.echo(f"{server.pid} serves {', '.join(used[server.pid])} (vhdx mounts)")
 
 
 @click.command()
@@ -257,9 +261,12 @@ def stop(paths: tuple[str, ...], pids: tuple[int, ...], everything: bool) -> Non
             refuse_stuck(found)
             raise NotFoundError("no server of yours serves it", path=path, hint="see vhdx ps")
         chosen += [owner.server for owner in holders]
-    failures = []
+    failures: list[VhdxError] = []
+    used = mounting.servers_in_use()
     for server in {server.socket: server for server in chosen}.values():
         try:
+            if server.pid in used:
+                raise _mounted(server.pid, used[server.pid])
             server.stop()
         except VhdxError as error:  # the other servers are stopped nevertheless
             failures.append(error)
@@ -267,6 +274,13 @@ def stop(paths: tuple[str, ...], pids: tuple[int, ...], everything: bool) -> Non
         click.echo(f"vhdx: {failure}", err=True)
     if failures:
         raise failures[0]
+
+
+def _mounted(pid: int, where: list[str]) -> InUseError:
+    return InUseError(
+        f"process {pid} serves what is mounted or attached: {', '.join(where)}",
+        hint="vhdx umount, or vhdx detach, ends it",
+    )
 
 
 class _Events:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from vhdx.mounting.attach_devices import Attached, attach
     from vhdx.mounting.context import mounted
     from vhdx.mounting.mount_image import Mounted, mount
-    from vhdx.mounting.reports import MountReport, mounts
+    from vhdx.mounting.reports import MountReport, mounts, servers_in_use
     from vhdx.mounting.unmount_image import detach, unmount
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "mount",
     "mounted",
     "mounts",
+    "servers_in_use",
     "unmount",
 ]
 
@@ -35,7 +36,7 @@ __getattr__ = lazy.exports(
         "vhdx.mounting.attach_devices": "Attached attach",
         "vhdx.mounting.context": "mounted",
         "vhdx.mounting.mount_image": "Mounted mount",
-        "vhdx.mounting.reports": "MountReport mounts",
+        "vhdx.mounting.reports": "MountReport mounts servers_in_use",
         "vhdx.mounting.unmount_image": "detach unmount",
     },
 )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from vhdx import image
+from vhdx import control, image
 from vhdx.errors import (
     ExistsError,
     HostIOError,
@@ -43,6 +43,7 @@ __all__ = [
     "attach_image",
     "check_alive",
     "check_same",
+    "check_writes",
     "current",
     "detach_image",
     "drop_overlay",
@@ -201,6 +202,23 @@ def check_alive(attachment: Attachment) -> str | None:
     return ways.of(attachment).problem(attachment)
 
 
+def check_writes(attachment: Attachment) -> list[str]:
+    """Asks the server how many writes failed; for an image that stays attached."""
+    assert attachment.server is not None
+    for each in control.servers(everywhere=True):
+        if each.pid == attachment.server.pid:
+            return _failed(attachment, sum(one.failed_writes for one in each.connections))
+    return ["the server does not answer"]
+
+
+def _failed(attachment: Attachment, count: int) -> list[str]:
+    if count == 0 or attachment.read_only:
+        return []
+    log = (attachment.directory / "server.log").read_text(errors="replace").strip()
+    why = f": {log.splitlines()[-1]}" if log else ""
+    return [f"{count} writes of the kernel failed (a full disk, or an I/O error){why}"]
+
+
 def detach_image(attachment: Attachment) -> list[str]:
     """Detaches an image; the caller holds its lock. Returns what kept bytes from the image.
 
@@ -253,13 +271,7 @@ def _stop_server(attachment: Attachment) -> list[str]:
         return ["the server was killed, so what was not synced may be missing"]
     except ValueError as error:
         return [f"what the server says cannot be understood: {error}"]
-    problems = []
-    if result.failed_writes:
-        log = (attachment.directory / "server.log").read_text(errors="replace").strip()
-        problems.append(
-            f"{result.failed_writes} writes of the kernel failed (a full disk, or an I/O error)"
-            + (f": {log.splitlines()[-1]}" if log else "")
-        )
+    problems = _failed(attachment, result.failed_writes)
     if result.error is not None:
         problems.append(f"the image could not be closed: {result.error}")
     return problems
@@ -274,19 +286,18 @@ def recover(attachment: Attachment) -> list[str]:
     Raises:
         InUseError: it is mounted.
     """
-    for mount in attachment.mounts:
-        found = system.mounted_at(mount.directory)
-        if found is not None and found.source == mount.device.path:
-            raise InUseError(
-                f"it is mounted on {mount.directory}, by a command that was killed",
-                path=attachment.image,
-                hint=f"vhdx umount {mount.directory}",
-            )
-    attaching = attachment.state is State.ATTACHING
+    mounted = [path for each in attachment.mounts for path in each.directories]
+    if mounted:
+        raise InUseError(
+            f"it is mounted on {mounted[0]}, and a command was killed while {attachment.state.value}",
+            path=attachment.image,
+            hint=f"vhdx umount {mounted[0]}",
+        )
+    unused = not attachment.mounts and attachment.state is not State.DETACHING
     problems = detach_image(attachment)
-    if attaching and attachment.overlay is not None:
-        Path(attachment.overlay).unlink(missing_ok=True)  # nothing was mounted, so it is empty
-    return [] if attaching else problems
+    if unused:
+        drop_overlay(attachment)  # nothing was mounted, so it is empty
+    return [] if unused else problems
 
 
 @contextlib.contextmanager
@@ -319,7 +330,7 @@ def current(key: tuple[int, int]) -> Attachment | None:
     attachment = records.load(key)
     if attachment is None:
         return None
-    if attachment.state is not State.ATTACHED:
+    if not attachment.is_whole:
         report_problems(attachment, recover(attachment), kept_overlay=True)
         return None
     problem = check_alive(attachment)

@@ -25,8 +25,8 @@ def find_image(target: StrPath) -> tuple[tuple[int, int], str | None] | None:
     found = records.load_all()
     for attachment in found:
         for each in attachment.mounts:
-            if each.directory == path:
-                return attachment.key, path
+            if path in each.directories or (each.directory == path and not each.directories):
+                return attachment.key, each.directory
     for attachment in found:
         if path in {each.path for each in attachment.devices} | {attachment.view}:
             return attachment.key, None

@@ -109,7 +109,7 @@ def mount(
     with records.locked(key, cancel):
         attachment = current(key)
         if attachment is not None:
-            found = _mounted_there(attachment, where, partition)
+            found = _mounted_there(attachment, where, partition, read_only=read_only)
             if found is not None:
                 return found
         _check_empty(where)
@@ -172,14 +172,17 @@ def _check_empty(path: str) -> None:
         )
 
 
-def _mounted_there(attachment: Attachment, where: str, partition: int | None) -> Mounted | None:
+def _mounted_there(
+    attachment: Attachment, where: str, partition: int | None, *, read_only: bool
+) -> Mounted | None:
     """The mount of this image on that directory, if it is the wanted one."""
     for each in attachment.mounts:
-        found = system.mounted_at(each.directory)
-        if each.directory != where or found is None or found.source != each.device.path:
+        if each.directory != where or where not in each.directories:
             continue
         if partition is not None and each.device.partition != partition:
             break
+        if each.read_only and not read_only:
+            raise InUseError("it is mounted there read-only", path=where, hint="unmount it first")
         return Mounted(
             where,
             each.device.path,

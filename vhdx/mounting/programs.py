@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import os
 import shutil
 import signal
@@ -17,9 +18,9 @@ import msgspec
 from vhdx.errors import HostIOError, Reason, UnsupportedError, VhdxError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-__all__ = ["Output", "Process", "find", "has", "load_module", "run", "spawn", "wait_until"]
+__all__ = ["Output", "Process", "find", "has", "keeping", "load_module", "run", "spawn", "wait_until"]
 
 _PACKAGES = {
     "blkid": "util-linux",
@@ -62,6 +63,22 @@ def has(name: str) -> bool:
     return shutil.which(name, path=_path()) is not None
 
 
+_kept: contextvars.ContextVar[tuple[int, ...]] = contextvars.ContextVar("_kept", default=())
+
+
+@contextlib.contextmanager
+def keeping(fd: int) -> Iterator[None]:
+    """Lets the programs that :func:`run` starts inherit a descriptor.
+
+    If it is that of a lock, the lock is held until they end, even if this process is killed.
+    """
+    before = _kept.set((*_kept.get(), fd))
+    try:
+        yield
+    finally:
+        _kept.reset(before)
+
+
 def find(name: str) -> str:
     """The path of a program.
 
@@ -95,6 +112,7 @@ def run(name: str, *arguments: str, seconds: float = _SECONDS) -> Output:
             stderr=subprocess.PIPE,
             env=_environment(),
             start_new_session=True,
+            pass_fds=_kept.get(),
             text=True,
             errors="surrogateescape",
         )

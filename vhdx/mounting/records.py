@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vhdx.errors import HostIOError, InUseError
-from vhdx.mounting.programs import Process, wait_until
+from vhdx.mounting import system
+from vhdx.mounting.programs import Process, keeping, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,6 +74,12 @@ class Mount(msgspec.Struct, frozen=True):
     filesystem: str
     read_only: bool
 
+    @property
+    def directories(self) -> list[str]:
+        """Where it is mounted now: somewhere else if the directory was renamed, or nowhere."""
+        found = system.directories_of(self.device.path)
+        return [self.directory] if self.directory in found else found
+
 
 class Attachment(msgspec.Struct, kw_only=True):
     """An attached image.
@@ -113,6 +120,13 @@ class Attachment(msgspec.Struct, kw_only=True):
     view: str | None = None
     devices: list[Device] = []
     mounts: list[Mount] = []
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it serves something; otherwise a command was killed, or umount(8) was used."""
+        if self.state is not State.ATTACHED:
+            return False
+        return self.kept or any(each.directories for each in self.mounts)
 
     @property
     def directory(self) -> Path:
@@ -229,7 +243,8 @@ def locked(key: tuple[int, int], cancel: Callable[[], bool] | None = None) -> It
     if not wait_until(take, _LOCK_SECONDS, cancel):
         raise InUseError("another vhdx command is mounting or unmounting it", path=path)
     try:
-        yield
+        with keeping(held[0]):
+            yield
     finally:
         path.unlink(missing_ok=True)
         os.close(held[0])

@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from vhdx.mounting import records, system
-from vhdx.mounting.attachments import (
-    check_alive,
-)
+from vhdx.errors import VhdxError
+from vhdx.mounting import records
+from vhdx.mounting.attachments import check_alive
 from vhdx.mounting.records import Attachment, State
 
 if TYPE_CHECKING:
     StrPath = str | os.PathLike[str]
 
-__all__ = ["MountReport", "mounts"]
+__all__ = ["MountReport", "mounts", "servers_in_use"]
 
 
 class MountReport(NamedTuple):
@@ -55,10 +55,9 @@ def mounts() -> list[MountReport]:
         base = (attachment.image, attachment.way, mode)
         used = {each.device for each in attachment.mounts}
         for each in attachment.mounts:
-            there = system.mounted_at(each.directory)
-            gone = there is None or there.source != each.device.path
+            there = each.directories
             trouble = problem
-            if trouble is None and gone:
+            if trouble is None and not there:
                 trouble = f"not mounted any more: vhdx umount {each.directory} detaches it"
             found.append(
                 MountReport(
@@ -66,7 +65,7 @@ def mounts() -> list[MountReport]:
                     each.device.path,
                     each.device.partition,
                     each.filesystem,
-                    each.directory,
+                    there[0] if there else each.directory,
                     pid,
                     trouble,
                 )
@@ -81,9 +80,20 @@ def mounts() -> list[MountReport]:
     return found
 
 
+def servers_in_use() -> dict[int, list[str]]:
+    """For each server of an attached image, by process: directories, or devices if not mounted."""
+    found: dict[int, list[str]] = {}
+    with contextlib.suppress(VhdxError):
+        for each in mounts():
+            if each.pid is not None and each.problem is None:
+                where = each.directory or each.device
+                found.setdefault(each.pid, []).extend([where] if where else [])
+    return found
+
+
 def _problem(attachment: Attachment) -> str | None:
     where = attachment.mounts[0].directory if attachment.mounts else attachment.image
-    if attachment.state is not State.ATTACHED:
+    if attachment.state is not State.ATTACHED or not (attachment.kept or attachment.mounts):
         if records.is_locked(attachment.key):
             return f"{attachment.state.value} now"
         return f"a command was killed while {attachment.state.value}: vhdx umount {where}"

@@ -17,6 +17,7 @@ __all__ = [
     "Mounted",
     "attach_loop",
     "detach_loop",
+    "directories_of",
     "holders",
     "is_busy",
     "loop_is_attached",
@@ -58,6 +59,11 @@ def mounted_at(directory: str) -> Mounted | None:
     """The topmost mount on a directory, or None."""
     found = [each for each in mounts() if each.directory == directory]
     return found[-1] if found else None
+
+
+def directories_of(device: str) -> list[str]:
+    """Where a block device is mounted."""
+    return [each.directory for each in mounts() if each.source == device]
 
 
 def holders(directory: str) -> list[str]:

@@ -17,6 +17,7 @@ from vhdx.interrupts import uninterruptible
 from vhdx.mounting import records, system
 from vhdx.mounting.attachments import (
     check_alive,
+    check_writes,
     detach_image,
     report_problems,
     require_root,
@@ -74,13 +75,15 @@ def unmount(
         chosen = [each for each in attachment.mounts if directory in {None, each.directory}]
         last = len(chosen) == len(attachment.mounts)
         detaching = last and (not attachment.kept or attachment.state is not State.ATTACHED)
-        if detaching and attachment.overlay is not None and not (discard or commit):
+        if not attachment.mounts and attachment.state is not State.DETACHING:
+            discard, commit = True, False  # the command was killed before anything was mounted
+        elif detaching and attachment.overlay is not None and not (discard or commit):
             raise InvalidArgumentError(
                 "it was mounted with --snapshot: say what becomes of the changes",
                 path=attachment.image,
                 hint="--commit merges them into the image, --discard throws them away",
             )
-        if (discard or commit) and attachment.overlay is None:
+        elif (discard or commit) and attachment.overlay is None:
             raise InvalidArgumentError(
                 "it was mounted without --snapshot, so its changes are in the image",
                 path=attachment.image,
@@ -91,8 +94,12 @@ def unmount(
             problems += _unmount_one(attachment, each, dead=dead is not None)
         if detaching:
             problems += detach_image(attachment)
-            if not problems or discard:
+            if discard:
+                problems = []
+            if not problems:
                 _settle(attachment, commit=commit)
+        elif dead is None:
+            problems += check_writes(attachment)
     report_problems(attachment, problems, kept_overlay=detaching and not discard)
     return True
 
@@ -104,23 +111,11 @@ def _unmount_one(attachment: Attachment, entry: Mount, *, dead: bool) -> list[st
         InUseError: a program uses it.
     """
     problems = []
-    found = system.mounted_at(entry.directory)
-    if found is not None and found.source == entry.device.path:
+    for directory in entry.directories:
         if not entry.read_only and not dead:
-            problem = system.sync_filesystem(entry.directory)
+            problem = system.sync_filesystem(directory)
             problems += [] if problem is None else [problem]
-        done = run("umount", entry.directory, seconds=3600)
-        if done.code != 0 and dead:
-            done = run("umount", "--lazy", entry.directory)
-        if done.code != 0:
-            users = system.holders(entry.directory)
-            if users or "busy" in done.err:
-                raise InUseError(
-                    f"it is in use by {', '.join(users) or 'another mount on top of it'}",
-                    path=entry.directory,
-                    hint="end that first, then unmount again",
-                )
-            raise HostIOError(f"it cannot be unmounted: {done.complaint}", path=entry.directory)
+        _unmount_directory(directory, entry.device.path, dead=dead)
     attachment.mounts = [each for each in attachment.mounts if each != entry]
     attachment.save()
     others = any(each.device == entry.device for each in attachment.mounts)
@@ -132,6 +127,26 @@ def _unmount_one(attachment: Attachment, entry: Mount, *, dead: bool) -> list[st
             attachment.devices = [each for each in attachment.devices if each != entry.device]
             attachment.save()
     return problems
+
+
+def _unmount_directory(directory: str, device: str, *, dead: bool) -> None:
+    top = system.mounted_at(directory)
+    if top is not None and top.source != device:
+        raise InUseError(
+            f"{top.source} is mounted on top of it", path=directory, hint="unmount that first"
+        )
+    done = run("umount", directory, seconds=3600)
+    if done.code != 0 and dead:
+        done = run("umount", "--lazy", directory)
+    if done.code != 0:
+        users = system.holders(directory)
+        if users or "busy" in done.err:
+            raise InUseError(
+                f"it is in use by {', '.join(users) or 'another mount'}",
+                path=directory,
+                hint="end that first, then unmount again",
+            )
+        raise HostIOError(f"it cannot be unmounted: {done.complaint}", path=directory)
 
 
 def _settle(attachment: Attachment, *, commit: bool) -> None:
@@ -164,7 +179,7 @@ def detach(target: StrPath, *, cancel: Callable[[], bool] | None = None) -> bool
         attachment = records.load(found[0])
         if attachment is None:
             return False
-        mounted = [m.directory for m in attachment.mounts if system.mounted_at(m.directory)]
+        mounted = [path for each in attachment.mounts for path in each.directories]
         if mounted:
             raise InUseError(
                 f"it is mounted on {', '.join(mounted)}",
