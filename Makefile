@@ -8,7 +8,10 @@ STAMP := $(VENV)/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*.py csrc/*/*.c csrc/*/*.h) setup.py pyproject.toml
 # What a build needs, and the peers that the tests and benchmarks run against.
 BUILD_PACKAGES := gcc python3-dev python3-venv libc6-dev
-PEER_PACKAGES := curl fdisk qemu-utils libnbd-bin nbdkit fio libvhdi-utils e2fsprogs fuse3
+PEER_PACKAGES := curl fdisk qemu-utils libnbd-bin nbdkit fio libvhdi-utils e2fsprogs fuse3 \
+	mount xfsprogs btrfs-progs ntfs-3g dosfstools
+# What the tests of mounting boot: a kernel with programs of this machine in QEMU.
+GUEST_PACKAGES := qemu-system-x86 nbd-client busybox-static kmod
 # What only benchmarks need: qemu-storage-daemon.
 BENCH_PACKAGES := qemu-system-common
 # What only the suites of libnbd and nbd need, which are fetched and built (make interop).
@@ -25,7 +28,7 @@ packages: ## install the Debian packages of a build, where missing
 	@sh tests/install_packages.sh $(BUILD_PACKAGES)
 
 peers: packages ## install the peers of the tests and benchmarks, where missing
-	@sh tests/install_packages.sh $(PEER_PACKAGES)
+	@sh tests/install_packages.sh $(PEER_PACKAGES) $(GUEST_PACKAGES)
 
 $(STAMP): $(SOURCES) | packages
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -71,4 +74,4 @@ bench: $(STAMP) peers ## benchmarks against the peers; report in bench/results
 	$(BIN)/python -m bench start
 
 clean: ## remove what was built
-	rm -rf $(VENV) .interop build dist *.egg-info vhdx/plane/*.so
+	rm -rf $(VENV) .interop .kernel build dist *.egg-info vhdx/plane/*.so

@@ -80,7 +80,7 @@ def _ask_server(attachment: Attachment, wanted: Wanted, cancel: Callable[[], boo
     """
     reader, writer = os.pipe()
     try:
-        attachment.server = spawn(
+        spawn(
             [
                 sys.executable,
                 "-P",
@@ -90,10 +90,10 @@ def _ask_server(attachment: Attachment, wanted: Wanted, cancel: Callable[[], boo
             ],
             output=writer,
             errors=attachment.directory / "server.log",
+            remember=attachment.remember_server,
         )
         os.close(writer)
         writer = -1
-        attachment.save()
         text = b""
         while not text.endswith(b"\n"):
             if cancel is not None and cancel():

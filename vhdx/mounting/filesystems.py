@@ -36,6 +36,7 @@ _CONTAINERS = {
     "swap": "it is swap space, not a file system",
     "ReFS": "it is ReFS, which Linux cannot read",
 }
+_MOUNT_SECONDS = 3600.0  # the replay of a journal may take long
 _ALWAYS = ("nosuid", "nodev")
 """Options of every mount: who made the image must not become root here."""
 
@@ -285,12 +286,14 @@ def mount(plan: Plan, device: str, directory: str, *, read_only: bool, options: 
         VhdxError: mount(8) failed; the message is its own.
     """
     given = [*plan.options, "ro" if read_only else "rw", *filter(None, options.split(","))]
-    done = run("mount", "-t", plan.kind, "-o", ",".join(given), device, directory)
+    done = run(
+        "mount", "-t", plan.kind, "-o", ",".join(given), device, directory, seconds=_MOUNT_SECONDS
+    )
     if done.code == 0:
         return
     if not is_known(plan.kind):
         raise UnsupportedError(f"neither the kernel nor a program here can mount {plan.kind}")
-    complaint = done.complaint.removeprefix("mount: ")
+    complaint = done.beginning.removeprefix("mount: ")
     raise VhdxError(
         f"it cannot be mounted as {plan.kind}: {complaint}",
         reason=Reason.IO,

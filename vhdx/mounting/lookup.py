@@ -32,9 +32,9 @@ def find_image(target: StrPath) -> tuple[tuple[int, int], str | None] | None:
             return attachment.key, None
     with contextlib.suppress(OSError):
         status = os.stat(path)
-        for attachment in found:
-            if attachment.key == (status.st_dev, status.st_ino):
-                return attachment.key, None
+        key = (status.st_dev, status.st_ino)
+        if any(attachment.key == key for attachment in found) or records.was_begun(key):
+            return key, None
     for attachment in found:
         if attachment.image in {path, os.path.abspath(os.fsdecode(target))}:
             return attachment.key, None

@@ -164,7 +164,9 @@ def _mount_point(directory: StrPath) -> str:
 def _check_empty(path: str) -> None:
     if system.mounted_at(path) is not None:
         raise InUseError("something is mounted there already", path=path, hint="see findmnt")
-    if any(os.scandir(path)):
+    with os.scandir(path) as entries:
+        empty = next(entries, None) is None
+    if not empty:
         raise InvalidArgumentError(
             "it is not empty, and a mount would hide what it contains",
             path=path,

@@ -53,6 +53,13 @@ class Output(NamedTuple):
         lines = [line.strip() for line in self.err.splitlines() if line.strip()]
         return lines[-1] if lines else f"exit code {self.code}"
 
+    @property
+    def beginning(self) -> str:
+        """The first two lines that it wrote to standard error, or its exit code."""
+        lines = [line.strip().rstrip(".") for line in self.err.splitlines() if line.strip()]
+        said = [line for line in lines if not line.startswith("dmesg(1)")]
+        return "; ".join(said[:2]) or f"exit code {self.code}"
+
 
 def _path() -> str:
     return os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
@@ -206,7 +213,13 @@ def _reap(pid: int) -> None:
         os.waitpid(pid, os.WNOHANG)
 
 
-def spawn(arguments: list[str], *, output: int, errors: Path) -> Process:
+_GATE = 'cd / && read -r go && exec "$@" </dev/null'
+"""Starts a program when a line arrives; ends if the other end is closed before."""
+
+
+def spawn(
+    arguments: list[str], *, output: int, errors: Path, remember: Callable[[Process], None]
+) -> Process:
     """Starts a program that goes on when this process ends.
 
     Its working directory is the root, so that it keeps no file system busy.
@@ -215,15 +228,25 @@ def spawn(arguments: list[str], *, output: int, errors: Path) -> Process:
         arguments: the program and its arguments.
         output: the file descriptor for its standard output.
         errors: the file that its standard error is appended to.
+        remember: records the process. The program starts afterwards, so that no program runs that
+            is not recorded, whenever this process is killed.
     """
-    command = [find("env"), "--chdir=/", find(arguments[0]), *arguments[1:]]
+    shell = find("sh")
+    command = [shell, "-c", _GATE, "sh", find(arguments[0]), *arguments[1:]]
+    gate, go = os.pipe()
     actions = [
-        (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_DUP2, gate, 0),
         (os.POSIX_SPAWN_DUP2, output, 1),
         (os.POSIX_SPAWN_OPEN, 2, os.fspath(errors), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
     ]
     try:
-        pid = os.posix_spawn(command[0], command, _environment(), file_actions=actions, setsid=True)
+        pid = os.posix_spawn(shell, command, _environment(), file_actions=actions, setsid=True)
+        process = Process.of(pid)
+        remember(process)
+        os.write(go, b"go\n")
     except OSError as error:
         raise HostIOError(f"{arguments[0]} cannot be started: {error.strerror}") from error
-    return Process.of(pid)
+    finally:
+        os.close(gate)
+        os.close(go)
+    return process

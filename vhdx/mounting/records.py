@@ -136,7 +136,7 @@ class Attachment(msgspec.Struct, kw_only=True):
     def save(self) -> None:
         """Writes the record; the caller holds the lock."""
         data = json.dumps(msgspec.to_builtins(self)).encode()  # paths may not be valid UTF-8
-        path = self.directory / "record.json"
+        path = _record_of(self.key)
         new = path.with_suffix(".new")
         try:
             self.directory.mkdir(mode=0o700, exist_ok=True)
@@ -144,6 +144,16 @@ class Attachment(msgspec.Struct, kw_only=True):
             new.replace(path)
         except OSError as error:
             raise HostIOError(f"it cannot be written: {error.strerror}", path=path) from error
+
+    def remember_server(self, process: Process) -> None:
+        """Records the server."""
+        self.server = process
+        self.save()
+
+    def remember_fuse(self, process: Process) -> None:
+        """Records the process that shows the disk as a file."""
+        self.fuse = process
+        self.save()
 
     def remove(self) -> None:
         """Removes the record and its directory; nothing is attached any more."""
@@ -166,7 +176,16 @@ def load(key: tuple[int, int]) -> Attachment | None:
     Raises:
         HostIOError: there is one, but it cannot be understood.
     """
-    return _load(directory_of(key) / "record.json")
+    return _load(_record_of(key))
+
+
+def was_begun(key: tuple[int, int]) -> bool:
+    """Whether a command works on an image, or was killed before it wrote a record."""
+    return _lock_of(key).exists()
+
+
+def _record_of(key: tuple[int, int]) -> Path:
+    return directory_of(key) / "record.json"
 
 
 def _load(path: Path) -> Attachment | None:
@@ -246,5 +265,7 @@ def locked(key: tuple[int, int], cancel: Callable[[], bool] | None = None) -> It
         with keeping(held[0]):
             yield
     finally:
+        if not _record_of(key).exists():
+            shutil.rmtree(directory_of(key), ignore_errors=True)  # a command was killed very early
         path.unlink(missing_ok=True)
         os.close(held[0])

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -89,7 +90,7 @@ class _Fuse:
         mountpoint.mkdir(mode=0o700, exist_ok=True)
         log = attachment.directory / "fuse.log"
         with Path(os.devnull).open("w") as nowhere:
-            attachment.fuse = spawn(
+            fuse = spawn(
                 [
                     "nbdfuse",
                     *(["--readonly"] if attachment.read_only else []),
@@ -101,9 +102,9 @@ class _Fuse:
                 ],
                 output=nowhere.fileno(),
                 errors=log,
+                remember=attachment.remember_fuse,
             )
-        attachment.save()
-        fuse, view = attachment.fuse, mountpoint / export
+        view = mountpoint / export
         wait_until(lambda: ready.exists() or not fuse.alive, _ATTACH_SECONDS, cancel)
         if not ready.exists() or not view.exists():
             text = log.read_text(errors="replace").strip() if log.exists() else ""
@@ -117,19 +118,21 @@ class _Fuse:
 
     def detach(self, attachment: Attachment) -> list[str]:
         problems = []
-        mountpoint = os.fspath(attachment.directory / "fuse")
-        if attachment.fuse is not None and not attachment.fuse.alive:
+        mountpoint, process = os.fspath(attachment.directory / "fuse"), attachment.fuse
+        if process is not None and not process.alive:
             problems.append("nbdfuse had ended before")
         if system.mounted_at(mountpoint) is not None:
             done = run("fusermount3", "-u", mountpoint)
             if done.code != 0:
                 problems.append(f"the FUSE mount stays: {done.complaint}")
                 run("umount", "--lazy", mountpoint)
-        if attachment.fuse is not None:
-            process = attachment.fuse
-            if not wait_until(lambda: not process.alive, _DETACH_SECONDS):
-                problems.append("nbdfuse did not end")
-                process.end(5.0)
+        elif process is not None:
+            process.signal(signal.SIGTERM)  # it was about to mount
+        if process is not None and not wait_until(lambda: not process.alive, _DETACH_SECONDS):
+            problems.append("nbdfuse did not end")
+            process.end(5.0)
+        if system.mounted_at(mountpoint) is not None:  # it was killed, or just mounted
+            run("umount", "--lazy", mountpoint)
         attachment.fuse, attachment.view = None, None
         return problems
 
