@@ -134,6 +134,17 @@ def after_merge(story: Story, path: Path) -> None:
         assert content(path / "disk.vhdx", write=True) == story.old
 
 
+def merge_down(story: Story) -> None:
+    vhdx.merge(story.disk, keep_parent_name=True)
+
+
+def after_merge_down(story: Story, path: Path) -> None:
+    if (path / "disk.vhdx").exists():
+        assert content(path / "disk.vhdx") == story.old
+        vhdx.merge(path / "disk.vhdx", keep_parent_name=True)  # done again, it comes to its end
+    assert content(path / "base.vhdx", write=True) == story.old
+
+
 def prepare_damaged(story: Story) -> None:
     prepare_plain(story)
     edit(story.disk, 3 * MIB + 8, b"\2\0\x70\0")  # an offset that a ZERO entry must not have
@@ -186,6 +197,7 @@ STORIES: dict[str, tuple[Callable, Callable, Callable]] = {
     "snapshot": (prepare_plain, snapshot, after_snapshot),
     "snapshot of a child": (prepare_child, snapshot, after_snapshot),
     "merge": (prepare_child, merge, after_merge),
+    "merge under the parent's name": (prepare_child, merge_down, after_merge_down),
     "repair": (prepare_damaged, repair, after_repair),
     "undo": (prepare_repaired, undo, after_undo),
 }

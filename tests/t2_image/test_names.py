@@ -219,6 +219,22 @@ def test_merge_by_any_name(place, way):
             assert disk.pread(len(CONTENT), MIB) == CONTENT
 
 
+def test_merge_under_the_parents_name(tmp_path):
+    """As qemu-img commit does: the parent's file, with its inode, takes the content."""
+    base, path, child = (tmp_path / n for n in ("base.vhdx", "disk.vhdx", "child.vhdx"))
+    vhdx.create(base, SIZE, block_size=MIB)
+    make(path, base)
+    vhdx.create(child, parent=path)
+    inode = base.stat().st_ino
+    with pytest.raises(vhdx.InUseError, match=r"child\.vhdx"):
+        vhdx.merge(path, keep_parent_name=True)
+    child.unlink()
+    vhdx.merge(path, keep_parent_name=True)
+    assert not path.exists()
+    assert base.stat().st_ino == inode
+    assert content(base) == CONTENT
+
+
 @pytest.mark.parametrize("linked", ["parent", "child"])
 def test_a_merge_leaves_no_hard_link_behind(tmp_path, linked):
     """Under the second name there would be an image that misses its data, or its parent."""

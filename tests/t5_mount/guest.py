@@ -32,6 +32,7 @@ export PATH=/usr/bin:/usr/sbin:/bin:/sbin HOME=/tmp
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev
 mount -t tmpfs tmp /tmp; mount -t tmpfs run /run
 echo 3 > /proc/sys/kernel/printk
+echo /usr/sbin/modprobe > /proc/sys/kernel/modprobe
 modprobe() { /usr/sbin/modprobe "$@"; }
 for each in virtio_pci virtio_blk virtio_net; do modprobe $each; done
 ifconfig lo 127.0.0.1 up

@@ -89,6 +89,11 @@ def test_mount_point(image, where, tmp_path):
         mounting.mount(tmp_path / "missing.vhdx", where)
     with pytest.raises(vhdx.NotFoundError):
         mounting.unmount(tmp_path / "missing")
+    with (
+        loop(image) as device,
+        pytest.raises(vhdx.InvalidArgumentError, match="not attached by vhdx"),
+    ):
+        mounting.detach(device)
     assert not mounting.unmount(image)
 
 

@@ -227,7 +227,8 @@ def detach_image(attachment: Attachment) -> list[str]:
     Raises:
         InUseError: a device is still in use; the image stays attached.
     """
-    busy = [each.path for each in attachment.devices if system.is_busy(each.path)]
+    used = {each.path for each in attachment.devices} | {attachment.view or ""}
+    busy = sorted(each for each in used if each.startswith("/dev/") and system.is_busy(each))
     if busy and check_alive(attachment) is None:
         raise InUseError(
             f"{', '.join(busy)} is in use (mounted, or claimed by LVM, a RAID or cryptsetup)",
@@ -335,9 +336,8 @@ def current(key: tuple[int, int]) -> Attachment | None:
         return None
     problem = check_alive(attachment)
     if problem is not None:
-        where = attachment.mounts[0].directory if attachment.mounts else attachment.image
         raise InUseError(
-            f"it is attached, but {problem}", path=attachment.image, hint=f"vhdx umount {where}"
+            f"it is attached, but {problem}", path=attachment.image, hint=attachment.way_out
         )
     return attachment
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vhdx.errors import (
@@ -28,7 +29,7 @@ def find_image(target: StrPath) -> tuple[tuple[int, int], str | None] | None:
             if path in each.directories or (each.directory == path and not each.directories):
                 return attachment.key, each.directory
     for attachment in found:
-        if path in {each.path for each in attachment.devices} | {attachment.view}:
+        if system.disk_of(path) in {each.path for each in attachment.devices} | {attachment.view}:
             return attachment.key, None
     with contextlib.suppress(OSError):
         status = os.stat(path)
@@ -46,11 +47,13 @@ def nothing_there(target: StrPath) -> bool:
 
     Raises:
         NotFoundError: there is no such file.
-        InvalidArgumentError: another program mounted what is mounted there.
+        InvalidArgumentError: another program mounted or attached what is there.
     """
     if not os.path.lexists(target):
         raise NotFoundError("there is no such directory or image", path=os.fsdecode(target))
     path = os.path.realpath(os.fsdecode(target))
+    if Path(path).is_block_device():
+        raise InvalidArgumentError("it was not attached by vhdx", path=path, hint="see vhdx mounts")
     if system.mounted_at(path) is not None:
         raise InvalidArgumentError("it was not mounted by vhdx", path=path, hint="use umount(8)")
     return False

@@ -129,6 +129,13 @@ class Attachment(msgspec.Struct, kw_only=True):
         return self.kept or any(each.directories for each in self.mounts)
 
     @property
+    def way_out(self) -> str:
+        """The command that ends it."""
+        if self.mounts:
+            return f"vhdx umount {self.mounts[0].directory}"
+        return f"vhdx {'detach' if self.kept else 'umount'} {self.image}"
+
+    @property
     def directory(self) -> Path:
         """Holds what belongs to the attachment: record, socket, log and FUSE mount point."""
         return directory_of(self.key)

@@ -92,12 +92,11 @@ def servers_in_use() -> dict[int, list[str]]:
 
 
 def _problem(attachment: Attachment) -> str | None:
-    where = attachment.mounts[0].directory if attachment.mounts else attachment.image
     if attachment.state is not State.ATTACHED or not (attachment.kept or attachment.mounts):
         if records.is_locked(attachment.key):
             return f"{attachment.state.value} now"
-        return f"a command was killed while {attachment.state.value}: vhdx umount {where}"
+        return f"a command was killed while {attachment.state.value}: {attachment.way_out}"
     problem = check_alive(attachment)
     if problem is None:
         return None
-    return f"{problem}, so every access fails: vhdx umount {where}"
+    return f"{problem}, so every access fails: {attachment.way_out}"

@@ -18,6 +18,7 @@ __all__ = [
     "attach_loop",
     "detach_loop",
     "directories_of",
+    "disk_of",
     "holders",
     "is_busy",
     "loop_is_attached",
@@ -53,6 +54,12 @@ def mounts() -> list[Mounted]:
         fields, others = first.split(" "), rest.split(" ")
         found.append(Mounted(_plain(fields[4]), fields[2], others[0], _plain(others[1])))
     return found
+
+
+def disk_of(device: str) -> str:
+    """The disk that a partition belongs to; any other path as it is."""
+    entry = Path(os.path.realpath(Path("/sys/class/block", Path(device).name)))
+    return f"/dev/{entry.parent.name}" if (entry / "partition").exists() else device
 
 
 def mounted_at(directory: str) -> Mounted | None:
@@ -154,5 +161,5 @@ def sync_device(device: str) -> str | None:
 
 def sync_filesystem(directory: str) -> str | None:
     """Writes back a mounted file system (syncfs(2)); returns the failure, or None."""
-    done = run("sync", "--file-system", directory, seconds=3600)
+    done = run("sync", "-f", directory, seconds=3600)
     return None if done.code == 0 else f"{directory} could not be written back: {done.complaint}"
