@@ -28,7 +28,7 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.mounting import records, system, ways
-from vhdx.mounting.daemon import Result, Started, Wanted
+from vhdx.mounting.messages import Result, Started, Wanted
 from vhdx.mounting.programs import spawn, wait_until
 from vhdx.mounting.records import Attachment, State
 
