@@ -179,9 +179,9 @@ def test_vhdx_mount_by_the_kernel_client(tmp_path, tools):
     files.python()
     script = """
     cd /tmp; mkdir m
-    dd if=/dev/urandom of=data bs=1M count=20 2>/dev/null
+    dd if=/dev/urandom of=data bs=1M count=4 2>/dev/null
     vhdx() { /usr/bin/vhdx "$@" 2>errors || { code=$?; cat errors; return $code; }; }
-    check vhdx create a.vhdx --size 400M
+    check vhdx create a.vhdx --size 400M --block-size 1M
     check vhdx attach a.vhdx
     printf 'label: gpt\\nsize=150M\\nsize=100M\\nsize=100M\\n' | check /usr/sbin/sfdisk -q /dev/nbd0
     check /usr/sbin/mke2fs -q -t ext4 /dev/nbd0p1
