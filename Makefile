@@ -72,6 +72,7 @@ bench: $(STAMP) peers ## benchmarks against the peers; report in bench/results
 	$(BIN)/python -m bench convert
 	$(BIN)/python -m bench qos
 	$(BIN)/python -m bench start
+	$(BIN)/python -m bench mount
 
 clean: ## remove what was built
 	rm -rf $(VENV) .interop .kernel build dist *.egg-info vhdx/plane/*.so

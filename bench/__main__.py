@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""``python -m bench nbd|api|stall|chain|convert|qos|start [--quick]``: measures and reports.
+"""``python -m bench nbd|api|stall|chain|convert|qos|start|mount [--quick]``: measures and reports.
 
 Prints a table and writes JSON and Markdown.
 """
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import api, chain, convert, nbd, qos, stall, start
+from bench import api, chain, convert, mount, nbd, qos, stall, start
 from bench.conditions import Places, machine
 
 HERE = Path(__file__).parent
 BENCHMARKS = {
     "nbd": nbd, "api": api, "stall": stall, "chain": chain, "convert": convert, "qos": qos,
-    "start": start,
+    "start": start, "mount": mount,
 }  # fmt: skip
 
 
