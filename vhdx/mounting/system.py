@@ -104,6 +104,8 @@ def _is_on(path: Path, device: int) -> bool:
 def attach_loop(path: str, *, offset: int, length: int, sector_size: int, read_only: bool) -> str:
     """Attaches a loop device to a range of a file or of a device; returns its path.
 
+    It does direct I/O, so that data is not kept twice in memory and copied twice.
+
     Raises:
         UnsupportedError: the kernel has no loop devices.
         HostIOError: losetup failed.
@@ -114,7 +116,7 @@ def attach_loop(path: str, *, offset: int, length: int, sector_size: int, read_o
             hint="modprobe loop; in a container, give it the loop devices of the host",
         )
     arguments = ["--find", "--show", f"--offset={offset}", f"--sizelimit={length}"]
-    arguments += ["--read-only"] if read_only else []
+    arguments += ["--direct-io=on", *(["--read-only"] if read_only else [])]
     done = run("losetup", *arguments, f"--sector-size={sector_size}", path)
     if done.code != 0:
         raise HostIOError(f"no loop device could be attached: {done.complaint}", path=path)
