@@ -7,11 +7,13 @@ import json
 import os
 import stat
 import subprocess
+from pathlib import Path
 
 import pytest
 
 import vhdx
 from tests.t4_cli.command import run
+from tests.t4_cli.test_readme import commands, type_all
 from tests.t5_mount.disks import (
     SIZE,
     START,
@@ -252,3 +254,15 @@ def test_partition_of_its_own_place(where, tmp_path):
     offset = do("losetup", "-nO", "OFFSET", done.device)
     assert int(offset) == START
     mounting.unmount(where)
+
+
+def test_the_readme(where, tmp_path):
+    """Its commands, with a directory of the test in place of /mnt."""
+    text = (Path(__file__).parents[2] / "README.md").read_text().split("### Mounting\n")[1]
+    image = make_image(tmp_path, "ext4")
+    image.rename(tmp_path / "disk.vhdx")
+    lines = next(commands(text))
+    assert len(lines) == 8
+    type_all([line.replace("/mnt", str(where)) for line in lines], tmp_path)
+    with vhdx.mounted(tmp_path / "disk.vhdx", where, read_only=True):
+        assert (where / "hostname").read_bytes() == Path("/etc/hostname").read_bytes()
