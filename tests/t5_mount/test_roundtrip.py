@@ -258,7 +258,7 @@ def test_partition_of_its_own_place(where, tmp_path):
 
 def test_the_readme(where, tmp_path):
     """Its commands, with a directory of the test in place of /mnt."""
-    text = (Path(__file__).parents[2] / "README.md").read_text().split("### Mounting\n")[1]
+    text = (Path(__file__).parents[2] / "README.md").read_text().split("Mounted, as root.")[1]
     image = make_image(tmp_path, "ext4")
     image.rename(tmp_path / "disk.vhdx")
     lines = next(commands(text))

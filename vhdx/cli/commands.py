@@ -14,7 +14,7 @@ from vhdx.cli.output import VhdxGroup, raise_from_now
 __all__ = ["main"]
 
 _IMAGES, _SERVING, _QOS = "vhdx.cli.images", "vhdx.cli.serving", "vhdx.cli.qos"
-_MOUNTING = "vhdx.cli.mounting"
+_MOUNTING, _FILES = "vhdx.cli.mounting", "vhdx.cli.files"
 _HOMES = {
     "create": _IMAGES,
     "info": _IMAGES,
@@ -35,10 +35,13 @@ _HOMES = {
     "attach": _MOUNTING,
     "detach": _MOUNTING,
     "mounts": _MOUNTING,
+    "ls": _FILES,
+    "cat": _FILES,
+    "cp": _FILES,
     "qos": _QOS,
     "top": _QOS,
 }
-_READING = {"info", "map", "dump", "ps", "mounts"}
+_READING = {"info", "map", "dump", "ps", "mounts", "ls", "cat"}
 """Commands that change nothing, so a signal ends them at once."""
 _OTHER_NAMES = {"map": "map_extents"}
 
@@ -47,12 +50,16 @@ def _load(name: str) -> None:
     """Loads what the command ``name`` needs, so that no signal raises during an import."""
     for module in ("vhdx.control.disks", "vhdx.control.transport"):
         importlib.import_module(module)
-    if _HOMES.get(name) == _MOUNTING:
+    home = _HOMES.get(name)
+    if home == _MOUNTING:
         lazy.load_everything("vhdx.mounting")
-    if _HOMES.get(name) in {_IMAGES, _MOUNTING}:
+    if home == _FILES:
+        lazy.load_everything("vhdx.files", but=("vhdx.files.reader", "vhdx.files.copying"))
+    if home in {_IMAGES, _MOUNTING}:
         lazy.load_everything("vhdx.image")
-        if sys.stderr is not None and sys.stderr.isatty():
-            importlib.import_module("vhdx.cli.progress")
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    if home in {_IMAGES, _MOUNTING, _FILES} and terminal:
+        importlib.import_module("vhdx.cli.progress")
 
 
 class _Commands(VhdxGroup):
