@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Copies into a mounted ext4 image and back: ours, qemu-nbd behind the same nbdfuse and loop device.
 
-A raw file that is mounted through a loop device alone is the reference. A round copies a file into a
+The loop devices of both do direct I/O. A raw file that is mounted through a loop device alone is
+the reference. A round copies a file into a
 new image and syncs it, drops all caches, and reads the file back.
 """
 
@@ -14,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def _do(*command: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def _loop(file: Path, where: Path) -> Iterator[None]:
-    device = _do("losetup", "--find", "--show", file)
+def _loop(file: Path, where: Path, *options: str) -> Iterator[None]:
+    device = _do("losetup", "--find", "--show", *options, file)
     try:
         _do("mount", device, where)
         try:
@@ -68,9 +69,11 @@ def _qemu(image: Path, where: Path) -> Iterator[None]:
     server = start_qemu(image, "vhdx", work, None)
     client = subprocess.Popen(["nbdfuse", "--connections=4", f"{fuse}/disk", "--unix", str(socket)])
     try:
-        while not (fuse / "disk").exists():
+        for _ in range(500):
+            if (fuse / "disk").exists():
+                break
             time.sleep(0.02)
-        with _loop(fuse / "disk", where):
+        with _loop(fuse / "disk", where, "--direct-io=on"):  # as ours
             yield
     finally:
         _do("fusermount3", "-u", fuse)
@@ -78,7 +81,11 @@ def _qemu(image: Path, where: Path) -> Iterator[None]:
         server.stop()
 
 
-_WAYS = {"vhdx": _ours, "qemu-nbd": _qemu, "raw and loop": _loop}
+_WAYS: dict[str, Callable[[Path, Path], contextlib.AbstractContextManager[None]]] = {
+    "vhdx": _ours,
+    "qemu-nbd": _qemu,
+    "raw and loop": _loop,
+}
 
 
 def _drop_caches() -> None:

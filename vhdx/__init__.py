@@ -114,6 +114,7 @@ _PARTS = {
     "cli",
     "control",
     "errors",
+    "files",
     "format",
     "front",
     "host",

@@ -57,8 +57,8 @@ def test_everything_exported_is_there_and_documented():
     for name in vhdx.__all__:
         assert getattr(vhdx, name).__doc__, name
     public = {n for n in dir(vhdx) if not n.startswith("_")}
-    modules = {"control", "errors", "format", "front", "host", "image"} | {
-        "plane", "qos", "units", "cli",
+    modules = {"control", "errors", "files", "format", "front", "host", "image"} | {
+        "mounting", "plane", "qos", "units", "cli",
     }  # fmt: skip
     assert public - modules == set(vhdx.__all__)
 

@@ -41,7 +41,8 @@ def where(tmp_path):
 
 def remains(directory):
     """What the images in a directory left on this machine."""
-    keys = [f"{s.st_dev:x}-{s.st_ino:x}" for p in directory.iterdir() if (s := p.stat()).st_ino]
+    files = [path.lstat() for path in directory.iterdir()]
+    keys = [f"{each.st_dev:x}-{each.st_ino:x}" for each in files]
     found = [str(p) for p in records.DIRECTORY.glob("*") if p.name.removesuffix(".lock") in keys]
     texts = Path("/proc/self/mounts").read_text().splitlines()
     loops = subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=True).stdout
@@ -51,5 +52,5 @@ def remains(directory):
             texts.append(process.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:
             continue  # it has ended
-    tokens = [*(f"/run/vhdx/mounts/{key}/" for key in keys), f" {directory}/mnt"]
+    tokens = [*(f"/{key}" for key in keys), f" {directory}/mnt"]  # views have names of their own
     return found + [each for each in texts if any(token in each for token in tokens)]

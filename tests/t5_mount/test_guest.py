@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
 
 import pytest
@@ -66,21 +67,40 @@ def served(image, listen):
 
 def run_until(process, words, seconds=240):
     """Reads the console until a line has the words; kills the guest then, as a power failure does."""
-    text = []
-    deadline = time.monotonic() + seconds
-    for line in process.stdout:
-        text.append(line.decode(errors="replace"))
-        if words in text[-1] or "FAILED" in text[-1] or time.monotonic() > deadline:
-            break
+    text = read_until(process, words, seconds)
     time.sleep(0.5)  # it goes on writing
     process.kill()
     process.communicate()
-    assert words in text[-1], "".join(text)
-    return dict(re.findall(r"GUEST: SUM (\S+) (\w+)", "".join(text)))
+    return text
+
+
+def read_until(process, words, seconds=240):
+    """Reads the console until a line has the words."""
+    text = ""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        for line in process.stdout:
+            text += line.decode(errors="replace")
+            if words in text or "FAILED" in text:
+                break
+    finally:
+        timer.cancel()
+        if words not in text:
+            process.kill()
+    assert words in text, text
+    return text
+
+
+def sums_in(text):
+    """The sums of files that a guest has written."""
+    found = dict(re.findall(r"GUEST: SUM (\S+) (\w+)", text))
+    assert found
+    return found
 
 
 def sums_of(directory):
-    """What :func:`run_until` returns, as far as a directory of the host has it."""
+    """What :func:`sums_in` returns, as far as a directory of the host has it."""
     files = [path for path in directory.iterdir() if path.is_file()]
     return {
         path.name: do("sha256sum", path).split()[0] for path in files if path.name != "unfinished"
@@ -109,7 +129,8 @@ def test_virtio_disk_of_a_guest_that_loses_power(where, tmp_path, tools):
     """
     drive = f"file=nbd+unix:///disk?socket={socket},if=virtio,format=raw,discard=unmap,cache=none"
     with served(image, f"nbd+unix:///?socket={socket}"):
-        seen = run_until(guest.boot(tmp_path, tools(), script, "-drive", drive), "GUEST: synced")
+        process = guest.boot(tmp_path, tools(), script, "-drive", drive)
+        seen = sums_in(run_until(process, "GUEST: synced"))
     assert vhdx.check(image).errors == 0
     assert image.stat().st_blocks * 512 < 250 * MIB, "fstrim gave nothing back"
     for number, name in ((1, "/a"), (2, "/b")):
@@ -158,14 +179,10 @@ def test_kernel_client_over_the_network(where, tmp_path, tools):
         while :; do dd if=/dev/zero of=/a/unfinished bs=64k count=200; done 2>/dev/null
         """
         process = guest.boot(tmp_path, tools(), script)
-        text = ""
-        for line in process.stdout:
-            text += line.decode(errors="replace")
-            if "grow now" in text or "FAILED" in text:
-                break
+        text = read_until(process, "grow now")
         disk.resize(300 * MIB)
-        seen = run_until(process, "GUEST: synced")
-    seen |= dict(re.findall(r"GUEST: SUM (\S+) (\w+)", text))
+        text += run_until(process, "GUEST: synced")
+    seen = sums_in(text)
     assert f"SIZE {100 * MIB}" in text
     assert vhdx.check(image).errors == 0
     mounting.mount(image, where, yes=True)

@@ -170,6 +170,37 @@ def test_host_is_full(where, tmp_path, small):
     do("e2fsck", "-fn", raw)
 
 
+def test_killed_between_a_device_and_its_record(where, tmp_path):
+    """A loop device that nobody recorded is found by what it shows."""
+    for kind in ("ext4", "xfs"):
+        image = make_image(tmp_path, kind)
+        wrapper = tmp_path / kind / "losetup"
+        wrapper.parent.mkdir()
+        wrapper.write_text(
+            '#!/bin/sh\n/sbin/losetup "$@"; case "$*" in *--find*) kill -9 $PPID;; esac\n'
+        )
+        wrapper.chmod(0o755)
+        path = f"{wrapper.parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            [*VHDX, "mount", image, where], env=os.environ | {"PATH": path}, check=False
+        )
+        assert done.returncode == -signal.SIGKILL
+        begun = time.monotonic()
+        with contextlib.suppress(vhdx.HostIOError):
+            mounting.unmount(image)
+        assert time.monotonic() - begun < _PATIENCE
+        assert remains(tmp_path) == []
+
+
+def test_descriptors_of_the_caller_are_not_kept(image, where, tmp_path):
+    """A lock that a script holds is free when the script has ended."""
+    lock = tmp_path / "lock"
+    script = f"exec 9>{lock}; flock 9; {' '.join(VHDX)} mount {image} {where}"
+    subprocess.run(["bash", "-c", script], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["flock", "--nonblock", lock, "true"], check=True)
+    mounting.unmount(where)
+
+
 def test_two_at_once(image, where, tmp_path):
     """Commands for one image wait for each other; one of two mounts wins."""
     other = tmp_path / "mnt2"
@@ -206,6 +237,7 @@ def test_killed_at_random(image, where, seed):
         if code == 0:
             assert {name: read_tree(where).get(name) for name in synced} == synced
         victim = chance.choice(["server", "fuse", "command", None])
+        unsynced = {}
         if victim in {"server", "fuse"}:
             process = getattr(records.load(key_of(image)), victim)
             threading.Timer(chance.uniform(0, 0.5), kill, [process]).start()
@@ -216,13 +248,19 @@ def test_killed_at_random(image, where, seed):
                     file.write(os.urandom(chance.randrange(300_000)))
                     file.flush()
                     os.fsync(file.fileno())
-                data = read_tree(where)[path.name]
-                synced[path.name] = data
+                synced[path.name] = read_tree(where)[path.name]
+            path = where / f"{seed}-unsynced-{len(synced)}"
+            path.write_bytes(os.urandom(100_000))
+            unsynced = {path.name: read_tree(where)[path.name]}
         begun = time.monotonic()
         after = chance.uniform(0.2, 0.8) if victim == "command" else _PATIENCE
         code = _run_and_kill("umount", where, after=after)
-        with contextlib.suppress(vhdx.HostIOError):
+        try:
             mounting.unmount(image)
+        except vhdx.HostIOError:
+            code = 1
+        if code in {0, None}:  # or it was killed, and the next one succeeded
+            synced |= unsynced
         assert time.monotonic() - begun < _PATIENCE
         assert remains(image.parent) == []
         with vhdx.mounted(image, where, yes=True, read_only=False):

@@ -17,6 +17,7 @@ from tests.t4_cli.command import VHDX, run
 from tests.t5_mount.disks import SIZE, digest, do, loop, make_disk, make_filesystem, make_image
 from vhdx import mounting
 from vhdx.errors import Reason
+from vhdx.mounting import records
 from vhdx.units import MIB
 
 
@@ -107,9 +108,15 @@ def test_what_is_mounted_already(image, where, tmp_path):
         mounting.mount(image, second)
     with pytest.raises(vhdx.InUseError, match="the disk is mounted already"):
         mounting.mount(image, second, read_only=True)
+    with pytest.raises(vhdx.InUseError, match="it is attached read-only"):
+        mounting.attach(image)
     with pytest.raises(vhdx.InUseError, match="it is mounted on"):
         mounting.detach(image)
-    mounting.unmount(second) if os.path.ismount(second) else None
+    mounting.unmount(where)
+    mounting.mount(image, where)
+    for settings in ({"read_only": True}, {"snapshot": True}):
+        with pytest.raises(vhdx.InUseError, match="it is attached"):
+            mounting.mount(image, where, **settings)
     mounting.unmount(where)
 
 
@@ -194,7 +201,7 @@ def dirty(image, directory):
     (directory / "synced").write_text("content")
     os.sync()
     raw = image.with_suffix(".crashed.raw")
-    with loop(mounting.records.load(mounting.attachments.key_of(image)).view, "-r") as device:
+    with loop(records.load(mounting.attachments.key_of(image)).view, "-r") as device:
         shutil.copyfile(device, raw)
     mounting.unmount(directory)
     return raw
@@ -285,14 +292,15 @@ def test_containers(where, tmp_path):
         mounting.mount(raw, where)
 
 
-def test_btrfs_is_mounted_once(where, tmp_path):
+@pytest.mark.parametrize("filesystem", [None, "btrfs"])
+def test_btrfs_is_mounted_once(where, tmp_path, filesystem):
     """The kernel would take two copies of a btrfs for one."""
     first = make_image(tmp_path, "btrfs")
     second, other = tmp_path / "second.vhdx", tmp_path / "mnt2"
     shutil.copyfile(first, second)
     other.mkdir()
     with vhdx.mounted(first, where), pytest.raises(vhdx.InUseError, match="same id"):
-        mounting.mount(second, other)
+        mounting.mount(second, other, filesystem=filesystem)
 
 
 def test_copies_of_other_file_systems_are_mounted_together(where, tmp_path):
@@ -378,3 +386,85 @@ def test_make_filesystem_by_attach(where, tmp_path):
     mounting.unmount(where)
     assert [each.image for each in mounting.mounts() if each.image == str(image)] == [str(image)]
     assert mounting.detach(image)
+
+
+def test_options(image, where):
+    """Options that would mount something else, or change what must not change."""
+    for options in ("loop", "rw,noatime", "remount", "suid", "x,offset=5", "bind"):
+        with pytest.raises(vhdx.InvalidArgumentError, match="is not possible here"):
+            mounting.mount(image, where, read_only=True, options=options)
+    with pytest.raises(vhdx.InvalidArgumentError, match="no file system of a disk"):
+        mounting.mount(image, where, filesystem="tmpfs")
+
+
+@pytest.mark.parametrize(
+    "name", ["...vhdx", ".vhdx", "a b'\"$(x)\\n.vhdx", "x" * 240 + ".vhdx", "-r.vhdx"]
+)
+def test_names_of_images(image, where, tmp_path, name):
+    path = tmp_path / name
+    image.rename(path)
+    mounting.mount(path, where)
+    (where / "file").write_text("content")
+    mounting.unmount(path)
+    with vhdx.mounted(path, where, read_only=True):
+        assert (where / "file").read_text() == "content"
+
+
+@pytest.mark.parametrize("name", ["a\fb", "a\u2028b", "a b\\", "ünï\ncödé"])
+def test_names_of_directories(image, tmp_path, name):
+    path = tmp_path / name
+    path.mkdir()
+    mounting.mount(image, path)
+    assert [each.directory for each in mounting.mounts() if each.image == str(image)] == [str(path)]
+    assert mounting.unmount(path)
+
+
+def test_another_mount_namespace(image, where):
+    """What is mounted where it cannot be seen is left alone."""
+    script = (
+        f"{' '.join(VHDX)} mount {image} {where} && echo ready; read x; "
+        f"echo content > {where}/file; {' '.join(VHDX)} umount {where}"
+    )
+    with subprocess.Popen(
+        ["unshare", "--mount", "sh", "-c", script],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.readline()
+        assert process.stdout.readline() == "ready\n"
+        for call in (lambda: mounting.mount(image, where), lambda: mounting.unmount(image)):
+            with pytest.raises(vhdx.InUseError, match="another mount namespace"):
+                call()
+        process.communicate("\n")
+    assert process.returncode == 0
+    with vhdx.mounted(image, where, read_only=True):
+        assert (where / "file").read_text() == "content\n"
+
+
+def test_record_that_cannot_be_read(image, where):
+    """It is reported, and the others are not held up."""
+    mounting.mount(image, where)
+    bad = records.DIRECTORY / f"bad-{os.getpid()}"
+    bad.mkdir()
+    try:
+        (bad / "record.json").write_text('{"version": 99')
+        assert "cannot be read" in run("mounts")
+        assert mounting.unmount(where)
+    finally:
+        shutil.rmtree(bad)
+
+
+def test_changed_partition_table(where, tmp_path):
+    """A partition with the number of an older one is another place."""
+    image = tmp_path / "disk.vhdx"
+    vhdx.create(image, SIZE)
+    disk = mounting.attach(image).devices[0].device
+    for start in (2048, 20480):
+        do("sfdisk", "-q", "--no-reread", disk, input=f"label: dos\nstart={start}, size=100M\n")
+        device = mounting.attach(image).devices[1].device
+        make_filesystem(device, "ext4")
+        mounting.mount(image, where)
+        assert int(do("losetup", "-nO", "OFFSET", device)) == start * 512
+        mounting.unmount(where)
+    mounting.detach(image)

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import subprocess
 
 import pytest
 
 import vhdx
-from tests.t4_cli.command import run
-from tests.t5_mount.disks import digest, fill, make_image, read_tree
+from tests.t4_cli.command import VHDX, run
+from tests.t5_mount.disks import SIZE, digest, do, fill, make_filesystem, make_image, read_tree
 from vhdx import mounting
 
 
@@ -90,3 +92,93 @@ def test_mount_that_fails_leaves_no_overlay(image, where):
     with pytest.raises(vhdx.NotFoundError):
         mounting.mount(image, where, snapshot=True, partition=7)
     assert not overlay_of(image).exists()
+
+
+def test_busy_then_commit(image, where, tmp_path):
+    """A second mount of the file system keeps the device busy; the changes wait."""
+    other = tmp_path / "other"
+    other.mkdir()
+    mounting.mount(image, where, snapshot=True)
+    (where / "precious").write_text("precious")
+    do("mount", "--bind", where, other)
+    with pytest.raises(vhdx.InUseError):
+        mounting.unmount(where, commit=True)
+    do("umount", other)
+    assert mounting.unmount(image, commit=True)
+    with vhdx.mounted(image, where, read_only=True):
+        assert (where / "precious").read_text() == "precious"
+
+
+def test_commit_that_is_refused(image, where, tmp_path):
+    """Another image is based on it, so it must not change; the changes wait."""
+    child = tmp_path / "child.vhdx"
+    vhdx.create(child, parent=image)
+    mounting.mount(image, where, snapshot=True)
+    (where / "precious").write_text("precious")
+    with pytest.raises(vhdx.InUseError, match=r"child\.vhdx"):
+        mounting.unmount(where, commit=True)
+    assert overlay_of(image).exists()
+    assert "its changes wait" in run("mounts")
+    for refused in (lambda: mounting.mount(image, where), lambda: mounting.detach(image)):
+        with pytest.raises(vhdx.InUseError, match="changes of --snapshot wait"):
+            refused()
+    with pytest.raises(vhdx.InvalidArgumentError, match="say what becomes"):
+        mounting.unmount(image)
+    child.unlink()
+    assert mounting.unmount(image, commit=True)
+    with pytest.raises(vhdx.NotFoundError, match="no changes to keep"):
+        mounting.unmount(image, commit=True)
+    with vhdx.mounted(image, where, read_only=True):
+        assert (where / "precious").read_text() == "precious"
+
+
+def test_umount_of_another_program(image, where):
+    """After umount(8) it must still be said what becomes of the changes."""
+    mounting.mount(image, where, snapshot=True)
+    (where / "precious").write_text("precious")
+    do("umount", where)
+    with pytest.raises(vhdx.InUseError, match="changes of --snapshot wait"):
+        mounting.detach(image)
+    assert mounting.unmount(where, commit=True)
+    with vhdx.mounted(image, where, read_only=True):
+        assert (where / "precious").read_text() == "precious"
+
+
+def test_killed_commit(image, where):
+    """A command is killed at many moments of a commit, and the next one brings it to its end."""
+    for step in range(6):
+        mounting.mount(image, where, snapshot=True)
+        (where / f"precious{step}").write_text("precious")
+        with subprocess.Popen(
+            [*VHDX, "umount", where, "--commit"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        ) as process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.25 + 0.1 * step)
+            process.kill()
+        with contextlib.suppress(vhdx.NotFoundError):
+            mounting.unmount(image, commit=True)
+        with vhdx.mounted(image, where, read_only=True):
+            assert (where / f"precious{step}").read_text() == "precious"
+
+
+def test_two_partitions(where, tmp_path):
+    """What becomes of the changes is said when the last one is unmounted."""
+    image, other = tmp_path / "two.vhdx", tmp_path / "other"
+    other.mkdir()
+    vhdx.create(image, SIZE)
+    disk = mounting.attach(image).devices[0].device
+    do("sfdisk", "-q", "--no-reread", disk, input="label: dos\nsize=100M\nsize=100M\n")
+    devices = mounting.attach(image).devices  # the new partitions are seen
+    assert [each.partition for each in devices] == [None, 1, 2]
+    for each in devices[1:]:
+        make_filesystem(each.device, "ext4")
+    mounting.detach(image)
+    mounting.mount(image, where, partition=1, snapshot=True)
+    mounting.mount(image, other, partition=2, snapshot=True)
+    with pytest.raises(vhdx.InvalidArgumentError, match="other partitions"):
+        mounting.unmount(where, commit=True)
+    (where / "one").touch()
+    mounting.unmount(where)
+    mounting.unmount(other, commit=True)
+    with vhdx.mounted(image, where, partition=1, read_only=True):
+        assert (where / "one").exists()

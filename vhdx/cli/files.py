@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from vhdx import files
-from vhdx.cli.output import json_option, print_json, print_table, progress_bar
+from vhdx.cli.output import json_option, print_json, print_table, progress_bar, shown
 from vhdx.errors import InvalidArgumentError
 from vhdx.image.formats import FORMATS
 
@@ -66,10 +66,6 @@ def _where_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-def _printable(text: str) -> str:
-    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
-
-
 def _when(modified: float) -> str:
     try:
         at = datetime.datetime.fromtimestamp(modified).astimezone()
@@ -96,7 +92,7 @@ def ls(as_json: bool, path: tuple[str, str], **where: Any) -> None:
     for each in found:
         target = "" if each.target is None else f" -> {each.target}"
         mode = stat.filemode(_KINDS[each.kind] | each.mode)
-        rows.append((mode, str(each.size), _when(each.modified), _printable(each.name + target)))
+        rows.append((mode, str(each.size), _when(each.modified), shown(each.name + target)))
     if rows:
         print_table(("mode", "bytes", "modified", "name"), rows)
 

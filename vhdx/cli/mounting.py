@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
 import click
 
 from vhdx import mounting
-from vhdx.cli.output import change, json_option, print_json, print_table
+from vhdx.cli.output import FAILED, change, json_option, print_json, print_table, shown
 from vhdx.errors import Reason, VhdxError
 from vhdx.image.formats import FORMATS
 from vhdx.mounting.ways import WAYS
@@ -45,9 +46,14 @@ _parent_option = click.option(
 )
 @click.option("--read-only", "-r", is_flag=True, help="Do not change one byte of the image.")
 @click.option("--fs", "filesystem", metavar="TYPE", help="Type of the file system. [detected]")
-@click.option("--options", "-o", default="", help="More options for mount(8), with commas.")
+@click.option("--options", "-o", default="", help="More options for mount(8), separated by commas.")
 @_via_option
-@click.option("--yes", "-y", is_flag=True, help="Replay journals, and agree to what else is asked.")
+@click.option(
+    "--yes",
+    "-y",
+    is_flag=True,
+    help="Answer yes to every question, such as whether to replay a journal.",
+)
 @click.option(
     "--snapshot",
     is_flag=True,
@@ -68,8 +74,11 @@ def mount(as_json: bool, yes: bool, path: str, directory: str, **given: Any) -> 
         with change():
             done = mounting.mount(path, directory, yes=yes, **settings)
     except VhdxError as error:
-        if error.reason is not Reason.NEEDS_CONSENT or not _agrees(error):
+        if error.reason is not Reason.NEEDS_CONSENT or not _can_ask():
             raise
+        click.echo(f"vhdx: {error.path}: {error.message}", err=True)
+        if not click.confirm("Mount it for writing?", err=True):
+            raise click.exceptions.Exit(FAILED) from None
         with change():
             done = mounting.mount(path, directory, yes=True, **settings)
     for note in done.notes:
@@ -81,12 +90,8 @@ def mount(as_json: bool, yes: bool, path: str, directory: str, **given: Any) -> 
     click.echo(f"{what} ({done.filesystem}, {done.device}) is mounted on {done.directory}")
 
 
-def _agrees(error: VhdxError) -> bool:
-    """Asks on a terminal."""
-    if sys.stdin is None or not sys.stdin.isatty() or sys.stderr is None:
-        return False
-    click.echo(f"vhdx: {error.path}: {error.message}", err=True)
-    return click.confirm("Mount it for writing?", err=True)
+def _can_ask() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr is not None
 
 
 @click.command()
@@ -102,17 +107,34 @@ def umount(targets: tuple[str, ...], everything: bool, commit: bool, discard: bo
     if everything == bool(targets):
         raise click.UsageError("say which: DIRECTORY, IMAGE or --all")
     if everything:
-        found = mounting.mounts()
-        targets = tuple(dict.fromkeys(each.image for each in found if each.directory))
+        found = reversed(mounting.mounts())  # an image may lie in another one
+        targets = tuple(dict.fromkeys(each.directory or each.image for each in found if _ends(each)))
     failures = []
     for target in targets:
         try:
             with change():
+                before = _attached(target)
                 if not mounting.unmount(target, commit=commit, discard=discard):
                     click.echo(f"{target}: nothing is mounted there", err=True)
+            if before is not None and _attached(before) is not None:
+                click.echo(f"{before}: it stays attached until vhdx detach {before}", err=True)
         except VhdxError as error:  # the others are unmounted nevertheless
             failures.append(error)
     _raise(failures)
+
+
+def _attached(target: str) -> str | None:
+    """The attached image that a directory, or a name of an image, belongs to."""
+    path = os.path.realpath(target)
+    for each in mounting.mounts():
+        if path in {each.directory, each.device, os.path.realpath(each.image)}:
+            return each.image
+    return None
+
+
+def _ends(report: mounting.MountReport) -> bool:
+    """Whether umount has something to do with it."""
+    return report.directory is not None or (report.problem is not None and report.way != "?")
 
 
 def _raise(failures: list[VhdxError]) -> None:
@@ -132,7 +154,8 @@ def _raise(failures: list[VhdxError]) -> None:
 def attach(as_json: bool, path: str, format_: str | None, **given: Any) -> None:
     """Make a disk and its partitions block devices, until vhdx detach. Needs root.
 
-    This is for what vhdx mount does not do itself: encrypted disks, LVM, RAIDs, fsck.
+    This is for what vhdx mount does not do itself: encrypted disks, LVM, RAIDs, fsck, partitions.
+    A second vhdx attach shows partitions that were made meanwhile.
 
     Example: vhdx attach disk.vhdx
     """
@@ -193,13 +216,13 @@ def mounts(as_json: bool) -> None:
         ("image", "mode", "way", "device", "partition", "type", "directory", "pid"),
         [
             (
-                each.image,
+                shown(each.image),
                 each.mode,
                 each.way,
                 each.device or "",
                 "" if each.partition is None else str(each.partition),
                 each.filesystem or "",
-                each.directory or "",
+                shown(each.directory or ""),
                 "" if each.pid is None else str(each.pid),
             )
             for each in found

@@ -44,6 +44,7 @@ __all__ = [
     "print_table",
     "progress_bar",
     "raise_from_now",
+    "shown",
 ]
 
 _LONGEST_SECONDS = 86400
@@ -281,6 +282,11 @@ def _what_is_left(error: BaseException) -> str | None:
     if isinstance(error.__cause__, VhdxError):
         return str(error.__cause__)
     return DONE_NOTE if DONE_NOTE in getattr(error, "__notes__", ()) else None
+
+
+def shown(text: str) -> str:
+    """A name from an image or a file system, without what a terminal would obey."""
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in text)
 
 
 def print_json(value: object, *, indent: int | None = 2) -> None:

@@ -3,29 +3,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from typing import TYPE_CHECKING, NamedTuple
 
-from vhdx.errors import (
-    InvalidArgumentError,
-    VhdxError,
-)
+from vhdx.errors import InvalidArgumentError
 from vhdx.interrupts import uninterruptible
 from vhdx.mounting import partitions, records
-from vhdx.mounting.attachments import (
-    attach_image,
-    check_same,
-    current,
-    detach_image,
-    key_of,
-    require_root,
-)
-from vhdx.mounting.devices import (
-    content_in,
-    device_of,
-    find_partitions,
-)
+from vhdx.mounting.attachments import Wish, attached, key_of, require_root
+from vhdx.mounting.devices import content_in, device_of, find_partitions
 from vhdx.mounting.records import Attachment
 
 if TYPE_CHECKING:
@@ -73,32 +58,20 @@ def attach(
     """
     require_root()
     key = key_of(path)
-    with records.locked(key, cancel):
-        attachment = current(key)
-        if attachment is None:
-            attachment = attach_image(
-                os.path.abspath(os.fsdecode(path)),
-                key,
-                read_only=read_only,
-                kept=True,
-                via=via,
-                snapshot=False,
-                format=format,
-                parent_search=[os.fsdecode(each) for each in parent_search],
-                cancel=cancel,
-            )
-            fresh = True
-        else:
-            check_same(attachment, read_only=read_only, snapshot=False)
-            fresh, attachment.kept = False, True
-            attachment.save()
-        try:
-            return Attached(attachment.way, tuple(_all_devices(attachment)))
-        except BaseException:
-            if fresh:
-                with contextlib.suppress(VhdxError):
-                    detach_image(attachment)
-            raise
+    wish = Wish(
+        path=os.path.abspath(os.fsdecode(path)),
+        read_only=read_only,
+        kept=True,
+        via=via,
+        snapshot=False,
+        format=format,
+        parent_search=[os.fsdecode(each) for each in parent_search],
+        cancel=cancel,
+    )
+    with records.locked(key, cancel), attached(key, wish) as attachment:
+        attachment.kept = True
+        attachment.save()
+        return Attached(attachment.way, tuple(_all_devices(attachment)))
 
 
 def _all_devices(attachment: Attachment) -> Iterator[AttachedDevice]:
@@ -108,7 +81,10 @@ def _all_devices(attachment: Attachment) -> Iterator[AttachedDevice]:
             content = content_in(attachment, partition)
         except InvalidArgumentError:
             content = partitions.Content("ambiguous", "", "", "")
-        device, _ = device_of(attachment, partition)
+        device = device_of(attachment, partition)
+        if device not in attachment.devices:
+            attachment.devices = [*attachment.devices, device]
+            attachment.save()
         number = None if partition is None else partition.number
         name = content.label or ("" if partition is None else partition.name)
         kind = content.kind or content.table

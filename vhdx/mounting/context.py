@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vhdx.interrupts import DONE_NOTE
 from vhdx.mounting.mount_image import mount
 from vhdx.mounting.unmount_image import unmount
 
@@ -41,8 +42,14 @@ def mounted(path: StrPath, directory: StrPath | None = None, **settings: Any) ->
             made = tempfile.mkdtemp(prefix="vhdx-")
             stack.callback(_remove_directory, made)
             directory = made
-        done = mount(path, directory, **settings)
-        stack.callback(unmount, done.directory, discard=bool(settings.get("snapshot")))
+        snapshot = bool(settings.get("snapshot"))
+        try:
+            done = mount(path, directory, **settings)
+        except KeyboardInterrupt as error:
+            if DONE_NOTE in getattr(error, "__notes__", ()):
+                unmount(directory, discard=snapshot)
+            raise
+        stack.callback(unmount, done.directory, discard=snapshot)
         yield Path(done.directory)
 
 

@@ -67,8 +67,11 @@ def main() -> None:
     except Exception as error:
         _tell(Started(error=api.ErrorReport.of(error)))
         return
-    _tell(Started(disk.size, disk.logical_sector_size))
-    ended.wait()
+    try:
+        _tell(Started(disk.size, disk.logical_sector_size))
+        ended.wait()
+    except BrokenPipeError:  # the command that wanted it was killed
+        pass
     problem: str | None = None
     try:
         with contextlib.closing(disk):

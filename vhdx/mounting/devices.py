@@ -4,23 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from typing import TYPE_CHECKING
 
-from vhdx.errors import (
-    InvalidArgumentError,
-    NotFoundError,
-    VhdxError,
-)
+from vhdx.errors import InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.mounting import filesystems, partitions, system, ways
-from vhdx.mounting.attachments import (
-    scratch,
-)
+from vhdx.mounting.attachments import scratch
 from vhdx.mounting.programs import run
 from vhdx.mounting.records import Attachment, Device
-
-if TYPE_CHECKING:
-    StrPath = str | os.PathLike[str]
+from vhdx.units import format_size
 
 __all__ = [
     "choose_partition",
@@ -42,10 +32,18 @@ def find_partitions(attachment: Attachment) -> list[partitions.Partition]:
     )
 
 
-def content_in(attachment: Attachment, partition: partitions.Partition | None) -> partitions.Content:
-    """What a partition holds, or the whole disk."""
+def content_in(
+    attachment: Attachment, partition: partitions.Partition | None, wanted: str | None = None
+) -> partitions.Content:
+    """What a partition holds, or the whole disk; its type is the ``wanted`` one, if there is one."""
     assert attachment.view is not None
-    return partitions.content_of(attachment.view, partition, size=attachment.size)
+    try:
+        content = partitions.content_of(attachment.view, partition, size=attachment.size)
+    except InvalidArgumentError:
+        if wanted is None:
+            raise
+        content = partitions.Content("", "", "", "")
+    return content if wanted is None else content._replace(kind=wanted)
 
 
 def _described(attachment: Attachment, found: list[partitions.Partition]) -> str:
@@ -56,9 +54,8 @@ def _described(attachment: Attachment, found: list[partitions.Partition]) -> str
         except VhdxError:
             content = partitions.Content("ambiguous", "", "", "")
         name = content.label or each.name
-        size = f"{each.length / (1 << 20):.0f} MiB"
         words.append(
-            f"{each.number} ({content.kind or 'no file system'}, {size}"
+            f"{each.number} ({content.kind or 'no file system'}, {format_size(each.length)}"
             + (f", {name!r})" if name else ")")
         )
     return ", ".join(words)
@@ -100,29 +97,26 @@ def choose_partition(
         raise InvalidArgumentError(
             f"it has the partitions {_described(attachment, found)}",
             path=attachment.image,
-            hint="choose one with --partition N (partition=N)",
+            hint="choose one with --partition N",
         )
     return usable[0]
 
 
-def device_of(attachment: Attachment, partition: partitions.Partition | None) -> tuple[Device, bool]:
-    """A block device for the partition, and whether it is new."""
+def device_of(attachment: Attachment, partition: partitions.Partition | None) -> Device:
+    """A block device for the partition: one of the attachment's, or a new one."""
     number = None if partition is None else partition.number
-    for each in attachment.devices:
-        if each.partition == number:
-            return each, False
-    device = ways.of(attachment).device(attachment, partition)
-    attachment.devices = [*attachment.devices, device]
-    attachment.save()
-    return device, True
+    shown = (0, attachment.size) if partition is None else (partition.offset, partition.length)
+    for each in attachment.devices:  # the disk may have other partitions by now
+        if each.partition == number and (each.offset, each.length) == shown:
+            return each
+    return ways.of(attachment).device(attachment, partition)
 
 
 def give_up(attachment: Attachment, device: Device) -> None:
     """Detaches a device that was made for a mount."""
-    if device.loop:
-        system.detach_loop(device.path)
-    attachment.devices = [each for each in attachment.devices if each != device]
-    attachment.save()
+    if not device.loop or system.detach_loop(device.path):
+        attachment.devices = [each for each in attachment.devices if each != device]
+        attachment.save()
 
 
 def needs_replay(attachment: Attachment, partition: partitions.Partition | None, kind: str) -> bool:

@@ -12,8 +12,9 @@ import os
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
+from uuid import UUID
 
-from vhdx.errors import InUseError, Reason, UnsupportedError, VhdxError
+from vhdx.errors import InUseError, InvalidArgumentError, Reason, UnsupportedError, VhdxError
 from vhdx.mounting.programs import has, load_module, run
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from vhdx.mounting.partitions import Content
 
-__all__ = ["Plan", "needs_consent", "plan"]
+__all__ = ["Plan", "check_options", "mount", "needs_consent", "needs_replay", "plan"]
 
 _CONTAINERS = {
     "BitLocker": "it is encrypted with BitLocker: vhdx attach, cryptsetup open --type bitlk DEVICE "
@@ -38,7 +39,8 @@ _CONTAINERS = {
 }
 _MOUNT_SECONDS = 3600.0  # the replay of a journal may take long
 _ALWAYS = ("nosuid", "nodev")
-"""Options of every mount: who made the image must not become root here."""
+"""The last options of every mount, so that the maker of an image cannot become root here."""
+_REFUSED = {"loop", "offset", "sizelimit", "remount", "bind", "rbind", "move", "suid", "dev"}
 
 
 class Plan(NamedTuple):
@@ -51,8 +53,20 @@ class Plan(NamedTuple):
     """
 
     kind: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+def check_options(options: str, *, read_only: bool) -> None:
+    """Refuses options of a user that would mount something else, or in another way.
+
+    Raises:
+        InvalidArgumentError: there is such an option.
+    """
+    for each in options.split(","):
+        name = each.partition("=")[0].strip()
+        if name in _REFUSED or (name == "rw" and read_only):
+            raise InvalidArgumentError(f"the option {name} is not possible here")
 
 
 def needs_consent(what: str) -> VhdxError:
@@ -60,14 +74,12 @@ def needs_consent(what: str) -> VhdxError:
     return VhdxError(
         what,
         reason=Reason.NEEDS_CONSENT,
-        hint="--yes does it (yes=True); --read-only changes nothing; --snapshot keeps the present "
-        "state",
+        hint="--yes does it; --read-only changes nothing",
     )
 
 
 def plan(
     content: Content,
-    read: Callable[[int, int], bytes],
     *,
     wanted: str | None,
     read_only: bool,
@@ -79,7 +91,6 @@ def plan(
 
     Args:
         content: what blkid found.
-        read: reads (length, offset) of the partition; a short result is at its end.
         wanted: the type that the user names, or None.
         read_only: mount for reading.
         yes: the user agrees to a replay, or to the loss of a hibernated session.
@@ -87,6 +98,7 @@ def plan(
         device: the block device.
 
     Raises:
+        InvalidArgumentError: the wanted type is none of a disk.
         UnsupportedError: it is no file system, or one that cannot be mounted here.
         InUseError: the same file system is mounted already, and may be so only once.
         VhdxError: the user must agree first (reason NEEDS_CONSENT).
@@ -98,9 +110,18 @@ def plan(
         )
     if wanted is None and kind in _CONTAINERS:
         raise UnsupportedError(_CONTAINERS[kind])
+    if wanted is not None and not _is_on_disks(kind):
+        raise InvalidArgumentError(f"{kind} is no file system of a disk")
+    if wanted is not None and not is_known(kind) and kind not in _SPECIAL:
+        raise UnsupportedError(f"neither the kernel nor a program here can mount {kind}")
+
+    def read(length: int, offset: int) -> bytes:
+        with Path(device).open("rb") as file:
+            return os.pread(file.fileno(), length, offset)
+
     special = _SPECIAL.get(kind)
     if special is None:
-        return Plan(kind, _ALWAYS)
+        return Plan(kind)
     return special(_Case(content, read, read_only, yes, needs_replay, device, kind))
 
 
@@ -116,7 +137,6 @@ class _Case(NamedTuple):
 
 def _journal(case: _Case, dirty: bool, skip: str, options: tuple[str, ...] = ()) -> Plan:
     """A file system whose journal must be replayed if it was not unmounted."""
-    options = (*_ALWAYS, *options)
     if not dirty:
         return Plan(case.kind, options)
     if case.read_only:
@@ -128,7 +148,7 @@ def _journal(case: _Case, dirty: bool, skip: str, options: tuple[str, ...] = ())
     if not case.yes:
         raise needs_consent(
             f"the {case.kind} file system was not unmounted (a crash, or it is in use elsewhere), "
-            "and mounting it for writing replays its journal into the image"
+            "and mounting it for writing replays its journal"
         )
     return Plan(case.kind, options, ("its journal was replayed",))
 
@@ -136,7 +156,7 @@ def _journal(case: _Case, dirty: bool, skip: str, options: tuple[str, ...] = ())
 def _ext(case: _Case) -> Plan:
     superblock = case.read(1024, 1024)
     if len(superblock) < 1024 or superblock[0x38:0x3A] != b"\x53\xef":
-        return Plan(case.kind, _ALWAYS)  # mount says what is wrong
+        return Plan(case.kind)  # mount says what is wrong
     (incompatible,) = struct.unpack_from("<I", superblock, 0x60)
     (state,) = struct.unpack_from("<H", superblock, 0x3A)
     made = _journal(case, bool(incompatible & 4), "noload")  # INCOMPAT_RECOVER
@@ -153,11 +173,11 @@ def _xfs(case: _Case) -> Plan:
 def _btrfs(case: _Case) -> Plan:
     superblock = case.read(4096, 65536)
     if len(superblock) < 4096 or superblock[0x40:0x48] != b"_BHRfS_M":
-        return Plan(case.kind, _ALWAYS)
-    if case.content.uuid and Path("/sys/fs/btrfs", case.content.uuid).exists():
+        return Plan(case.kind)
+    fsid = str(UUID(bytes=superblock[0x20:0x30]))
+    if Path("/sys/fs/btrfs", fsid).exists():
         raise InUseError(
-            f"a btrfs with the same id ({case.content.uuid}) is mounted, and the kernel would mix "
-            "them up",
+            f"a btrfs with the same id ({fsid}) is mounted, and the kernel would mix them up",
             hint="unmount the other one first",
         )
     (devices,) = struct.unpack_from("<Q", superblock, 0x88)
@@ -173,7 +193,7 @@ def _btrfs(case: _Case) -> Plan:
 def _fat(case: _Case) -> Plan:
     sector = case.read(512, 0)
     at = 0x41 if sector[0x16:0x18] == b"\0\0" else 0x25  # FAT32 has no 16-bit size of a FAT
-    options = (*_ALWAYS, "utf8=1")
+    options = ("utf8=1",)
     if len(sector) == 512 and sector[at] & 1:
         note = "it was not unmounted: run fsck.vfat on it"
         return Plan("vfat", options, (note,))
@@ -181,17 +201,16 @@ def _fat(case: _Case) -> Plan:
 
 
 def _ntfs(case: _Case) -> Plan:
-    kind = _ntfs_driver()
-    options = (*_ALWAYS, *(("norecover",) if case.read_only and kind == "ntfs-3g" else ()))
+    kind = _ntfs_driver() if case.kind == "ntfs" else case.kind
     if case.read_only:
-        return Plan(kind, options)
+        return Plan(kind, ("norecover",) if kind == "ntfs-3g" else ())
     if not has("ntfs-3g.probe"):
         if not case.yes:
             raise needs_consent(
                 "ntfs-3g is not installed, so it cannot be seen whether Windows is hibernated in "
                 "it, and writing to a hibernated Windows destroys files (apt install ntfs-3g)"
             )
-        return Plan(kind, options)
+        return Plan(kind)
     code = run("ntfs-3g.probe", "--readwrite", case.device).code
     if code == _HIBERNATED:
         if not case.yes:
@@ -199,16 +218,20 @@ def _ntfs(case: _Case) -> Plan:
                 "Windows is hibernated in it (or was shut down with Fast Startup), and mounting it "
                 "for writing throws the hibernated session away"
             )
-        options = (*options, "remove_hiberfile") if kind == "ntfs-3g" else options
-        return Plan(kind, options, ("the hibernated session of Windows was thrown away",))
+        if not has("mount.ntfs-3g"):
+            raise UnsupportedError(
+                "Windows is hibernated in it, and only ntfs-3g can throw the session away",
+                hint="apt install ntfs-3g",
+            )
+        note = "the hibernated session of Windows was thrown away"
+        return Plan("ntfs-3g", ("remove_hiberfile",), (note,))
     dirty = code == _UNCLEAN or _ntfs_is_dirty(case.read)
     if dirty and not case.yes:
         raise needs_consent(
             "the NTFS was not unmounted: Windows has to check it (chkdsk /f), and writing before "
             "that may lose files"
         )
-    if dirty and kind == "ntfs3":
-        options = (*options, "force")
+    options = ("force",) if dirty and kind == "ntfs3" else ()
     notes = ("Windows should check it (chkdsk /f)",) if dirty else ()
     return Plan(kind, options, notes)
 
@@ -242,9 +265,10 @@ def _ntfs_is_dirty(read: Callable[[int, int], bytes]) -> bool:
     (size,) = struct.unpack_from("<b", boot, 0x40)
     cluster = sector * (per_cluster if per_cluster <= 128 else 1 << (256 - per_cluster))
     length = size * cluster if size > 0 else 1 << -size
-    if not 512 <= length <= 65536 or table > 1 << 48:
+    place = table * cluster + 3 * length
+    if not 512 <= length <= 65536 or place >= 1 << 62:
         return False
-    record = read(length, table * cluster + 3 * length)
+    record = read(length, place)
     if len(record) < length or record[:4] != b"FILE":
         return False
     (at,) = struct.unpack_from("<H", record, 0x14)
@@ -272,6 +296,12 @@ _SPECIAL: dict[str, Callable[[_Case], Plan]] = {
 }
 
 
+def _is_on_disks(kind: str) -> bool:
+    """Whether a type is not one of those that need no device, such as tmpfs."""
+    lines = Path("/proc/filesystems").read_text().splitlines()
+    return f"nodev\t{kind}" not in lines or kind in _SPECIAL
+
+
 def is_known(kind: str) -> bool:
     """Whether the kernel has a file system, or a helper of mount(8) does."""
     known = Path("/proc/filesystems").read_text().split()
@@ -285,9 +315,13 @@ def mount(plan: Plan, device: str, directory: str, *, read_only: bool, options: 
         UnsupportedError: nothing here knows the file system.
         VhdxError: mount(8) failed; the message is its own.
     """
-    given = [*plan.options, "ro" if read_only else "rw", *filter(None, options.split(","))]
+    wanted = [each for each in options.split(",") if each]
+    given = [*plan.options, "ro" if read_only else "rw", *wanted, *_ALWAYS]
     done = run(
-        "mount", "-t", plan.kind, "-o", ",".join(given), device, directory, seconds=_MOUNT_SECONDS
+        "mount",
+        *("-t", plan.kind, "-o", ",".join(given), device, directory),
+        seconds=_MOUNT_SECONDS,
+        keep_lock=plan.kind != "ntfs-3g" and "fuse" not in plan.kind,  # those leave a daemon
     )
     if done.code == 0:
         return
@@ -310,8 +344,8 @@ def needs_replay(kind: str, device: str, where: Path) -> bool:
         device: a read-only block device.
         where: an empty directory.
     """
+    is_known(kind)  # or the kernel could not read it at all
     done = run("mount", "-t", kind, "-o", "ro,nosuid,nodev,noexec,nouuid", device, os.fspath(where))
-    if done.code != 0:
-        return True
-    run("umount", os.fspath(where))
-    return False
+    if done.code == 0:
+        run("umount", os.fspath(where))
+    return done.code != 0 and "read-only" in done.err

@@ -8,16 +8,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vhdx.errors import (
-    InvalidArgumentError,
-    NotFoundError,
-)
+from vhdx.errors import InvalidArgumentError, NotFoundError
 from vhdx.mounting import records, system
 
 if TYPE_CHECKING:
     StrPath = str | os.PathLike[str]
 
-__all__ = ["find_image", "nothing_there"]
+__all__ = ["find_image", "refuse_others"]
 
 
 def find_image(target: StrPath) -> tuple[tuple[int, int], str | None] | None:
@@ -42,8 +39,8 @@ def find_image(target: StrPath) -> tuple[tuple[int, int], str | None] | None:
     return None
 
 
-def nothing_there(target: StrPath) -> bool:
-    """Returns False: nothing of vhdx is mounted there.
+def refuse_others(target: StrPath) -> None:
+    """Refuses what is no business of vhdx.
 
     Raises:
         NotFoundError: there is no such file.
@@ -56,4 +53,3 @@ def nothing_there(target: StrPath) -> bool:
         raise InvalidArgumentError("it was not attached by vhdx", path=path, hint="see vhdx mounts")
     if system.mounted_at(path) is not None:
         raise InvalidArgumentError("it was not mounted by vhdx", path=path, hint="use umount(8)")
-    return False

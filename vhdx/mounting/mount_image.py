@@ -3,28 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from vhdx.errors import (
-    InUseError,
-    InvalidArgumentError,
-    NotFoundError,
-    VhdxError,
-)
+from vhdx.errors import InUseError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.interrupts import uninterruptible
 from vhdx.mounting import filesystems, partitions, records, system
-from vhdx.mounting.attachments import (
-    attach_image,
-    check_same,
-    current,
-    detach_image,
-    drop_overlay,
-    key_of,
-    require_root,
-)
+from vhdx.mounting.attachments import Wish, attached, key_of, require_root
 from vhdx.mounting.devices import (
     choose_partition,
     content_in,
@@ -106,45 +91,40 @@ def mount(
     where, key = _mount_point(directory), key_of(path)
     if snapshot and read_only:
         raise InvalidArgumentError("--snapshot takes changes, and --read-only allows none")
+    filesystems.check_options(options, read_only=read_only)
+    wish = Wish(
+        path=os.path.abspath(os.fsdecode(path)),
+        read_only=read_only,
+        kept=False,
+        via=via,
+        snapshot=snapshot,
+        format=format,
+        parent_search=[os.fsdecode(each) for each in parent_search],
+        cancel=cancel,
+    )
     with records.locked(key, cancel):
-        attachment = current(key)
-        if attachment is not None:
-            found = _mounted_there(attachment, where, partition, read_only=read_only)
-            if found is not None:
-                return found
-        _check_empty(where)
-        fresh = attachment is None
-        if attachment is None:
-            attachment = attach_image(
-                os.path.abspath(os.fsdecode(path)),
-                key,
-                read_only=read_only,
-                kept=False,
-                via=via,
-                snapshot=snapshot,
-                format=format,
-                parent_search=[os.fsdecode(each) for each in parent_search],
-                cancel=cancel,
-            )
-        else:
-            check_same(attachment, read_only=read_only, snapshot=snapshot)
+        if system.mounted_at(where) is None:
+            _check_empty(where)
         try:
-            return _mount_partition(
-                attachment,
-                where,
-                choose_partition(attachment, partition, filesystem),
-                wanted=filesystem,
-                read_only=read_only,
-                options=options,
-                yes=yes,
-            )
-        except BaseException as error:
-            if isinstance(error, VhdxError) and error.path in {None, attachment.view}:
-                error.path = attachment.image
-            if fresh:
-                with contextlib.suppress(VhdxError):
-                    detach_image(attachment)
-                drop_overlay(attachment)
+            with attached(key, wish) as attachment:
+                found = _mounted_there(attachment, where, partition)
+                if found is not None:
+                    return found
+                if system.mounted_at(where) is not None:
+                    raise InUseError(
+                        "something is mounted there already", path=where, hint="see findmnt"
+                    )
+                return _mount_partition(
+                    attachment,
+                    where,
+                    choose_partition(attachment, partition, filesystem),
+                    wanted=None if filesystem == "auto" else filesystem,
+                    options=options,
+                    yes=yes,
+                )
+        except VhdxError as error:
+            if error.path is None or str(error.path).startswith(os.fspath(records.DIRECTORY)):
+                error.path = wish.path
             raise
 
 
@@ -156,14 +136,12 @@ def _mount_point(directory: StrPath) -> str:
         raise (InvalidArgumentError if exists else NotFoundError)(
             "it is not a directory" if exists else "there is no such directory",
             path=path,
-            hint=None if exists else f"mkdir {path}",
+            hint="vhdx mount IMAGE DIRECTORY" if exists else f"mkdir {path}",
         )
     return path
 
 
 def _check_empty(path: str) -> None:
-    if system.mounted_at(path) is not None:
-        raise InUseError("something is mounted there already", path=path, hint="see findmnt")
     with os.scandir(path) as entries:
         empty = next(entries, None) is None
     if not empty:
@@ -174,25 +152,19 @@ def _check_empty(path: str) -> None:
         )
 
 
-def _mounted_there(
-    attachment: Attachment, where: str, partition: int | None, *, read_only: bool
-) -> Mounted | None:
+def _mounted_there(attachment: Attachment, where: str, partition: int | None) -> Mounted | None:
     """The mount of this image on that directory, if it is the wanted one."""
     for each in attachment.mounts:
-        if each.directory != where or where not in each.directories:
-            continue
-        if partition is not None and each.device.partition != partition:
-            break
-        if each.read_only and not read_only:
-            raise InUseError("it is mounted there read-only", path=where, hint="unmount it first")
-        return Mounted(
-            where,
-            each.device.path,
-            each.device.partition,
-            each.filesystem,
-            attachment.way,
-            ("it was mounted already",),
-        )
+        there = each.directory == where and where in each.directories
+        if there and partition in {None, each.device.partition}:
+            return Mounted(
+                where,
+                each.device.path,
+                each.device.partition,
+                each.filesystem,
+                attachment.way,
+                ("it was mounted already",),
+            )
     return None
 
 
@@ -202,36 +174,34 @@ def _mount_partition(
     partition: partitions.Partition | None,
     *,
     wanted: str | None,
-    read_only: bool,
     options: str,
     yes: bool,
 ) -> Mounted:
-    content = partitions.Content(wanted, "", "", "") if wanted else content_in(attachment, partition)
-    device, fresh = device_of(attachment, partition)
-    if not fresh and any(each.device == device for each in attachment.mounts):
+    content = content_in(attachment, partition, wanted)
+    device = device_of(attachment, partition)
+    fresh = device not in attachment.devices
+    if any(each.device == device for each in attachment.mounts):
         raise InUseError(
             f"{_name(device)} is mounted already", path=attachment.image, hint="see vhdx mounts"
         )
+    attachment.devices = [*attachment.devices, *([device] if fresh else [])]
+    attachment.save()
     try:
-
-        def read(length: int, offset: int) -> bytes:
-            with Path(device.path).open("rb") as file:
-                return os.pread(file.fileno(), length, offset)
-
         made = filesystems.plan(
             content,
-            read,
             wanted=wanted,
-            read_only=read_only,
+            read_only=attachment.read_only,
             yes=yes,
             needs_replay=lambda kind: needs_replay(attachment, partition, kind),
             device=device.path,
         )
-        entry = Mount(where, device, made.kind, read_only)
+        entry = Mount(where, device, made.kind, attachment.read_only)
         attachment.mounts = [*attachment.mounts, entry]
         attachment.save()
         try:
-            filesystems.mount(made, device.path, where, read_only=read_only, options=options)
+            filesystems.mount(
+                made, device.path, where, read_only=attachment.read_only, options=options
+            )
         except BaseException:
             attachment.mounts = [each for each in attachment.mounts if each is not entry]
             attachment.save()

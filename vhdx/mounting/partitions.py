@@ -73,7 +73,9 @@ def partitions_of(view: str, *, size: int, sector_size: int) -> list[Partition]:
         view,
     )
     found = []
-    for line in done.out.splitlines():
+    if done.code != 0 and "failed to read partition table" not in done.err:
+        raise HostIOError(f"its partitions cannot be read: {done.complaint}", path=view)
+    for line in done.out.split("\n")[:-1]:
         fields = {key: _shown(value) for key, value in _PAIR.findall(line)}
         partition = Partition(
             int(fields["NR"]),
@@ -111,10 +113,11 @@ def content_of(view: str, partition: Partition | None, *, size: int) -> Content:
         )
     if done.code not in {0, _NOTHING}:
         raise HostIOError(f"it cannot be read: {done.complaint}", path=view)
-    fields = dict(line.partition("=")[::2] for line in done.out.splitlines())
+    fields = dict(line.partition("=")[::2] for line in done.out.split("\n"))
+    label = fields.get("LABEL", "").replace("\\ ", " ")
     return Content(
         fields.get("TYPE", ""),
-        fields.get("LABEL", "").replace("\\ ", " "),
+        "".join(each if each.isprintable() else "?" for each in label),
         fields.get("UUID", ""),
         fields.get("PTTYPE", ""),
     )
@@ -123,4 +126,6 @@ def content_of(view: str, partition: Partition | None, *, size: int) -> Content:
 def _shown(value: str) -> str:
     """A value without the escapes of partx."""
     raw = _HIDDEN.sub(lambda match: chr(int(match[1], 16)), value)
-    return raw.encode("latin-1", "replace").decode(errors="replace") if "\\x" in value else raw
+    if raw != value:
+        raw = raw.encode("latin-1", "replace").decode(errors="replace")
+    return "".join(each if each.isprintable() else "?" for each in raw)

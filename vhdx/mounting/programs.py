@@ -20,7 +20,18 @@ from vhdx.errors import HostIOError, Reason, UnsupportedError, VhdxError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Output", "Process", "find", "has", "keeping", "load_module", "run", "spawn", "wait_until"]
+__all__ = [
+    "Output",
+    "Process",
+    "find",
+    "has",
+    "keeping",
+    "last_line",
+    "load_module",
+    "run",
+    "spawn",
+    "wait_until",
+]
 
 _PACKAGES = {
     "blkid": "util-linux",
@@ -101,15 +112,22 @@ def find(name: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"PATH": _path(), "LC_ALL": "C.UTF-8"}
+    # A user's runtime directory vanishes at logout, and these processes stay.
+    kept = {name: value for name, value in os.environ.items() if name != "XDG_RUNTIME_DIR"}
+    return kept | {"PATH": _path(), "LC_ALL": "C.UTF-8"}
 
 
-def run(name: str, *arguments: str, seconds: float = _SECONDS) -> Output:
+def run(name: str, *arguments: str, seconds: float = _SECONDS, keep_lock: bool = True) -> Output:
     """Runs a program to its end. It is not in our process group, so Ctrl-C does not reach it.
+
+    Args:
+        name, arguments: the program, and what it is given.
+        seconds: the longest time.
+        keep_lock: let it inherit the lock; not for a program that leaves a daemon.
 
     Raises:
         UnsupportedError: it is not installed.
-        HostIOError: it cannot be started, or has not ended after ``seconds``.
+        HostIOError: it cannot be started, or has not ended in time.
     """
     try:
         child = subprocess.Popen(
@@ -119,7 +137,7 @@ def run(name: str, *arguments: str, seconds: float = _SECONDS) -> Output:
             stderr=subprocess.PIPE,
             env=_environment(),
             start_new_session=True,
-            pass_fds=_kept.get(),
+            pass_fds=_kept.get() if keep_lock else (),
             text=True,
             errors="surrogateescape",
         )
@@ -175,42 +193,54 @@ class Process(msgspec.Struct, frozen=True):
     @classmethod
     def of(cls, pid: int) -> Process:
         """The process that has this number now."""
-        return cls(pid, _start_of(pid) or 0)
+        return cls(pid, _status_of(pid)[0])
 
     @property
     def alive(self) -> bool:
         """Whether it runs."""
-        _reap(self.pid)
-        return _start_of(self.pid) == self.started
+        started, state = _status_of(self.pid)
+        if started != self.started:
+            return False
+        if state == "Z":
+            _reap(self.pid)
+        return state not in {"Z", "X"}
 
     def signal(self, number: int) -> None:
         """Sends a signal, if the process runs."""
-        if self.alive:
-            os.kill(self.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            if self.alive:
+                os.kill(self.pid, number)
 
-    def end(self, seconds: float) -> bool:
-        """Asks it to end, and kills it after ``seconds``; returns whether it ended by itself."""
+    def end(self, seconds: float) -> None:
+        """Asks it to end, and kills it after ``seconds``."""
         self.signal(signal.SIGTERM)
-        if wait_until(lambda: not self.alive, seconds):
-            return True
-        self.signal(signal.SIGKILL)
-        wait_until(lambda: not self.alive, 5.0)
-        return False
+        if not wait_until(lambda: not self.alive, seconds):
+            self.signal(signal.SIGKILL)
+            wait_until(lambda: not self.alive, 5.0)
 
 
-def _start_of(pid: int) -> int | None:
-    """When a process started; None if it has ended. A zombie has ended."""
+def _status_of(pid: int) -> tuple[int, str]:
+    """When a process started, and its state; 0 if there is none."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_bytes()
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
-        return None
-    fields = text.rpartition(b")")[2].split()  # the name before it may contain anything
-    return None if fields[0] in {b"Z", b"X"} else int(fields[19])
+        return 0, "X"
+    fields = text.rpartition(")")[2].split()  # the name before it may contain anything
+    return int(fields[19]), fields[0]
 
 
 def _reap(pid: int) -> None:
     with contextlib.suppress(ChildProcessError):  # another process may have started it
         os.waitpid(pid, os.WNOHANG)
+
+
+def last_line(path: Path) -> str:
+    """The last line of a log; empty if there is none."""
+    try:
+        lines = path.read_text(errors="replace").strip().splitlines()
+    except OSError:
+        return ""
+    return lines[-1] if lines else ""
 
 
 _GATE = 'cd / && read -r go && exec "$@" </dev/null'
@@ -231,17 +261,20 @@ def spawn(
         remember: records the process. The program starts afterwards, so that no program runs that
             is not recorded, whenever this process is killed.
     """
-    shell = find("sh")
-    command = [shell, "-c", _GATE, "sh", find(arguments[0]), *arguments[1:]]
+    command = [find("sh"), "-c", _GATE, "sh", find(arguments[0]), *arguments[1:]]
     gate, go = os.pipe()
-    actions = [
-        (os.POSIX_SPAWN_DUP2, gate, 0),
-        (os.POSIX_SPAWN_DUP2, output, 1),
-        (os.POSIX_SPAWN_OPEN, 2, os.fspath(errors), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600),
-    ]
     try:
-        pid = os.posix_spawn(shell, command, _environment(), file_actions=actions, setsid=True)
-        process = Process.of(pid)
+        with errors.open("ab") as log:
+            child = subprocess.Popen(
+                command,
+                stdin=gate,
+                stdout=output,
+                stderr=log,
+                env=_environment(),
+                start_new_session=True,
+            )
+        child.returncode = 0  # it is not waited for: Process does that
+        process = Process.of(child.pid)
         remember(process)
         os.write(go, b"go\n")
     except OSError as error:

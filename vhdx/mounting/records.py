@@ -4,10 +4,13 @@
 Records are in ``/run/vhdx/mounts``, whoever is root there, because mounts belong to the machine. An
 image is found by its device and inode, so every name of a file leads to the same record. A command
 holds the lock of an image while it changes anything. The kernel releases the lock when the command
-dies, so a record in the state *attaching* or *detaching* whose lock is free was left half-made.
+and the programs that it ran have ended.
 
-A record is JSON, replaced as a whole. Recovery: after a restart of the machine nothing is mounted,
-so a record with another boot id is void. A record that cannot be read is reported, never guessed.
+A record is JSON, replaced as a whole. Its state only moves forward, and is written before what it
+announces. So if the lock is free, then in the state *attaching* nothing was ever mounted, and in the
+state *detaching* something may have been, and is to be detached. Recovery: after a restart of the
+machine nothing is mounted, so a record with another boot id is void. A record that cannot be read is
+reported, never guessed.
 """
 
 from __future__ import annotations
@@ -16,25 +19,38 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from vhdx.errors import HostIOError, InUseError
+from vhdx.errors import HostIOError, InUseError, VhdxError
 from vhdx.mounting import system
 from vhdx.mounting.programs import Process, keeping, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["VERSION", "Attachment", "Device", "Mount", "State", "directory_of", "load_all", "locked"]
+__all__ = [
+    "DIRECTORY",
+    "VERSION",
+    "Attachment",
+    "Device",
+    "Mount",
+    "State",
+    "boot_id",
+    "is_locked",
+    "load",
+    "load_all",
+    "locked",
+    "mount_namespace",
+    "was_begun",
+]
 
 DIRECTORY = Path("/run/vhdx/mounts")
 VERSION = 1
-_LOCK_SECONDS = 60.0
+_LOCK_SECONDS = 20.0
 
 
 class State(StrEnum):
@@ -43,6 +59,8 @@ class State(StrEnum):
     ATTACHING = "attaching"
     ATTACHED = "attached"
     DETACHING = "detaching"
+    DETACHED = "detached"
+    """Only the differencing image of a snapshot is left."""
 
 
 class Device(msgspec.Struct, frozen=True):
@@ -52,11 +70,14 @@ class Device(msgspec.Struct, frozen=True):
         path: such as /dev/loop3.
         partition: the number of the partition; None for the whole disk.
         loop: whether it is a loop device that must be detached.
+        offset, length: what it shows of the disk, bytes.
     """
 
     path: str
     partition: int | None
     loop: bool
+    offset: int
+    length: int
 
 
 class Mount(msgspec.Struct, frozen=True):
@@ -87,6 +108,7 @@ class Attachment(msgspec.Struct, kw_only=True):
     Attributes:
         version: of the record.
         boot: identifies the boot of the machine.
+        namespace: inode of the mount namespace in which it is attached.
         image: the path that the user named, absolute.
         key: device and inode of the image.
         overlay: the differencing image that takes the changes (``--snapshot``), or None.
@@ -101,10 +123,12 @@ class Attachment(msgspec.Struct, kw_only=True):
         view: that file, or the nbd device; None until it is there.
         devices: block devices, those of mounts included.
         mounts: mounted file systems.
+        problems: why bytes may be missing from the image, as far as it was found out.
     """
 
     version: int = VERSION
     boot: str
+    namespace: int
     image: str
     key: tuple[int, int]
     overlay: str | None = None
@@ -120,9 +144,10 @@ class Attachment(msgspec.Struct, kw_only=True):
     view: str | None = None
     devices: list[Device] = []
     mounts: list[Mount] = []
+    problems: list[str] = []
 
     @property
-    def is_whole(self) -> bool:
+    def in_use(self) -> bool:
         """Whether it serves something; otherwise a command was killed, or umount(8) was used."""
         if self.state is not State.ATTACHED:
             return False
@@ -131,9 +156,20 @@ class Attachment(msgspec.Struct, kw_only=True):
     @property
     def way_out(self) -> str:
         """The command that ends it."""
+        word = "" if self.overlay is None else " --discard (or --commit)"
         if self.mounts:
-            return f"vhdx umount {self.mounts[0].directory}"
-        return f"vhdx {'detach' if self.kept else 'umount'} {self.image}"
+            return f"vhdx umount {self.mounts[0].directory}{word}"
+        return f"vhdx {'detach' if self.kept else 'umount'} {self.image}{word}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it was attached in the mount namespace of this process."""
+        return self.namespace == mount_namespace()
+
+    @property
+    def view_name(self) -> str:
+        """The name of the file that shows the disk; it tells the loop devices of images apart."""
+        return self.directory.name
 
     @property
     def directory(self) -> Path:
@@ -164,12 +200,17 @@ class Attachment(msgspec.Struct, kw_only=True):
 
     def remove(self) -> None:
         """Removes the record and its directory; nothing is attached any more."""
-        shutil.rmtree(self.directory, ignore_errors=True)
+        system.remove_directory(self.directory)
 
 
 def boot_id() -> str:
     """Identifies this boot of the machine."""
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def mount_namespace() -> int:
+    """The inode of the mount namespace of this process."""
+    return os.stat("/proc/self/ns/mnt").st_ino
 
 
 def directory_of(key: tuple[int, int]) -> Path:
@@ -198,6 +239,8 @@ def _record_of(key: tuple[int, int]) -> Path:
 def _load(path: Path) -> Attachment | None:
     try:
         found = msgspec.convert(json.loads(path.read_bytes()), Attachment)
+        if found.version != VERSION:
+            raise ValueError(f"it has the version {found.version}")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
@@ -207,16 +250,26 @@ def _load(path: Path) -> Attachment | None:
             hint="another version of vhdx may have written it; look what is mounted (findmnt, "
             f"losetup), undo that by hand and remove {path.parent}",
         ) from error
-    if found.boot != boot_id():
-        found.remove()  # the machine was started anew
-        return None
-    return found
+    return found if found.boot == boot_id() else None  # else the machine was started anew
 
 
-def load_all() -> list[Attachment]:
-    """All records, oldest first; a command may be changing one of them at the same time."""
-    found = (_load(path) for path in DIRECTORY.glob("*/record.json"))
-    return sorted((each for each in found if each is not None), key=lambda each: each.started)
+def load_all(unreadable: list[VhdxError] | None = None) -> list[Attachment]:
+    """All records that can be read, oldest first; a command may be changing one of them meanwhile.
+
+    Args:
+        unreadable: gets an error for each of the others.
+    """
+    found = []
+    for path in DIRECTORY.glob("*/record.json"):
+        try:
+            attachment = _load(path)
+        except VhdxError as error:
+            if unreadable is not None:
+                unreadable.append(error)
+            continue
+        if attachment is not None:
+            found.append(attachment)
+    return sorted(found, key=lambda each: each.started)
 
 
 def is_locked(key: tuple[int, int]) -> bool:
@@ -243,7 +296,7 @@ def locked(key: tuple[int, int], cancel: Callable[[], bool] | None = None) -> It
     """Holds the lock of an image.
 
     Raises:
-        InUseError: another command has it for a minute.
+        InUseError: another command has it for long.
     """
     path = _lock_of(key)
     try:
@@ -256,10 +309,10 @@ def locked(key: tuple[int, int], cancel: Callable[[], bool] | None = None) -> It
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.lexists(path) and os.path.samestat(os.stat(path), os.fstat(fd)):
+            if os.path.samestat(os.stat(path), os.fstat(fd)):
                 held.append(fd)
                 return True
-        except BlockingIOError:
+        except (BlockingIOError, FileNotFoundError):
             pass
         finally:
             if not held:
@@ -269,10 +322,11 @@ def locked(key: tuple[int, int], cancel: Callable[[], bool] | None = None) -> It
     if not wait_until(take, _LOCK_SECONDS, cancel):
         raise InUseError("another vhdx command is mounting or unmounting it", path=path)
     try:
+        with contextlib.suppress(HostIOError):
+            if load(key) is None:  # void, or a command was killed very early, or very late
+                system.remove_directory(directory_of(key))
         with keeping(held[0]):
             yield
     finally:
-        if not _record_of(key).exists():
-            shutil.rmtree(directory_of(key), ignore_errors=True)  # a command was killed very early
         path.unlink(missing_ok=True)
         os.close(held[0])

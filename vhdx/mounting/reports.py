@@ -4,22 +4,18 @@
 from __future__ import annotations
 
 import contextlib
-import os
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from vhdx.errors import VhdxError
 from vhdx.mounting import records
-from vhdx.mounting.attachments import check_alive
+from vhdx.mounting.attachments import check_alive, require_root
 from vhdx.mounting.records import Attachment, State
-
-if TYPE_CHECKING:
-    StrPath = str | os.PathLike[str]
 
 __all__ = ["MountReport", "mounts", "servers_in_use"]
 
 
 class MountReport(NamedTuple):
-    """An attached image, for each of its mounts; ``directory`` is None where there is none.
+    """A mount of an attached image; what is not mounted has a report for each device.
 
     Attributes:
         image: the path that the user named.
@@ -28,7 +24,7 @@ class MountReport(NamedTuple):
         device: the block device.
         partition: its number; None for the whole disk.
         filesystem: its type.
-        directory: where it is mounted.
+        directory: where it is mounted; None if it is not.
         pid: the process of the server.
         problem: what is wrong, and the way out; None if nothing is.
     """
@@ -45,9 +41,15 @@ class MountReport(NamedTuple):
 
 
 def mounts() -> list[MountReport]:
-    """Everything that is attached or mounted by vhdx on this machine, oldest first."""
+    """Everything that is attached or mounted by vhdx on this machine, oldest first.
+
+    Raises:
+        HostIOError: the caller is not root.
+    """
+    require_root()
+    unreadable: list[VhdxError] = []
     found = []
-    for attachment in records.load_all():
+    for attachment in records.load_all(unreadable):
         problem = _problem(attachment)
         mode = "r" if attachment.read_only else "r+"
         mode = mode if attachment.overlay is None else "snapshot"
@@ -77,6 +79,9 @@ def mounts() -> list[MountReport]:
         ]
         if not attachment.devices:
             found.append(MountReport(*base, attachment.view, None, None, None, pid, problem))
+    for error in unreadable:
+        problem = f"{error.message}; {error.hint}"
+        found.append(MountReport(str(error.path), "?", "?", None, None, None, None, None, problem))
     return found
 
 
@@ -92,11 +97,17 @@ def servers_in_use() -> dict[int, list[str]]:
 
 
 def _problem(attachment: Attachment) -> str | None:
-    if attachment.state is not State.ATTACHED or not (attachment.kept or attachment.mounts):
-        if records.is_locked(attachment.key):
-            return f"{attachment.state.value} now"
-        return f"a command was killed while {attachment.state.value}: {attachment.way_out}"
+    if records.is_locked(attachment.key) and attachment.state is not State.ATTACHED:
+        return f"{attachment.state.value} now"
+    if attachment.state is State.DETACHED:
+        return f"its changes wait: {attachment.way_out}"
+    if attachment.state is not State.ATTACHED:
+        return f"a command ended while {attachment.state.value}: {attachment.way_out}"
+    if not attachment.is_here:
+        return "it is attached in another mount namespace"
     problem = check_alive(attachment)
-    if problem is None:
-        return None
-    return f"{problem}, so every access fails: {attachment.way_out}"
+    if problem is not None:
+        return f"{problem}, so every access fails: {attachment.way_out}"
+    if not attachment.kept and not attachment.mounts:
+        return f"it is unmounted, and still attached: {attachment.way_out}"
+    return None

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,8 +23,10 @@ __all__ = [
     "holders",
     "is_busy",
     "loop_is_attached",
+    "loops_of",
     "mounted_at",
     "mounts",
+    "remove_directory",
     "sync_device",
     "sync_filesystem",
 ]
@@ -33,11 +36,9 @@ _DETACH_SECONDS = 10.0
 
 
 class Mounted(NamedTuple):
-    """A line of /proc/self/mountinfo: directory, device (major, minor), type and source."""
+    """A line of /proc/self/mountinfo: directory and source."""
 
     directory: str
-    device: str
-    filesystem: str
     source: str
 
 
@@ -49,15 +50,17 @@ def mounts() -> list[Mounted]:
     """All mounts of this mount namespace, in the order in which they were made."""
     found = []
     text = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape")
-    for line in text.splitlines():
+    for line in text.split("\n")[:-1]:
         first, _, rest = line.partition(" - ")
         fields, others = first.split(" "), rest.split(" ")
-        found.append(Mounted(_plain(fields[4]), fields[2], others[0], _plain(others[1])))
+        found.append(Mounted(_plain(fields[4]), _plain(others[1])))
     return found
 
 
 def disk_of(device: str) -> str:
     """The disk that a partition belongs to; any other path as it is."""
+    if Path(device).parent != Path("/dev") or not Path(device).is_block_device():
+        return device
     entry = Path(os.path.realpath(Path("/sys/class/block", Path(device).name)))
     return f"/dev/{entry.parent.name}" if (entry / "partition").exists() else device
 
@@ -121,6 +124,25 @@ def attach_loop(path: str, *, offset: int, length: int, sector_size: int, read_o
     if done.code != 0:
         raise HostIOError(f"no loop device could be attached: {done.complaint}", path=path)
     return done.out.strip()
+
+
+def loops_of(view: str) -> list[str]:
+    """The loop devices that are attached to a file."""
+    found = []
+    for entry in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with contextlib.suppress(OSError):
+            if entry.read_text().strip().removesuffix(" (deleted)") == view:
+                found.append(f"/dev/{entry.parents[1].name}")
+    return found
+
+
+def remove_directory(path: Path) -> None:
+    """Removes a directory with all in it, but nothing that is mounted there."""
+    inside = [each.directory for each in mounts() if Path(each.directory).is_relative_to(path)]
+    for directory in reversed(inside):
+        run("umount", "--lazy", directory)
+    if not any(Path(each.directory).is_relative_to(path) for each in mounts()):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def loop_is_attached(device: str) -> bool:

@@ -8,21 +8,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vhdx import image
-from vhdx.errors import (
-    HostIOError,
-    InUseError,
-    InvalidArgumentError,
-)
+from vhdx.errors import HostIOError, InUseError, InvalidArgumentError, NotFoundError
 from vhdx.interrupts import uninterruptible
 from vhdx.mounting import records, system
 from vhdx.mounting.attachments import (
     check_alive,
+    check_here,
     check_writes,
     detach_image,
+    finish,
+    recover,
+    release_device,
     report_problems,
     require_root,
+    undo,
 )
-from vhdx.mounting.lookup import find_image, nothing_there
+from vhdx.mounting.lookup import find_image, refuse_others
 from vhdx.mounting.programs import run
 from vhdx.mounting.records import Attachment, Mount, State
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     StrPath = str | os.PathLike[str]
 
 __all__ = ["detach", "unmount"]
+
+_UMOUNT_SECONDS = 3600.0  # everything that is not written yet has to be
 
 
 @uninterruptible
@@ -57,7 +60,7 @@ def unmount(
 
     Raises:
         NotFoundError: there is no such directory or image.
-        InUseError: a program uses the file system; nothing was unmounted.
+        InUseError: a program uses the file system or its device; it stays attached.
         InvalidArgumentError: what to do with the changes of a snapshot was not said.
         HostIOError: it is unmounted, but not everything may be in the image; says what happened.
     """
@@ -66,67 +69,89 @@ def unmount(
         raise InvalidArgumentError("changes are either discarded or committed")
     found = find_image(target)
     if found is None:
-        return nothing_there(target)
+        return _nothing(target, words=discard or commit)
     key, directory = found
     with records.locked(key, cancel):
         attachment = records.load(key)
         if attachment is None:
-            return False
+            return _nothing(target, words=discard or commit)
+        check_here(attachment)
+        if attachment.state is State.ATTACHING:
+            undo(attachment)  # a command was killed before anything was mounted
+            return True
         chosen = [each for each in attachment.mounts if directory in {None, each.directory}]
-        last = len(chosen) == len(attachment.mounts)
-        detaching = last and (not attachment.kept or attachment.state is not State.ATTACHED)
-        if not attachment.mounts and attachment.state is not State.DETACHING:
-            discard, commit = True, False  # the command was killed before anything was mounted
-        elif detaching and attachment.overlay is not None and not (discard or commit):
-            raise InvalidArgumentError(
-                "it was mounted with --snapshot: say what becomes of the changes",
-                path=attachment.image,
-                hint="--commit merges them into the image, --discard throws them away",
-            )
-        elif (discard or commit) and attachment.overlay is None:
-            raise InvalidArgumentError(
-                "it was mounted without --snapshot, so its changes are in the image",
-                path=attachment.image,
-            )
+        ending = len(chosen) == len(attachment.mounts) and (
+            not attachment.kept or attachment.state is not State.ATTACHED
+        )
+        _check_words(attachment, ending=ending, discard=discard, commit=commit)
         dead = check_alive(attachment)
-        problems = [] if dead is None else [dead]
         for each in reversed(chosen):
-            problems += _unmount_one(attachment, each, dead=dead is not None)
-        if detaching:
-            problems += detach_image(attachment)
-            if discard:
-                problems = []
-            if not problems:
-                _settle(attachment, commit=commit)
-        elif dead is None:
-            problems += check_writes(attachment)
-    report_problems(attachment, problems, kept_overlay=detaching and not discard)
-    return True
+            _unmount_one(attachment, each, dead=dead is not None)
+        if ending:
+            detach_image(attachment)
+            _settle(attachment, discard=discard, commit=commit)
+            finish(attachment)
+        elif chosen:
+            _report_what_stays(attachment, dead)
+        return bool(chosen) or ending
 
 
-def _unmount_one(attachment: Attachment, entry: Mount, *, dead: bool) -> list[str]:
-    """Unmounts one file system; returns what kept bytes from the image.
+def _nothing(target: StrPath, *, words: bool) -> bool:
+    """Returns False: nothing of vhdx is mounted there.
+
+    Raises:
+        NotFoundError: there is no such file, or there should be changes of a snapshot.
+        InvalidArgumentError: another program mounted or attached what is there.
+    """
+    refuse_others(target)
+    if words:
+        raise NotFoundError(
+            "nothing is mounted there, so there are no changes to keep or to throw away",
+            path=os.fsdecode(target),
+            hint="after a restart of the machine, see docs/mounting.md",
+        )
+    return False
+
+
+def _check_words(attachment: Attachment, *, ending: bool, discard: bool, commit: bool) -> None:
+    """Checks that it is said what becomes of changes, where there are some, and only there."""
+    said = discard or commit
+    if attachment.overlay is None and said:
+        raise InvalidArgumentError(
+            "it was mounted without --snapshot, so its changes are in the image",
+            path=attachment.image,
+        )
+    if said and not ending:
+        raise InvalidArgumentError(
+            "other partitions of it are mounted; say that when the last one is unmounted",
+            path=attachment.image,
+        )
+    if attachment.overlay is not None and ending and not said:
+        raise InvalidArgumentError(
+            "it was mounted with --snapshot: say what becomes of the changes",
+            path=attachment.image,
+            hint="--commit merges them into the image, --discard throws them away",
+        )
+
+
+def _unmount_one(attachment: Attachment, entry: Mount, *, dead: bool) -> None:
+    """Unmounts one file system.
 
     Raises:
         InUseError: a program uses it.
     """
-    problems = []
     for directory in entry.directories:
         if not entry.read_only and not dead:
             problem = system.sync_filesystem(directory)
-            problems += [] if problem is None else [problem]
+            attachment.problems += [] if problem is None else [problem]
         _unmount_directory(directory, entry.device.path, dead=dead)
     attachment.mounts = [each for each in attachment.mounts if each != entry]
     attachment.save()
     others = any(each.device == entry.device for each in attachment.mounts)
-    if not attachment.kept and not others:
-        if not attachment.read_only and not dead:
-            problem = system.sync_device(entry.device.path)
-            problems += [] if problem is None else [problem]
-        if not entry.device.loop or system.detach_loop(entry.device.path):
+    if not attachment.kept and not others and attachment.mounts:
+        if release_device(attachment, entry.device):
             attachment.devices = [each for each in attachment.devices if each != entry.device]
-            attachment.save()
-    return problems
+        attachment.save()
 
 
 def _unmount_directory(directory: str, device: str, *, dead: bool) -> None:
@@ -135,7 +160,7 @@ def _unmount_directory(directory: str, device: str, *, dead: bool) -> None:
         raise InUseError(
             f"{top.source} is mounted on top of it", path=directory, hint="unmount that first"
         )
-    done = run("umount", directory, seconds=3600)
+    done = run("umount", directory, seconds=_UMOUNT_SECONDS)
     if done.code != 0 and dead:
         done = run("umount", "--lazy", directory)
     if done.code != 0:
@@ -149,14 +174,41 @@ def _unmount_directory(directory: str, device: str, *, dead: bool) -> None:
         raise HostIOError(f"it cannot be unmounted: {done.complaint}", path=directory)
 
 
-def _settle(attachment: Attachment, *, commit: bool) -> None:
-    """Merges the changes of a snapshot into the image, or throws them away."""
+def _report_what_stays(attachment: Attachment, dead: str | None) -> None:
+    """Reports failed writes of an image that stays attached."""
+    if dead is None:
+        check_writes(attachment)
+    else:
+        attachment.problems.append(dead)
+    try:
+        report_problems(attachment)
+    finally:
+        attachment.problems = []
+        attachment.save()
+
+
+def _settle(attachment: Attachment, *, discard: bool, commit: bool) -> None:
+    """Merges the changes of a snapshot into the image, or throws them away.
+
+    Raises:
+        HostIOError: not all changes are there; a second call merges those that are.
+        VhdxError: they cannot be merged; they stay.
+    """
     if attachment.overlay is None:
         return
-    if commit:
-        image.merge(attachment.overlay, keep_parent_name=True)
-    else:
+    if discard:
         Path(attachment.overlay).unlink(missing_ok=True)
+        attachment.problems = []
+    elif commit:
+        problems, attachment.problems = attachment.problems, []
+        if problems:
+            attachment.save()
+            raise HostIOError(
+                "not all changes were written: " + "; ".join(dict.fromkeys(problems)),
+                path=attachment.image,
+                hint=f"the others are in {attachment.overlay}; --commit again merges them",
+            )
+        image.merge(attachment.overlay, keep_parent_name=True)
 
 
 @uninterruptible
@@ -168,26 +220,17 @@ def detach(target: StrPath, *, cancel: Callable[[], bool] | None = None) -> bool
         cancel: as for :func:`unmount`.
 
     Raises:
-        InUseError: one of its devices is in use.
+        InUseError: one of its devices is in use, or it has changes of a snapshot.
         HostIOError: as :func:`unmount`.
     """
     require_root()
     found = find_image(target)
     if found is None:
-        return nothing_there(target)
+        return _nothing(target, words=False)
     with records.locked(found[0], cancel):
         attachment = records.load(found[0])
         if attachment is None:
             return False
-        mounted = [path for each in attachment.mounts for path in each.directories]
-        if mounted:
-            raise InUseError(
-                f"it is mounted on {', '.join(mounted)}",
-                path=attachment.image,
-                hint=f"vhdx umount {mounted[0]}",
-            )
-        dead = check_alive(attachment)
-        problems = [] if dead is None else [dead]
-        problems += detach_image(attachment)
-    report_problems(attachment, problems, kept_overlay=True)
+        check_here(attachment)
+        recover(attachment)
     return True

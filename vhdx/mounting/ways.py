@@ -15,9 +15,9 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vhdx.errors import HostIOError, InvalidArgumentError, UnsupportedError
+from vhdx.errors import HostIOError, InvalidArgumentError, UnsupportedError, VhdxError
 from vhdx.mounting import system
-from vhdx.mounting.programs import find, has, load_module, run, spawn, wait_until
+from vhdx.mounting.programs import has, last_line, load_module, run, spawn, wait_until
 from vhdx.mounting.records import Device
 
 if TYPE_CHECKING:
@@ -64,7 +64,13 @@ def _loop(attachment: Attachment, partition: Partition | None) -> Device:
         sector_size=attachment.sector_size,
         read_only=attachment.read_only,
     )
-    return Device(path, None if partition is None else partition.number, loop=True)
+    return _device(path, attachment, partition, loop=True)
+
+
+def _device(path: str, attachment: Attachment, partition: Partition | None, *, loop: bool) -> Device:
+    if partition is None:
+        return Device(path, None, loop, 0, attachment.size)
+    return Device(path, partition.number, loop, partition.offset, partition.length)
 
 
 class _Fuse:
@@ -87,6 +93,7 @@ class _Fuse:
         cancel: Callable[[], bool] | None,
     ) -> None:
         mountpoint, ready = attachment.directory / "fuse", attachment.directory / "fuse.pid"
+        del export  # the server has one
         mountpoint.mkdir(mode=0o700, exist_ok=True)
         log = attachment.directory / "fuse.log"
         with Path(os.devnull).open("w") as nowhere:
@@ -96,7 +103,7 @@ class _Fuse:
                     *(["--readonly"] if attachment.read_only else []),
                     f"--connections={_CONNECTIONS}",
                     f"--pidfile={ready}",
-                    f"{mountpoint}/{export}",
+                    f"{mountpoint}/{attachment.view_name}",
                     "--unix",
                     os.fspath(socket),
                 ],
@@ -104,14 +111,11 @@ class _Fuse:
                 errors=log,
                 remember=attachment.remember_fuse,
             )
-        view = mountpoint / export
+        attachment.view = os.fspath(mountpoint / attachment.view_name)
+        attachment.save()
         wait_until(lambda: ready.exists() or not fuse.alive, _ATTACH_SECONDS, cancel)
-        if not ready.exists() or not view.exists():
-            text = log.read_text(errors="replace").strip() if log.exists() else ""
-            raise HostIOError(
-                f"nbdfuse cannot show the disk: {text.splitlines()[-1] if text else 'no answer'}"
-            )
-        attachment.view = os.fspath(view)
+        if not ready.exists():
+            raise HostIOError(f"nbdfuse cannot show the disk: {last_line(log) or 'no answer'}")
 
     def device(self, attachment: Attachment, partition: Partition | None) -> Device:
         return _loop(attachment, partition)
@@ -119,8 +123,6 @@ class _Fuse:
     def detach(self, attachment: Attachment) -> list[str]:
         problems = []
         mountpoint, process = os.fspath(attachment.directory / "fuse"), attachment.fuse
-        if process is not None and not process.alive:
-            problems.append("nbdfuse had ended before")
         if system.mounted_at(mountpoint) is not None:
             done = run("fusermount3", "-u", mountpoint)
             if done.code != 0:
@@ -139,7 +141,8 @@ class _Fuse:
     def problem(self, attachment: Attachment) -> str | None:
         if attachment.fuse is not None and not attachment.fuse.alive:
             return "nbdfuse has died"
-        if attachment.view is not None and not os.path.lexists(attachment.view):
+        mountpoint = os.fspath(attachment.directory / "fuse")
+        if attachment.view is not None and system.mounted_at(mountpoint) is None:
             return "the FUSE mount is gone"
         return None
 
@@ -159,7 +162,6 @@ class _Nbd:
         export: str,
         cancel: Callable[[], bool] | None,
     ) -> None:
-        find("nbd-client")
         done = run(
             "nbd-client",
             "-unix",
@@ -174,17 +176,18 @@ class _Nbd:
         )
         found = _CONNECTED.search(done.out + done.err)
         if done.code != 0 or found is None:
-            raise HostIOError(f"nbd-client cannot attach the disk: {done.complaint}")
+            raise HostIOError(
+                f"nbd-client cannot attach the disk: {done.complaint}", hint="try --via fuse"
+            )
         attachment.view = found[0]
         attachment.save()
-        size = Path("/sys/block", Path(found[0]).name, "size")
-        if not wait_until(lambda: int(size.read_text()) > 0, _ATTACH_SECONDS, cancel):
+        if not wait_until(lambda: _sectors_of(found[0]) > 0, _ATTACH_SECONDS, cancel):
             raise HostIOError("the kernel does not see the disk", path=found[0])
 
     def device(self, attachment: Attachment, partition: Partition | None) -> Device:
         assert attachment.view is not None
         if partition is None:
-            return Device(attachment.view, None, loop=False)
+            return _device(attachment.view, attachment, None, loop=False)
         node = self._partition(attachment.view, partition)
         if node is None:  # the kernel may have looked before the sockets were ready
             run("blockdev", "--rereadpt", attachment.view)
@@ -192,7 +195,7 @@ class _Nbd:
             node = self._partition(attachment.view, partition)
         if node is None:  # the module was loaded with max_part=0, or knows no such table
             return _loop(attachment, partition)
-        return Device(node, partition.number, loop=False)
+        return _device(node, attachment, partition, loop=False)
 
     def _partition(self, view: str, partition: Partition) -> str | None:
         """The node of a partition that begins and ends where it must; sysfs counts 512 bytes."""
@@ -211,22 +214,27 @@ class _Nbd:
         if view is None:
             return []
         problems = []
-        if self.problem(attachment) is not None:
-            problems.append("the connection of the kernel had ended before")
-        run("nbd-client", "-d", view)
-        size = Path("/sys/block", Path(view).name, "size")
-        if not wait_until(lambda: int(size.read_text()) == 0, _DETACH_SECONDS):
+        try:
+            run("nbd-client", "-d", view)
+        except VhdxError as error:
+            problems.append(str(error))
+        if not wait_until(lambda: _sectors_of(view) == 0, _DETACH_SECONDS):
             problems.append(f"{view} stays attached")
         attachment.view = None
         return problems
 
     def problem(self, attachment: Attachment) -> str | None:
-        if attachment.view is None:
-            return None
-        entry = Path("/sys/block", Path(attachment.view).name)
-        if not entry.exists() or int((entry / "size").read_text()) == 0:
+        if attachment.view is not None and _sectors_of(attachment.view) == 0:
             return "the kernel has no connection any more"
         return None
+
+
+def _sectors_of(device: str) -> int:
+    """The size of an nbd device; 0 if it is not connected, or not there."""
+    try:
+        return int(Path("/sys/block", Path(device).name, "size").read_text())
+    except (OSError, ValueError):
+        return 0
 
 
 WAYS: dict[str, Way] = {"nbd": _Nbd(), "fuse": _Fuse()}
