@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -52,5 +53,6 @@ def remains(directory):
             texts.append(process.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
         except OSError:
             continue  # it has ended
-    tokens = [*(f"/{key}" for key in keys), f" {directory}/mnt"]  # views have names of their own
-    return found + [each for each in texts if any(token in each for token in tokens)]
+    keys_there = re.compile(rf"/({'|'.join(keys)})(?![0-9a-f])")  # views have names of their own
+    there = f" {directory}/mnt"
+    return found + [each for each in texts if keys_there.search(each) or there in each]

@@ -21,7 +21,7 @@ from tests.t5_mount.conftest import remains
 from tests.t5_mount.disks import do, fill, make_image, read_tree
 from vhdx import mounting
 from vhdx.mounting import records
-from vhdx.mounting.attachments import key_of
+from vhdx.mounting.attaching import key_of
 from vhdx.units import MIB
 
 _PATIENCE = 30

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT
 """Mounts images: a private server, the kernel's NBD client or FUSE with loop devices, mount(8).
 
-Only root can mount. ``attachments`` starts the server and shows its disk to the kernel in one of
-the ``ways``; ``devices`` and ``filesystems`` decide what is mounted, and how; ``records`` keeps what
-is mounted for the next command.
+Only root can mount. ``attaching`` starts the server and shows its disk to the kernel in one of the
+``ways``, and ``detaching`` undoes that. ``devices`` and ``filesystems`` decide what is mounted, and
+how. ``records`` keeps what is mounted for the next command.
 """
 
 from typing import TYPE_CHECKING

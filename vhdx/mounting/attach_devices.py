@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vhdx.errors import InvalidArgumentError
 from vhdx.interrupts import uninterruptible
 from vhdx.mounting import partitions, records
-from vhdx.mounting.attachments import Wish, attached, key_of, require_root
+from vhdx.mounting.attaching import Wish, attached, key_of, require_root
 from vhdx.mounting.devices import content_in, device_of, find_partitions
 from vhdx.mounting.records import Attachment
 

@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vhdx.errors import InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.mounting import filesystems, partitions, system, ways
-from vhdx.mounting.attachments import scratch
 from vhdx.mounting.programs import run
 from vhdx.mounting.records import Attachment, Device
 from vhdx.units import format_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = [
     "choose_partition",
@@ -119,6 +124,17 @@ def give_up(attachment: Attachment, device: Device) -> None:
         attachment.save()
 
 
+@contextlib.contextmanager
+def _scratch(attachment: Attachment) -> Iterator[Path]:
+    """An empty directory of the attachment."""
+    path = attachment.directory / f"try-{secrets.token_hex(2)}"
+    path.mkdir(mode=0o700)
+    try:
+        yield path
+    finally:
+        path.rmdir()
+
+
 def needs_replay(attachment: Attachment, partition: partitions.Partition | None, kind: str) -> bool:
     """Tries a read-only mount on a read-only device of its own."""
     assert attachment.view is not None
@@ -130,7 +146,7 @@ def needs_replay(attachment: Attachment, partition: partitions.Partition | None,
         read_only=True,
     )
     try:
-        with scratch(attachment) as directory:
+        with _scratch(attachment) as directory:
             return filesystems.needs_replay(kind, device, directory)
     finally:
         system.detach_loop(device)

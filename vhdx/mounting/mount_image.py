@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from vhdx.errors import InUseError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.interrupts import uninterruptible
 from vhdx.mounting import filesystems, partitions, records, system
-from vhdx.mounting.attachments import Wish, attached, key_of, require_root
+from vhdx.mounting.attaching import Wish, attached, key_of, require_root
 from vhdx.mounting.devices import (
     choose_partition,
     content_in,

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from vhdx.errors import VhdxError
 from vhdx.mounting import records
-from vhdx.mounting.attachments import check_alive, require_root
+from vhdx.mounting.attaching import require_root
+from vhdx.mounting.detaching import check_alive
 from vhdx.mounting.records import Attachment, State
 
 __all__ = ["MountReport", "mounts", "servers_in_use"]

@@ -11,7 +11,8 @@ from vhdx import image
 from vhdx.errors import HostIOError, InUseError, InvalidArgumentError, NotFoundError
 from vhdx.interrupts import uninterruptible
 from vhdx.mounting import records, system
-from vhdx.mounting.attachments import (
+from vhdx.mounting.attaching import require_root
+from vhdx.mounting.detaching import (
     check_alive,
     check_here,
     check_writes,
@@ -20,7 +21,6 @@ from vhdx.mounting.attachments import (
     recover,
     release_device,
     report_problems,
-    require_root,
     undo,
 )
 from vhdx.mounting.lookup import find_image, refuse_others
