@@ -428,6 +428,8 @@ def test_names_of_directories(image, tmp_path, name):
 
 def test_another_mount_namespace(image, where):
     """What is mounted where it cannot be seen is left alone."""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode != 0:
+        pytest.skip("unshare needs a root directory that is a mount point")  # not so in a chroot
     script = (  # mounts of other tests would stay in use here
         "grep -oE ' /(run/vhdx|tmp/pytest-)[^ ]+' /proc/self/mounts | xargs -r umount --lazy; "
         f"{' '.join(VHDX)} mount {image} {where} && echo ready; read x; "
