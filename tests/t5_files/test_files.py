@@ -53,6 +53,22 @@ def image(tree, tmp_path, peer):
     return path
 
 
+def test_partitions(tree, tmp_path, peer):
+    peer("mkfs.ext4", "sfdisk")
+    raw = tmp_path / "disk.raw"
+    raw.touch()
+    os.truncate(raw, SIZE)
+    table = "label: gpt\nstart=2048, size=20M\nstart=43008, size=20M\n"
+    subprocess.run(["/sbin/sfdisk", "-q", raw], input=table, text=True, check=True)
+    make = ["/sbin/mkfs.ext4", "-q", "-F", "-d", tree]
+    subprocess.run([*make, "-E", "offset=1048576", raw, "20M"], check=True)
+    assert {each.name for each in files.list_files(raw)} >= {"large", "sub"}
+    subprocess.run([*make, "-E", f"offset={43008 * 512}", raw, "20M"], check=True)
+    with pytest.raises(vhdx.InvalidArgumentError, match=r"1 \(ext\), 2 \(ext\)"):
+        files.list_files(raw)
+    assert b"".join(files.read_file(raw, "/runs", partition="2")) == b"#!/bin/sh\n"
+
+
 def test_list(image):
     found = {each.name: each for each in files.list_files(image)}
     assert found.keys() == {"sub", "large", "empty", "runs", "link", "away", "circle", "lost+found"}

@@ -20,6 +20,8 @@ from vhdx.errors import ExistsError, InvalidArgumentError, NotFoundError
 from vhdx.files.messages import Copied
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vhdx.files.messages import Wanted
 
 __all__ = ["Copy", "children"]
@@ -73,7 +75,7 @@ class Copy:
         else:
             self._total = int(entry.stat().st_size)
             self._single(entry, target)
-        self._tell()
+        self._tell(self._failures)
 
     def _target(self, name: str) -> str:
         target = self._wanted.destination
@@ -155,8 +157,8 @@ class Copy:
                 self._tell()
         file.truncate()
 
-    def _tell(self) -> None:
-        state = Copied(self._done, max(self._total, self._done), self._files, self._failures)
+    def _tell(self, failures: Sequence[str] = ()) -> None:
+        state = Copied(self._done, max(self._total, self._done), self._files, list(failures))
         self._out.write(json.dumps(msgspec.to_builtins(state)).encode() + b"\n")
         self._out.flush()
 
