@@ -151,7 +151,10 @@ def prepare(place: Path, originals: Path) -> None:
 def start(place: Path, arguments: list[str]) -> subprocess.Popen:
     """The command, when it has seen to signals: before that nothing of ours runs."""
     pipe = subprocess.PIPE
-    process = subprocess.Popen([VHDX, *arguments], cwd=place, stdout=pipe, stderr=pipe, text=True)
+    handled = ["env", "--default-signal=INT,HUP,TERM"]  # also where nohup, or a shell, ignores them
+    process = subprocess.Popen(
+        [*handled, VHDX, *arguments], cwd=place, stdout=pipe, stderr=pipe, text=True
+    )
     while process.poll() is None:
         status = Path(f"/proc/{process.pid}/status").read_text()
         caught = int(next(x for x in status.splitlines() if x.startswith("SigCgt")).split()[1], 16)
