@@ -233,6 +233,17 @@ def opened(path: Path, *, write: bool) -> bool:
     return True
 
 
+def has_log(data: bytes) -> bool:
+    """Whether the current header says that there is a log to replay."""
+    from vhdx.format import header
+
+    copies = [
+        header.parse_header(bytes(data[at : at + header.HEADER_SIZE]), slot)
+        for slot, at in enumerate(header.HEADER_OFFSETS)
+    ]
+    return header.choose_header(copies[0], copies[1]).log_guid != header.NIL
+
+
 def mend(path: Path, data: bytearray, rng: random.Random) -> bool:
     """Repairs an image; whether something was repaired."""
     import vhdx
@@ -257,6 +268,9 @@ def mend(path: Path, data: bytearray, rng: random.Random) -> bool:
         raise AssertionError("nothing was to be repaired, and the file was changed")
     if report.errors > first.errors:
         raise AssertionError(f"{first.errors} errors became {report.errors}: {report.findings}")
+    logs = {each.code for each in report.findings if each.code.startswith("log_")}
+    if now != data and (logs - {"log_location"} or (logs and has_log(data))):
+        raise AssertionError("an image whose log was not dealt with was changed")
     after = content_of(opinion_of(now))
     if before is not None and after != before:
         raise AssertionError("the repair changed what the disk holds")
