@@ -137,14 +137,7 @@ def _scratch(attachment: Attachment) -> Iterator[Path]:
 
 def needs_replay(attachment: Attachment, partition: partitions.Partition | None, kind: str) -> bool:
     """Tries a read-only mount on a read-only device of its own."""
-    assert attachment.view is not None
-    device = system.attach_loop(
-        attachment.view,
-        offset=0 if partition is None else partition.offset,
-        length=attachment.size if partition is None else partition.length,
-        sector_size=attachment.sector_size,
-        read_only=True,
-    )
+    device = ways.attach_loop(attachment, partition, read_only=True)
     try:
         with _scratch(attachment) as directory:
             return filesystems.needs_replay(kind, device, directory)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT
 """What is attached and mounted: one record for each image, kept until the image is detached.
 
-Records are in ``/run/vhdx/mounts``, whoever is root there, because mounts belong to the machine. An
-image is found by its device and inode, so every name of a file leads to the same record. A command
-holds the lock of an image while it changes anything. The kernel releases the lock when the command
-and the programs that it ran have ended.
+Records are in ``/run/vhdx/mounts`` and not in a user's runtime directory, because mounts belong to
+the machine. An image is found by its device and inode, so every name of a file leads to the same
+record. A command holds the lock of an image while it changes anything. The kernel releases the lock
+when the command has ended, and the programs that it ran, except those that leave a daemon.
 
 A record is JSON, replaced as a whole. Its state only moves forward, and is written before what it
 announces. So if the lock is free, then in the state *attaching* nothing was ever mounted, and in the

@@ -15,7 +15,7 @@ from vhdx.errors import HostIOError, UnsupportedError
 from vhdx.mounting.programs import load_module, run, wait_until
 
 __all__ = [
-    "Mounted",
+    "MountPoint",
     "attach_loop",
     "detach_loop",
     "directories_of",
@@ -35,7 +35,7 @@ _ESCAPED = re.compile(r"\\([0-7]{3})")
 _DETACH_SECONDS = 10.0
 
 
-class Mounted(NamedTuple):
+class MountPoint(NamedTuple):
     """A line of /proc/self/mountinfo: directory and source."""
 
     directory: str
@@ -46,14 +46,14 @@ def _plain(text: str) -> str:
     return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), text)
 
 
-def mounts() -> list[Mounted]:
+def mounts() -> list[MountPoint]:
     """All mounts of this mount namespace, in the order in which they were made."""
     found = []
     text = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape")
     for line in text.split("\n")[:-1]:
         first, _, rest = line.partition(" - ")
         fields, others = first.split(" "), rest.split(" ")
-        found.append(Mounted(_plain(fields[4]), _plain(others[1])))
+        found.append(MountPoint(_plain(fields[4]), _plain(others[1])))
     return found
 
 
@@ -65,7 +65,7 @@ def disk_of(device: str) -> str:
     return f"/dev/{entry.parent.name}" if (entry / "partition").exists() else device
 
 
-def mounted_at(directory: str) -> Mounted | None:
+def mounted_at(directory: str) -> MountPoint | None:
     """The topmost mount on a directory, or None."""
     found = [each for each in mounts() if each.directory == directory]
     return found[-1] if found else None

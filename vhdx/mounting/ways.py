@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vhdx.mounting.partitions import Partition
     from vhdx.mounting.records import Attachment
 
-__all__ = ["WAYS", "Way", "choose", "of"]
+__all__ = ["WAYS", "Way", "attach_loop", "choose", "of"]
 
 _CONNECTIONS = 4
 _ATTACH_SECONDS = 30.0
@@ -55,15 +55,20 @@ class Way(Protocol):
         """Why the kernel does not reach the disk; None if it does."""
 
 
-def _loop(attachment: Attachment, partition: Partition | None) -> Device:
+def attach_loop(attachment: Attachment, partition: Partition | None, *, read_only: bool) -> str:
+    """Attaches a loop device to the view, or to the range of a partition; returns its path."""
     assert attachment.view is not None
-    path = system.attach_loop(
+    return system.attach_loop(
         attachment.view,
         offset=0 if partition is None else partition.offset,
         length=attachment.size if partition is None else partition.length,
         sector_size=attachment.sector_size,
-        read_only=attachment.read_only,
+        read_only=read_only,
     )
+
+
+def _loop(attachment: Attachment, partition: Partition | None) -> Device:
+    path = attach_loop(attachment, partition, read_only=attachment.read_only)
     return _device(path, attachment, partition, loop=True)
 
 
