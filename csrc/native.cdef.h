@@ -18,12 +18,13 @@ enum vx_error { VX_E_RANGE, VX_E_IO, VX_E_NOSPACE, VX_E_READONLY, VX_E_POISONED,
                 VX_E_NOMEM, VX_E_INVALID, VX_E_MISSING_PARENT, VX_E_CANCELLED, VX_E_NO_PROGRESS,
                 VX_E_FORKED, VX_E_UNSUPPORTED, VX_E_UPCALL, VX_E_DAMAGED, VX_E_PROTOCOL, ... };
 enum vx_operation { VX_READ, VX_WRITE, VX_ZERO, VX_TRIM, VX_FLUSH, VX_EXTENTS, ... };
-enum vx_flag { VX_FUA, VX_NOWAIT, VX_NO_HOLE, VX_FAST, ... };
+enum vx_flag { VX_FUA, VX_NOWAIT, VX_NO_HOLE, VX_FAST, VX_ORDER, ... };
 enum vx_extent_state { VX_EXTENT_DATA, VX_EXTENT_ZERO, VX_EXTENT_HOLE, ... };
 enum vx_fault_kind { VX_FAULT_LOAD, VX_FAULT_GRANT, VX_FAULT_GATE, VX_FAULT_RANGE,
                      VX_FAULT_COMMIT, ... };
 enum vx_kind { VX_ASK, VX_HOLE, VX_DATA, VX_SHARED, VX_MIXED, ... };
-enum vx_map_flag { VX_MAP_IN_PLACE, VX_MAP_READ_ONLY, VX_MAP_GATED, VX_MAP_TRANSPARENT, ... };
+enum vx_map_flag { VX_MAP_IN_PLACE, VX_MAP_READ_ONLY, VX_MAP_GATED, VX_MAP_TRANSPARENT,
+                   VX_MAP_COMMITS_BELOW, VX_MAP_IDENTITY, ... };
 enum vx_grant_flag { VX_GRANT_FRESH, VX_GRANT_STALE, ... };
 enum vx_file_flag { VX_FILE_READ_ONLY, VX_FILE_SPARSE, VX_FILE_MEMORY, VX_FILE_ALLOCATE, ... };
 enum vx_model_kind { VX_MODEL_HDD, VX_MODEL_SSD, VX_MODEL_NVME, ... };
@@ -32,6 +33,7 @@ enum vx_limit_kind { VX_LIMIT_UNITS, VX_LIMIT_UNITS_READ, VX_LIMIT_UNITS_WRITTEN
 #define VX_ENTRY_LOWER_SHIFT ...
 #define VX_ENTRY_KIND_SHIFT ...
 #define VX_ENTRY_TAG_SHIFT ...
+#define VX_ENTRY_WATCHED ...
 #define VX_CHUNK_PAGES ...
 #define VX_TAG_ZERO ...
 #define VX_LIMIT_KINDS ...
@@ -44,7 +46,8 @@ enum vx_limit_kind { VX_LIMIT_UNITS, VX_LIMIT_UNITS_READ, VX_LIMIT_UNITS_WRITTEN
 typedef struct { int32_t code; int32_t os_error; uint32_t operation; uint64_t device;
                  uint64_t offset; ...; } vx_failure;
 typedef struct { uint64_t offset; uint64_t length; uint32_t state; int32_t depth; } vx_extent;
-typedef struct { uint32_t kind; uint32_t operation; uint64_t first; uint64_t count; uint64_t size;
+typedef struct { uint64_t ns; bool is_virtual; } vx_time;
+typedef struct { vx_time time; uint32_t kind; uint32_t operation; uint64_t first; uint64_t count; uint64_t size;
                  const uint64_t *pages; const uint64_t *entries; uint64_t generation;
                  uint64_t bitmap_count; uint64_t bitmap_bytes; const uint64_t *bitmap_pages;
                  const uint8_t *bitmap_bits;
@@ -73,13 +76,16 @@ int vx_device_state(vx_device *device);
 void vx_device_set_state(vx_device *device, int state);
 void vx_device_freeze(vx_device *device);
 
-int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *buffer,
-                uint64_t length, uint64_t offset, vx_failure *failure);
-int vx_batch(vx_device *device, vx_step *steps, size_t count, vx_failure *failure);
+int vx_transfer_at(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *buffer,
+                   uint64_t length, uint64_t offset, vx_time *time, vx_failure *failure);
+int vx_batch(vx_device *device, vx_step *steps, size_t count, vx_time *time, vx_failure *failure);
+int vx_transfer_together(vx_pool *pool, uint32_t count, vx_device *const *devices,
+                         uint32_t operation, uint8_t *buffer, uint64_t length,
+                         const uint64_t *offsets, vx_time *time, vx_failure *failures);
 int64_t vx_list_extents(vx_device *device, uint64_t offset, uint64_t length, vx_extent *extents,
                         uint32_t capacity, vx_failure *failure);
 
-vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit);
+vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit, uint32_t level);
 void vx_pool_destroy(vx_pool *pool);
 uint64_t vx_pool_charged(vx_pool *pool);
 
@@ -103,6 +109,7 @@ vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shi
                          uint32_t lower_count, uint32_t flags, vx_pool *pool, uint64_t identity,
                          const vx_upcalls *upcalls);
 int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower);
+int vx_map_clear_lower(vx_device *device, uint32_t index);
 int vx_map_set_parent(vx_device *device, uint32_t lower_index, uint32_t sector_shift,
                       uint32_t mixed_tag, uint32_t full_tag);
 int vx_map_install(vx_device *device, uint64_t first, uint64_t count, const uint64_t *entries);
@@ -113,6 +120,12 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
                        const uint64_t *expected, const uint64_t *entries, bool publish,
                        uint8_t *mismatched);
 void vx_map_quiesce(vx_device *device);
+void vx_map_track(vx_device *device, uint64_t page);
+uint64_t vx_map_take_changes(vx_device *device);
+typedef struct { uint16_t random_reads; uint16_t random_writes; uint16_t sequential_reads;
+                 uint16_t sequential_writes; } vx_accesses;
+int vx_map_count_accesses(vx_device *device, bool on);
+void vx_map_take_accesses(vx_device *device, uint64_t first, uint64_t count, vx_accesses *taken);
 int vx_map_grant(vx_device *device, uint32_t lower, uint64_t count, const uint64_t *offsets,
                  uint32_t tag, int flag);
 uint64_t vx_map_revoke(vx_device *device, uint64_t capacity, uint64_t *offsets);

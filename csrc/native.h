@@ -7,6 +7,7 @@
 
 #include "core/clock.h"
 #include "core/delegate.h"
+#include "core/fan.h"
 #include "core/meter.h"
 #include "core/pool.h"
 #include "core/run.h"

@@ -67,6 +67,13 @@ void vx_device_freeze(vx_device *device)
     atomic_store(&device->read_only, true);
 }
 
+bool vx_can_fua(const vx_device *device)
+{
+    while (device->operations->forwards && device->sized_by != NULL)
+        device = device->sized_by;
+    return device->operations->can_fua;
+}
+
 bool vx_is_inside(vx_device *device, vx_request *request)
 {
     uint64_t size = vx_device_size(device);
@@ -105,6 +112,9 @@ void vx_request_child(vx_request *child, const vx_request *parent, uint32_t oper
     child->epoch_slot = parent->epoch_slot;
     child->done = 0;
     child->not_before_ns = 0;
+    child->starts_ns = parent->starts_ns;
+    child->virtual_time = parent->virtual_time;
+    child->waits_for = 0;
     child->queued_ns = 0;
     child->initiator = parent->initiator;
     memset(child->frames, 0, sizeof child->frames);
@@ -133,6 +143,13 @@ void vx_request_adopt(vx_request *parent, const vx_request *child)
         parent->failure = child->failure;
     if (child->not_before_ns > parent->not_before_ns)
         parent->not_before_ns = child->not_before_ns;
+    parent->virtual_time |= child->virtual_time;
+}
+
+void vx_request_follow(vx_request *request)
+{
+    if (request->not_before_ns > request->starts_ns)
+        request->starts_ns = request->not_before_ns;
 }
 
 int vx_fail(vx_device *device, vx_request *request, int code, int os_error, uint64_t offset)

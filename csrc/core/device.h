@@ -6,7 +6,8 @@
  * it to a device, which answers
  *
  *   VX_DONE     request->result holds 0 or a negative vx_error; nothing more will happen
- *   VX_AGAIN    only with VX_NOWAIT: answering now would block; nothing lasting was done
+ *   VX_AGAIN    only with VX_NOWAIT: answering now would block. What was done so far may stay: it is
+ *               nothing that the repeated request would not do
  *   VX_PARKED   request->complete is called exactly once, perhaps before vx_submit returns. The
  *               submitter must not touch the request any more; only the completion may. Allowed
  *               only without VX_NOWAIT, or with VX_MAY_PARK. The device clears request->memo, which is
@@ -26,7 +27,11 @@
  *   restart    every operation may be submitted again from the start after AGAIN or FAULTED; the
  *              first `done` bytes of the range need not be repeated
  *   delays     a device that sets not_before_ns answers AGAIN to NOWAIT without MAY_PARK. Else the
- *              submitter, who cannot wait, would submit the request a second time
+ *              submitter, who cannot wait, would submit the request a second time. A request that
+ *              depends on an earlier one starts at that one's not_before_ns (starts_ns), so that
+ *              modelled times add up although the I/O is done at once
+ *   stack      a request on a caller's stack is never parked without a wait: vx_call takes MAY_PARK
+ *              away from a child that must not block
  *   holes      of a READ that has `extents`: runs of zeros that are not written into the buffer. Their
  *              offsets are those of the request's device. Holes that find no room in `extents` are
  *              written as zeros. After FAULTED the holes in the first `done` bytes stay
@@ -66,7 +71,10 @@ enum vx_flag {
     VX_NOWAIT = 2,   /* answer AGAIN rather than block */
     VX_NO_HOLE = 4,  /* ZERO: the range must be stored afterwards */
     VX_FAST = 8,    /* ZERO: fail with UNSUPPORTED unless faster than writing */
-    VX_MAY_PARK = 16 /* with NOWAIT: a device may park the request, but must not block */
+    VX_MAY_PARK = 16, /* with NOWAIT: a device may park the request, but must not block */
+    /* FLUSH: what was written before is durable before anything that is written after it, but not
+     * necessarily now. A device that keeps no order makes a barrier. */
+    VX_ORDER = 32
 };
 
 enum vx_answer { VX_DONE = 0, VX_AGAIN = 1, VX_PARKED = 2, VX_FAULTED = 3 };
@@ -88,8 +96,15 @@ enum vx_fault_kind {
     VX_FAULT_COMMIT = 4  /* pages and entries are to be made durable */
 };
 
+/* A modelled time: that of a clock which may be virtual. Nobody sleeps until a virtual time. */
+typedef struct vx_time {
+    uint64_t ns; /* 0: none */
+    bool is_virtual;
+} vx_time;
+
 typedef struct vx_fault {
     vx_device *device;
+    vx_time time;       /* in: when the request starts; out: when what the owner did is done */
     uint32_t kind;      /* enum vx_fault_kind */
     uint32_t operation; /* enum vx_operation, RANGE only */
     uint64_t first;     /* page */
@@ -155,7 +170,10 @@ struct vx_request {
     int32_t result;
     uint32_t epoch_slot;   /* a hint that spreads threads over epoch slots */
     uint64_t done;   /* leading bytes that need not be repeated */
-    uint64_t not_before_ns; /* CLOCK_MONOTONIC; 0: no delay */
+    uint64_t not_before_ns; /* when it is done, by the clock of a delay below; 0: no delay */
+    uint64_t starts_ns;     /* a delay counts from here, if that is later than now */
+    bool virtual_time;      /* not_before_ns and starts_ns are times of a virtual clock */
+    uint8_t waits_for;      /* the level of the pool that completes it while it is parked; 0: unknown */
     uint64_t queued_ns;     /* time spent in queues of throttles and schedulers so far */
 
     vx_extent *extents; /* EXTENTS: room for extent_capacity; READ: holes, see above; or NULL */
@@ -181,6 +199,7 @@ typedef struct vx_operations {
     int (*resize)(vx_device *device, uint64_t size);
     void (*destroy)(vx_device *device);
     bool forwards; /* it forwards requests unchanged, so the device below checks their range */
+    bool can_fua;  /* a WRITE or ZERO with FUA needs nothing but that request: no commit, no wait */
     /* A throttle, which front ends drain: it is the top device of its stack, and has `drain`,
      * `is_holding` and `is_limited`. */
     bool paces;
@@ -228,6 +247,9 @@ int vx_submit(vx_device *device, vx_request *request);
 /* Whether the range of `request` is inside the device now; if not, the request has failed. */
 bool vx_is_inside(vx_device *device, vx_request *request);
 
+/* Whether FUA may be passed to `device`: to a leaf, or to one that forwards requests to a leaf. */
+bool vx_can_fua(const vx_device *device);
+
 /* Makes `child` a request with the initiator and flags of `parent`, and with empty frames. */
 void vx_request_child(vx_request *child, const vx_request *parent, uint32_t operation,
                       uint64_t offset, uint64_t length, uint8_t *buffer);
@@ -236,6 +258,8 @@ void vx_request_child(vx_request *child, const vx_request *parent, uint32_t oper
 void vx_request_again(vx_request *request, uint64_t done);
 /* Copies the result, failure and delay of an answered child into its parent. */
 void vx_request_adopt(vx_request *parent, const vx_request *child);
+/* What follows in `request` starts when what was done so far is done. */
+void vx_request_follow(vx_request *request);
 
 /* Fails `request` here: sets result and failure, and returns VX_DONE. */
 int vx_fail(vx_device *device, vx_request *request, int code, int os_error, uint64_t offset);

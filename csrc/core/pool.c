@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #define SHORTAGE_GAP_NS ((uint64_t)1000000000)
@@ -16,11 +17,39 @@ struct vx_pool {
     pthread_t *threads;
     bool workers_ending; /* after the clock has handed over the last timed job */
     vx_clock *clock;
+    uint8_t level;
 
     _Atomic uint64_t bytes;
     uint64_t byte_limit;
     _Atomic uint64_t short_since, short_last; /* of the last shortage; 0: none yet */
 };
+
+#ifndef NDEBUG
+static _Thread_local uint8_t level_of_thread; /* of the pool whose worker this is; 0: of none */
+
+static void set_level(uint8_t level)
+{
+    level_of_thread = level;
+}
+
+void vx_pool_check_wait(uint8_t level)
+{
+    if (level == 0 || level_of_thread == 0 || level < level_of_thread)
+        return;
+    fprintf(stderr, "a job of level %u waits for one of level %u\n", level_of_thread, level);
+    abort();
+}
+#else
+static void set_level(uint8_t level)
+{
+    (void)level;
+}
+
+void vx_pool_check_wait(uint8_t level)
+{
+    (void)level;
+}
+#endif
 
 /* Python's threads handle signals. */
 static void block_signals(void)
@@ -34,6 +63,7 @@ static void *worker(void *argument)
 {
     vx_pool *pool = argument;
     block_signals();
+    set_level(pool->level);
     pthread_mutex_lock(&pool->lock);
     for (;;) {
         while (pool->head == NULL && !pool->workers_ending) {
@@ -64,8 +94,15 @@ static void free_pool(vx_pool *pool)
     free(pool);
 }
 
-vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit)
+uint8_t vx_pool_level(const vx_pool *pool)
 {
+    return pool->level;
+}
+
+vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit, uint32_t level)
+{
+    if (level == 0 || level > UINT8_MAX)
+        return NULL;
     vx_pool *pool = calloc(1, sizeof *pool);
     if (pool == NULL)
         return NULL;
@@ -77,6 +114,7 @@ vx_pool *vx_pool_create(uint32_t threads, uint64_t byte_limit)
         return NULL;
     }
     pool->byte_limit = byte_limit;
+    pool->level = (uint8_t)level;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->work, NULL);
     /* Start one thread now, so that every push finds a worker. */
@@ -108,6 +146,16 @@ void vx_pool_push(vx_pool *pool, vx_job *job)
     pthread_mutex_lock(&pool->lock);
     enqueue_locked(pool, job);
     pthread_mutex_unlock(&pool->lock);
+}
+
+bool vx_pool_push_if_free(vx_pool *pool, vx_job *job)
+{
+    pthread_mutex_lock(&pool->lock);
+    bool is_free = pool->queued < pool->idle || pool->running < pool->limit;
+    if (is_free)
+        enqueue_locked(pool, job);
+    pthread_mutex_unlock(&pool->lock);
+    return is_free;
 }
 
 static void push_timed(vx_timer *timer)

@@ -32,6 +32,7 @@ static bool answer_fault(vx_request *request, vx_fault *last, uint64_t *last_pro
 {
     vx_fault fault = request->fault;
     vx_device *device = fault.device;
+    fault.time = (vx_time){request->starts_ns, request->virtual_time};
     int code = device->upcalls == NULL || device->upcalls->fault == NULL
                    ? VX_E_UNSUPPORTED
                    : vx_upcall_fault(device, &fault);
@@ -45,6 +46,10 @@ static bool answer_fault(vx_request *request, vx_fault *last, uint64_t *last_pro
         code = VX_E_NO_PROGRESS;
     *last = fault;
     *last_progress = progress;
+    if (fault.time.ns > request->starts_ns) {
+        request->starts_ns = fault.time.ns;
+        request->virtual_time |= fault.time.is_virtual;
+    }
     if (code == 0)
         return true;
     vx_fail(device, request, code, 0, request->offset);
@@ -74,6 +79,8 @@ int vx_run(vx_device *device, vx_request *request)
     }
     if (lend)
         request->memo = NULL;
+    if (last.device != NULL && request->starts_ns > request->not_before_ns)
+        request->not_before_ns = request->starts_ns; /* answering its faults took until then */
     return answer == VX_FAULTED ? VX_DONE : answer;
 }
 
@@ -97,10 +104,12 @@ static int drive(vx_device *device, vx_request *request, int (*submit)(vx_device
     waiter waiting = {.lock = PTHREAD_MUTEX_INITIALIZER,
                       .changed = PTHREAD_COND_INITIALIZER,
                       .finished = false};
+    request->waits_for = 0;
     request->complete = finish_wait;
     request->context = &waiting;
     int answer = submit(device, request);
     if (answer == VX_PARKED) {
+        vx_pool_check_wait(request->waits_for);
         pthread_mutex_lock(&waiting.lock);
         while (!waiting.finished)
             pthread_cond_wait(&waiting.changed, &waiting.lock);
@@ -117,16 +126,22 @@ int vx_call_waiting(vx_device *device, vx_request *request)
     return drive(device, request, vx_submit);
 }
 
-int vx_wait(vx_device *device, vx_request *request)
+int vx_finish(vx_device *device, vx_request *request)
 {
     drive(device, request, vx_run);
-    if (request->not_before_ns != 0) {
+    request->memo = NULL; /* it was on this thread's stack */
+    return request->result;
+}
+
+int vx_wait(vx_device *device, vx_request *request)
+{
+    vx_finish(device, request);
+    if (request->not_before_ns != 0 && !request->virtual_time) {
         struct timespec until = {.tv_sec = (time_t)(request->not_before_ns / 1000000000u),
                                  .tv_nsec = (long)(request->not_before_ns % 1000000000u)};
         while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL) == EINTR)
             ;
     }
-    request->memo = NULL; /* it was on this thread's stack */
     return request->result;
 }
 
@@ -136,8 +151,26 @@ static uint32_t slot_of_thread(void)
     return (uint32_t)((self >> 12) ^ (self >> 20));
 }
 
+/* Carries the request out, and hands up when it is done by a delay's clock, or sleeps until then. */
+static int settle(vx_device *device, vx_request *request, vx_time *time)
+{
+    if (time == NULL)
+        return vx_wait(device, request);
+    vx_finish(device, request);
+    if (request->not_before_ns > time->ns)
+        time->ns = request->not_before_ns;
+    time->is_virtual |= request->virtual_time;
+    return request->result;
+}
+
 int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *buffer,
                 uint64_t length, uint64_t offset, vx_failure *failure)
+{
+    return vx_transfer_at(device, operation, flags, buffer, length, offset, NULL, failure);
+}
+
+int vx_transfer_at(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *buffer,
+                   uint64_t length, uint64_t offset, vx_time *time, vx_failure *failure)
 {
     vx_request request;
     memset(&request, 0, offsetof(vx_request, failure));
@@ -147,6 +180,10 @@ int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *
     request.length = length;
     request.offset = offset;
     request.epoch_slot = slot_of_thread();
+    if (time != NULL) {
+        request.starts_ns = time->ns;
+        request.virtual_time = time->is_virtual;
+    }
     if (!vx_is_inside(device, &request)) {
         *failure = request.failure;
         return request.result;
@@ -162,16 +199,16 @@ int vx_transfer(vx_device *device, uint32_t operation, uint32_t flags, uint8_t *
         vx_request_again(&request, 0);
         request.flags = flags;
     }
-    if (vx_wait(device, &request) != 0)
+    if (settle(device, &request, time) != 0)
         *failure = request.failure;
     return request.result;
 }
 
-int vx_batch(vx_device *device, vx_step *steps, size_t count, vx_failure *failure)
+int vx_batch(vx_device *device, vx_step *steps, size_t count, vx_time *time, vx_failure *failure)
 {
     for (size_t i = 0; i < count; i++) {
-        int result = vx_transfer(device, steps[i].operation, 0, steps[i].buffer, steps[i].length,
-                                 steps[i].offset, failure);
+        int result = vx_transfer_at(device, steps[i].operation, 0, steps[i].buffer,
+                                    steps[i].length, steps[i].offset, time, failure);
         if (result != 0)
             return result;
     }

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
@@ -18,6 +19,12 @@ typedef struct file_device {
     _Atomic bool size_changed;
     _Atomic bool nowait_refused; /* the file system does not support RWF_NOWAIT */
     _Atomic uint64_t barriers;
+
+    _Atomic uint64_t changes; /* that have ended, failed ones included; 1 at first: the past of the file */
+    pthread_mutex_t lock;
+    pthread_cond_t synchronised;
+    uint64_t durable; /* under lock: the changes that a finished barrier covers */
+    bool in_barrier;  /* under lock */
 } file_device;
 
 #define ZERO_PIECE 65536u
@@ -73,6 +80,20 @@ static int file_read(file_device *file, vx_request *request)
     return vx_succeed(request);
 }
 
+/* Raised when a change has ended, so that a barrier that begins later covers it. */
+static void changed(file_device *file)
+{
+    atomic_fetch_add(&file->changes, 1);
+}
+
+/* Every later request fails. The kernel says only once that it lost a write. Never NOSPACE: that
+ * would promise that the device is usable. */
+static void fail_barrier(file_device *file, vx_request *request, uint64_t offset)
+{
+    vx_fail(&file->device, request, VX_E_IO, errno, offset);
+    vx_device_set_state(&file->device, VX_E_POISONED);
+}
+
 static int put(file_device *file, vx_request *request, const uint8_t *data, uint64_t length,
                uint64_t offset, int flags)
 {
@@ -82,10 +103,10 @@ static int put(file_device *file, vx_request *request, const uint8_t *data, uint
         if (n >= 0) {
             done += (uint64_t)n;
         } else if (errno != EINTR) {
-            int os_error = errno;
-            vx_fail(&file->device, request, code_of(os_error), os_error, offset + done);
             if (flags & RWF_DSYNC) /* the space is allocated, so the barrier failed */
-                vx_device_set_state(&file->device, VX_E_POISONED);
+                fail_barrier(file, request, offset + done);
+            else
+                fail_here(file, request, offset + done);
             return request->result;
         }
     }
@@ -119,32 +140,57 @@ static int file_write(file_device *file, vx_request *request)
         (void)allocate(file, FALLOC_FL_KEEP_SIZE, request); /* the write reports any error */
     /* FUA writes twice. The first write allocates the space, so a failure of the second is a failed
      * barrier. */
-    if (put(file, request, request->buffer, request->length, request->offset, 0) != VX_OK ||
-        (fua && put(file, request, request->buffer, request->length, request->offset,
-                    RWF_DSYNC) != VX_OK))
-        return VX_DONE;
-    if (fua)
+    int code = put(file, request, request->buffer, request->length, request->offset, 0);
+    if (code == VX_OK && fua) {
+        code = put(file, request, request->buffer, request->length, request->offset, RWF_DSYNC);
         atomic_fetch_add(&file->barriers, 1);
+    } else {
+        changed(file);
+    }
+    if (code != VX_OK)
+        return VX_DONE;
     if (nowait && vx_now_ns() - began > VX_SLOW_WRITE_NS)
         atomic_store_explicit(&file->slow_writes, 64, memory_order_relaxed);
     return vx_succeed(request);
 }
 
-static int file_barrier(file_device *file, vx_request *request)
+static bool synchronise(file_device *file)
 {
-    if (file->flags & VX_FILE_READ_ONLY)
-        return vx_succeed(request);
     atomic_fetch_add(&file->barriers, 1);
     bool whole = atomic_exchange(&file->size_changed, false);
     int n;
     do
         n = whole ? fsync(file->fd) : fdatasync(file->fd);
     while (n != 0 && errno == EINTR); /* interrupted; nothing was lost */
-    if (n == 0)
+    return n == 0;
+}
+
+static int file_barrier(file_device *file, vx_request *request)
+{
+    if (file->flags & VX_FILE_READ_ONLY)
         return vx_succeed(request);
-    fail_here(file, request, 0);
-    vx_device_set_state(&file->device, VX_E_POISONED);
-    return VX_DONE;
+    uint64_t wanted = atomic_load(&file->changes);
+    pthread_mutex_lock(&file->lock);
+    while (file->durable < wanted && file->in_barrier)
+        pthread_cond_wait(&file->synchronised, &file->lock);
+    int state = vx_device_state(&file->device); /* set if the barrier that was waited for failed */
+    if (state != 0 || file->durable >= wanted) {
+        pthread_mutex_unlock(&file->lock);
+        return state != 0 ? vx_fail(&file->device, request, state, 0, 0) : vx_succeed(request);
+    }
+    file->in_barrier = true;
+    pthread_mutex_unlock(&file->lock);
+    uint64_t covered = atomic_load(&file->changes);
+    bool succeeded = synchronise(file);
+    if (!succeeded)
+        fail_barrier(file, request, 0); /* before anybody who waits looks at the state */
+    pthread_mutex_lock(&file->lock);
+    file->in_barrier = false;
+    if (succeeded)
+        file->durable = covered;
+    pthread_cond_broadcast(&file->synchronised);
+    pthread_mutex_unlock(&file->lock);
+    return succeeded ? vx_succeed(request) : VX_DONE;
 }
 
 static int file_zero(file_device *file, vx_request *request)
@@ -157,9 +203,12 @@ static int file_zero(file_device *file, vx_request *request)
         return vx_fail(&file->device, request, VX_E_UNSUPPORTED, 0, request->offset);
     for (uint64_t at = 0; !done && at < request->length; at += ZERO_PIECE) {
         uint64_t n = request->length - at < ZERO_PIECE ? request->length - at : ZERO_PIECE;
-        if (put(file, request, zeros, n, request->offset + at, 0) != VX_OK)
+        if (put(file, request, zeros, n, request->offset + at, 0) != VX_OK) {
+            changed(file);
             return VX_DONE;
+        }
     }
+    changed(file);
     return request->flags & VX_FUA ? file_barrier(file, request) : vx_succeed(request);
 }
 
@@ -167,6 +216,7 @@ static int file_trim(file_device *file, vx_request *request)
 {
     if (file->flags & VX_FILE_SPARSE) /* only a hint: failure is ignored */
         (void)allocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, request);
+    changed(file);
     return request->flags & VX_FUA ? file_barrier(file, request) : vx_succeed(request);
 }
 
@@ -236,18 +286,22 @@ static int file_resize(vx_device *device, uint64_t size)
     if (n != 0)
         return code_of(errno);
     atomic_store(&file->size_changed, true);
+    changed(file);
     atomic_store(&device->size, size);
     return VX_OK;
 }
 
 static void file_destroy(vx_device *device)
 {
+    file_device *file = (file_device *)device;
     vx_file_close(device);
-    free(device);
+    pthread_mutex_destroy(&file->lock);
+    pthread_cond_destroy(&file->synchronised);
+    free(file);
 }
 
 static const vx_operations file_operations = {
-    .kind = "file", .submit = file_submit, .resize = file_resize, .destroy = file_destroy};
+    .kind = "file", .can_fua = true, .submit = file_submit, .resize = file_resize, .destroy = file_destroy};
 
 vx_device *vx_file_create(int fd, uint64_t size, uint32_t flags, uint64_t identity)
 {
@@ -260,6 +314,9 @@ vx_device *vx_file_create(int fd, uint64_t size, uint32_t flags, uint64_t identi
     file->device.read_only = flags & VX_FILE_READ_ONLY;
     file->fd = fd;
     file->flags = flags;
+    atomic_init(&file->changes, 1);
+    pthread_mutex_init(&file->lock, NULL);
+    pthread_cond_init(&file->synchronised, NULL);
     return &file->device;
 }
 

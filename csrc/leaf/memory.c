@@ -64,6 +64,7 @@ static void memory_destroy(vx_device *device)
 }
 
 static const vx_operations memory_operations = {.kind = "memory",
+                                                .can_fua = true,
                                                 .submit = memory_submit,
                                                 .resize = memory_resize,
                                                 .destroy = memory_destroy};

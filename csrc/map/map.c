@@ -71,7 +71,8 @@ static void map_destroy(vx_device *device)
     /* A map that was never closed leaves on disk what was flushed: a finaliser commits nothing. */
     vx_map_last_round(map, false);
     for (uint32_t i = 0; i < map->lower_count; i++)
-        vx_device_release(map->lowers[i]);
+        vx_device_release(vx_map_lower_device(map, i));
+    vx_map_free_counters(map);
     for (vx_bitmap *next, *bitmap = map->bitmap_list; bitmap != NULL; bitmap = next) {
         next = bitmap->next;
         free(bitmap);
@@ -107,7 +108,7 @@ vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shi
         return NULL;
     memset(map, 0, sizeof *map);
     uint64_t page_size = (uint64_t)1 << page_shift;
-    map->lowers = calloc(lower_count, sizeof(vx_device *));
+    map->lowers = calloc(lower_count, sizeof *map->lowers);
     if (map->lowers == NULL ||
         !vx_table_reserve(&map->table, largest_size / page_size + (largest_size % page_size != 0))) {
         free(map->lowers);
@@ -120,6 +121,8 @@ vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shi
     map->page_shift = page_shift;
     map->lower_count = lower_count;
     map->parent = VX_MAP_NO_PARENT;
+    map->leaving = UINT32_MAX;
+    atomic_init(&map->tracked, UINT64_MAX);
     map->flags = flags;
     atomic_init(&map->gate_open, !(flags & VX_MAP_GATED));
     map->pool = pool;
@@ -132,20 +135,11 @@ vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shi
     return &map->device;
 }
 
-int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower)
-{
-    vx_map *map = (vx_map *)device;
-    if (index >= map->lower_count || map->lowers[index] != NULL)
-        return VX_E_INVALID;
-    map->lowers[index] = vx_device_reference(lower);
-    return VX_OK;
-}
-
 int vx_map_set_parent(vx_device *device, uint32_t lower_index, uint32_t sector_shift,
                       uint32_t mixed_tag, uint32_t full_tag)
 {
     vx_map *map = (vx_map *)device;
-    if (lower_index >= map->lower_count || map->lowers[lower_index] == NULL ||
+    if (lower_index >= map->lower_count || vx_map_lower_device(map, lower_index) == NULL ||
         (sector_shift != 9 && sector_shift != 12) || map->page_shift < sector_shift + 3)
         return VX_E_INVALID;
     map->parent = lower_index;

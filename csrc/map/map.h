@@ -26,6 +26,11 @@
  * again. Any other failure poisons the map. The first round runs on the thread that submitted the
  * flush; further rounds run on the pool.
  *
+ * Moving a page while it is written: mark its entry watched (a replace that is not published, so it
+ * waits for older writes), copy the page, and replace the watched entry by the new one. A write that
+ * comes first clears the mark and changes the old place; the replace then finds another entry, and the
+ * copy is thrown away. With vx_map_track the mover learns which parts it has to copy again.
+ *
  * Replace. vx_map_replace stores a new entry if the page still has the expected one. It returns
  * only when all accesses that began under the old entries have ended; then the old space may be
  * reused.
@@ -44,7 +49,13 @@ enum vx_map_flag {
     VX_MAP_IN_PLACE = 1, /* ZERO keeps the space, TRIM does nothing: fixed images */
     VX_MAP_READ_ONLY = 2,
     VX_MAP_GATED = 4,      /* begin with the gate closed */
-    VX_MAP_TRANSPARENT = 8 /* ZERO, TRIM and EXTENTS go to the lower device: raw images */
+    VX_MAP_TRANSPARENT = 8, /* ZERO, TRIM and EXTENTS go to the lower device: raw images */
+    /* A commit writes to the one writable lower device and makes a barrier there, so the flush of the
+     * data before it need only keep the order (VX_ORDER). */
+    VX_MAP_COMMITS_BELOW = 16,
+    /* A page that gets space gets the place on lower device 0 that has its own offset, with tag 0; there
+     * are no grants. What the place holds is old, and is never shown. */
+    VX_MAP_IDENTITY = 32
 };
 
 enum vx_grant_flag { VX_GRANT_FRESH = 0, VX_GRANT_STALE = 1 };
@@ -60,12 +71,23 @@ typedef struct vx_map_statistics {
     uint64_t faults;      /* requests answered with VX_FAULTED */
 } vx_map_statistics;
 
+/* Accesses of a page since they were last taken; each stays at 65,535. A request is sequential if it
+ * has more than 64 KiB or begins where an earlier one of the same client ended. */
+typedef struct vx_accesses {
+    uint16_t random_reads, random_writes, sequential_reads, sequential_writes;
+} vx_accesses;
+
 /* page_shift: 9 to 32; size and largest_size in bytes. NULL: no memory or bad arguments. */
 vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shift,
                          uint32_t lower_count, uint32_t flags, vx_pool *pool, uint64_t identity,
                          const vx_upcalls *upcalls);
-/* Before first use only. The map keeps a reference. */
+/* Sets the lower device of an index that has none; at any time. The map keeps a reference. */
 int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower);
+/* Takes the lower device of `index` out of the map, in use: commits, waits for accesses, and releases
+ * the device. INVALID if an entry or a grant still names it, if it is the parent, or while another one
+ * is being taken out. From the call on no new entry may name it. The caller holds no lock that a commit
+ * needs. */
+int vx_map_clear_lower(vx_device *device, uint32_t index);
 /* Before first use only. Sets the lower device that supplies, at the same offset, the sectors of
  * MIXED pages that are not stored here. A write into a page that is SHARED with that device makes
  * the page MIXED (with mixed_tag). The page becomes DATA (with full_tag) when all of its sectors,
@@ -90,6 +112,18 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
                        uint8_t *mismatched);
 /* Waits for every access in flight. */
 void vx_map_quiesce(vx_device *device);
+
+/* Notes from now on which parts of `page` are changed; UINT64_MAX: of no page. One page at a time. */
+void vx_map_track(vx_device *device, uint64_t page);
+/* Returns the parts that were changed since the last call: bit i is the i-th 64th of the page. Waits for
+ * the changes that it reports. */
+uint64_t vx_map_take_changes(vx_device *device);
+
+/* Switches the counting of accesses; off at first. NOMEM: there is no room for the counters. */
+int vx_map_count_accesses(vx_device *device, bool on);
+/* Copies the counters of pages [first, first + count) and resets them; zeros if they were never on.
+ * Accesses meanwhile may be lost. */
+void vx_map_take_accesses(vx_device *device, uint64_t first, uint64_t count, vx_accesses *taken);
 
 /* Adds ready pages to the stock, as byte offsets on `lower`. FRESH pages read zeros. STALE pages
  * hold old data, which the map never exposes. */

@@ -49,11 +49,12 @@ int vx_map_install(vx_device *device, uint64_t first, uint64_t count, const uint
     vx_map *map = (vx_map *)device;
     if (first > map->table.pages || count > map->table.pages - first)
         return VX_E_RANGE;
-    for (uint64_t i = 0; i < count; i++)
-        if (vx_entry_kind(entries[i]) != VX_ASK &&
-            vx_entry_lower(entries[i]) >= map->lower_count)
-            return VX_E_INVALID;
     pthread_mutex_lock(&map->lock);
+    for (uint64_t i = 0; i < count; i++)
+        if (!vx_map_may_name_locked(map, entries[i])) {
+            pthread_mutex_unlock(&map->lock);
+            return VX_E_INVALID;
+        }
     for (uint64_t i = 0; i < count; i++)
         if (vx_entry_kind(vx_map_entry(map, first + i)) == VX_ASK)
             atomic_store(&map->table.entries[first + i], entries[i]);
@@ -114,7 +115,7 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
     int64_t mismatches = 0, code = VX_OK;
     bool quiesce = false;
     for (uint64_t i = 0; i < count; i++)
-        if (pages[i] >= map->table.pages || vx_entry_lower(entries[i]) >= map->lower_count)
+        if (pages[i] >= map->table.pages)
             return VX_E_RANGE;
     pthread_mutex_lock(&map->lock);
     for (uint64_t i = 0; i < count; i++) {
@@ -122,6 +123,10 @@ int64_t vx_map_replace(vx_device *device, uint64_t count, const uint64_t *pages,
             pthread_cond_wait(&map->changed, &map->lock);
         if (map->closing) { /* nothing would commit the change */
             code = VX_E_CLOSED;
+            break;
+        }
+        if (!vx_map_may_name_locked(map, entries[i])) {
+            code = VX_E_INVALID;
             break;
         }
         if (publish && !vx_published_reserve(&map->published, 1)) {
@@ -167,9 +172,12 @@ int vx_map_grant(vx_device *device, uint32_t lower, uint64_t count, const uint64
                  uint32_t tag, int flag)
 {
     vx_map *map = (vx_map *)device;
-    if (lower >= map->lower_count)
-        return VX_E_INVALID;
     pthread_mutex_lock(&map->lock);
+    if ((map->flags & VX_MAP_IDENTITY) ||
+        !vx_map_may_name_locked(map, vx_entry(VX_DATA, lower, 0, 0))) {
+        pthread_mutex_unlock(&map->lock);
+        return VX_E_INVALID;
+    }
     if (!reserve_grants_locked(map, count)) {
         pthread_mutex_unlock(&map->lock);
         return VX_E_NOMEM;

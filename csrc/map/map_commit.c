@@ -1,38 +1,106 @@
 /* SPDX-License-Identifier: MIT */
 #include "map/map_internal.h"
-#include "core/run.h"
-#include "core/delegate.h"
 
-/* Flushes every writable lower device, whether or not metadata is dirty. */
-static int flush_lowers(vx_map *map, vx_failure *failure)
+#include <string.h>
+
+#include "core/delegate.h"
+#include "core/fan.h"
+#include "core/run.h"
+
+/* A round: what it took, the flushes that it covers, and what became of it. */
+typedef struct round {
+    vx_request request; /* a FLUSH that stands for all of them: flags, start, result, delay */
+    vx_request *covered;
+    vx_published taken;
+    vx_taken_bitmaps bitmaps;
+    uint64_t generation;
+    bool has_memory; /* for the copies of the bitmaps */
+    bool retries;    /* it failed and changed nothing, so the next flush tries again */
+} round;
+
+/* The writable lower devices: `only` if there is one, a fan of their flushes if there are more. */
+typedef struct targets {
+    vx_device *only;
+    vx_fan *fan;
+    uint32_t count;
+} targets;
+
+static bool choose_targets(vx_map *map, const vx_request *flush, targets *found)
 {
+    *found = (targets){0};
+    pthread_mutex_lock(&map->lock);
     for (uint32_t i = 0; i < map->lower_count; i++) {
-        vx_device *lower = map->lowers[i];
+        vx_device *lower = vx_map_lower_device(map, i);
         if (lower == NULL || lower->read_only)
             continue;
-        int code = vx_transfer(lower, VX_FLUSH, 0, NULL, 0, 0, failure);
-        if (code != VX_OK)
-            return code;
+        found->count++;
+        found->only = lower;
     }
-    return VX_OK;
+    if (found->count > 1) {
+        found->only = NULL;
+        found->fan = vx_fan_begin(found->count);
+        for (uint32_t i = 0; found->fan != NULL && i < map->lower_count; i++) {
+            vx_device *lower = vx_map_lower_device(map, i);
+            if (lower != NULL && !lower->read_only)
+                vx_fan_add(found->fan, flush, lower, VX_FLUSH, 0, 0, NULL);
+        }
+    }
+    if (found->only != NULL)
+        vx_device_reference(found->only);
+    pthread_mutex_unlock(&map->lock);
+    return found->count < 2 || found->fan != NULL;
 }
 
-static int commit(vx_map *map, const vx_published *taken, const vx_taken_bitmaps *bitmaps,
-                  uint64_t generation)
+/* Makes the data on the writable lower devices durable, whether or not metadata is dirty. A device that
+ * has nothing to make durable costs nothing (leaf/file.h). */
+static void flush_lowers(vx_map *map, round *r, bool commits)
+{
+    targets found;
+    vx_request *flush = &r->request;
+    uint32_t order = flush->flags & VX_ORDER;
+    flush->flags &= ~(uint32_t)VX_ORDER; /* several devices keep no order among them */
+    if (!choose_targets(map, flush, &found)) {
+        vx_fail(&map->device, flush, VX_E_NOMEM, 0, 0);
+        r->retries = true;
+        return;
+    }
+    if (found.only != NULL) {
+        vx_request child;
+        vx_request_child(&child, flush, VX_FLUSH, 0, 0, NULL);
+        /* The commit makes a barrier on the same device, after its own writes. */
+        child.flags |= commits && (map->flags & VX_MAP_COMMITS_BELOW) ? (uint32_t)VX_ORDER : order;
+        vx_finish(found.only, &child);
+        vx_request_adopt(flush, &child);
+        r->retries = flush->result == VX_E_NOSPACE && vx_device_state(found.only) == 0;
+        vx_device_release(found.only);
+    } else if (found.fan != NULL) {
+        vx_fan_run(found.fan, map->pool, found.count - 1);
+        vx_fan_adopt(found.fan, flush);
+        r->retries = flush->result != VX_OK && vx_fan_lacks_only_space(found.fan);
+        vx_fan_end(found.fan);
+    }
+}
+
+static void commit(vx_map *map, round *r)
 {
     vx_fault fault = {.device = &map->device,
                       .kind = VX_FAULT_COMMIT,
-                      .count = taken->count,
-                      .pages = taken->pages,
-                      .entries = taken->entries,
-                      .generation = generation,
-                      .bitmap_count = bitmaps->count,
-                      .bitmap_bytes = bitmaps->bytes,
-                      .bitmap_pages = bitmaps->pages,
-                      .bitmap_bits = bitmaps->bits};
-    if (map->device.upcalls == NULL)
-        return VX_E_UNSUPPORTED;
-    return vx_upcall_fault(&map->device, &fault);
+                      .time = {r->request.starts_ns, r->request.virtual_time},
+                      .count = r->taken.count,
+                      .pages = r->taken.pages,
+                      .entries = r->taken.entries,
+                      .generation = r->generation,
+                      .bitmap_count = r->bitmaps.count,
+                      .bitmap_bytes = r->bitmaps.bytes,
+                      .bitmap_pages = r->bitmaps.pages,
+                      .bitmap_bits = r->bitmaps.bits};
+    int code = map->device.upcalls == NULL ? VX_E_UNSUPPORTED
+                                           : vx_upcall_fault(&map->device, &fault);
+    if (code != VX_OK)
+        vx_fail(&map->device, &r->request, code, 0, 0);
+    r->request.not_before_ns = fault.time.ns;
+    r->request.virtual_time |= fault.time.is_virtual;
+    r->retries = code == VX_E_NOSPACE;
 }
 
 /* Puts the list that was not committed back, ahead of the pages published since. */
@@ -51,67 +119,90 @@ static bool put_back_locked(vx_map *map, vx_published *taken)
     return true;
 }
 
-/* Runs one round and completes the flushes that it covers. The lock is held on entry and return. */
-static void run_round_locked(vx_map *map)
+/* Takes what the next round makes durable, and the flushes that it covers. */
+static void begin_round_locked(vx_map *map, round *r)
 {
-    vx_request *covered = map->flush_head;
-    vx_published taken = map->published;
-    uint64_t generation = atomic_load(&map->dirty_generation);
+    memset(r, 0, sizeof *r);
+    r->covered = map->flush_head;
+    r->taken = map->published;
+    r->generation = atomic_load(&map->dirty_generation);
+    r->request.operation = VX_FLUSH;
+    r->request.flags = r->covered == NULL ? 0 : VX_ORDER;
+    for (vx_request *flush = r->covered; flush != NULL; flush = flush->next) {
+        r->request.flags &= flush->flags;
+        r->request.virtual_time |= flush->virtual_time;
+        vx_request_follow(flush); /* a FUA write is flushed when it is written */
+        if (flush->starts_ns > r->request.starts_ns)
+            r->request.starts_ns = flush->starts_ns;
+    }
     map->flush_head = map->flush_tail = NULL;
     map->published = map->spare;
     map->published.count = 0;
     map->spare = (vx_published){0};
     map->rounds_started++;
-    vx_taken_bitmaps bitmaps;
-    bool memory = vx_map_take_bitmaps_locked(map, &bitmaps);
-    pthread_mutex_unlock(&map->lock);
-    vx_map_copy_bitmaps(&bitmaps); /* before the barrier, which then covers the data of every bit */
+    r->has_memory = vx_map_take_bitmaps_locked(map, &r->bitmaps);
+}
 
-    vx_failure failure = {0};
-    bool retry = false;
-    int code = vx_device_state(&map->device);
-    if (code == VX_E_CLOSED)
-        code = VX_OK; /* the last round of a close, or one that began before it */
-    if (code == VX_OK)
-        code = flush_lowers(map, &failure);
-    if (vx_mutated(map, VX_LATE_BITMAPS))
-        vx_map_copy_bitmaps(&bitmaps);
-    if (code == VX_OK && !memory) {
-        code = VX_E_NOMEM;
-        retry = true;
-    } else if (code == VX_OK && (taken.count > 0 || bitmaps.count > 0)) {
-        code = commit(map, &taken, &bitmaps, generation);
-        failure = (vx_failure){.code = code, .operation = VX_FLUSH,
-                               .device = map->device.identity};
-        retry = code == VX_E_NOSPACE;
+static void make_durable(vx_map *map, round *r)
+{
+    bool commits = r->taken.count > 0 || r->bitmaps.count > 0;
+    int state = vx_device_state(&map->device);
+    if (commits)
+        r->request.flags &= ~(uint32_t)VX_ORDER;
+    if (state != VX_OK && state != VX_E_CLOSED) { /* closed: the last round, or one before it */
+        vx_fail(&map->device, &r->request, state, 0, 0);
+        return;
     }
-    if (code == VX_OK)
-        atomic_store(&map->committed_generation, generation);
+    flush_lowers(map, r, commits);
+    if (vx_mutated(map, VX_LATE_BITMAPS))
+        vx_map_copy_bitmaps(&r->bitmaps);
+    if (r->request.result != VX_OK)
+        return;
+    if (!r->has_memory) {
+        vx_fail(&map->device, &r->request, VX_E_NOMEM, 0, 0);
+        r->retries = true;
+        return;
+    }
+    vx_request_follow(&r->request);
+    if (commits)
+        commit(map, r);
+    if (r->request.result == VX_OK)
+        atomic_store(&map->committed_generation, r->generation);
+}
 
-    pthread_mutex_lock(&map->lock);
-    if (code != VX_OK && !(retry && put_back_locked(map, &taken)))
+static void end_round_locked(vx_map *map, round *r)
+{
+    bool succeeded = r->request.result == VX_OK;
+    if (!succeeded && !(r->retries && put_back_locked(map, &r->taken)))
         vx_device_set_state(&map->device, VX_E_POISONED);
-    for (uint64_t i = 0; i < taken.count && code == VX_OK; i++)
-        atomic_fetch_sub(&map->table.dirty[taken.pages[i] / VX_CHUNK_PAGES], 1);
-    if (retry)
-        vx_map_return_bitmaps_locked(map, &bitmaps);
-    map->starved = retry;
-    map->commits += (taken.count > 0 || bitmaps.count > 0) && code == VX_OK;
-    vx_map_free_bitmaps(&bitmaps);
-    taken.count = 0;
-    map->spare = taken;
+    for (uint64_t i = 0; i < r->taken.count && succeeded; i++)
+        atomic_fetch_sub(&map->table.dirty[r->taken.pages[i] / VX_CHUNK_PAGES], 1);
+    if (r->retries)
+        vx_map_return_bitmaps_locked(map, &r->bitmaps);
+    map->starved = r->retries;
+    map->commits += (r->taken.count > 0 || r->bitmaps.count > 0) && succeeded;
+    vx_map_free_bitmaps(&r->bitmaps);
+    r->taken.count = 0;
+    map->spare = r->taken;
     map->rounds_finished++;
+}
+
+/* Runs one round and completes the flushes that it covers. The lock is held on entry and return. */
+static void run_round_locked(vx_map *map)
+{
+    round r;
+    begin_round_locked(map, &r);
     pthread_mutex_unlock(&map->lock);
-    while (covered != NULL) {
-        vx_request *next = covered->next;
-        covered->result = code;
-        if (code != VX_OK)
-            covered->failure = failure.code != 0 ? failure
-                                                 : (vx_failure){.code = code,
-                                                                .operation = VX_FLUSH,
-                                                                .device = map->device.identity};
-        covered->complete(covered);
-        covered = next;
+    vx_map_copy_bitmaps(&r.bitmaps); /* before the barrier, which then covers the data of every bit */
+    make_durable(map, &r);
+    pthread_mutex_lock(&map->lock);
+    end_round_locked(map, &r);
+    pthread_mutex_unlock(&map->lock);
+    while (r.covered != NULL) {
+        vx_request *next = r.covered->next;
+        vx_request_adopt(r.covered, &r.request);
+        r.covered->complete(r.covered);
+        r.covered = next;
     }
     pthread_mutex_lock(&map->lock);
 }
@@ -181,6 +272,7 @@ int vx_map_flush(vx_map *map, vx_request *request)
         return vx_fail(&map->device, request, VX_E_CLOSED, 0, 0);
     }
     request->next = NULL;
+    request->waits_for = map->pool == NULL ? 0 : vx_pool_level(map->pool);
     if (map->flush_tail != NULL)
         map->flush_tail->next = request;
     else

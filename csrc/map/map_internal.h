@@ -1,8 +1,9 @@
 /* SPDX-License-Identifier: MIT
  *
  * Declarations shared by the files of the map. map.c creates and closes a map, map_read.c
- * dispatches requests and reads, map_write.c and map_mixed.c change pages, map_change.c holds the
- * functions that the owner calls, map_commit.c makes changes durable.
+ * dispatches requests and reads, map_write.c and map_mixed.c change pages, map_change.c and
+ * map_lowers.c hold the functions that the owner calls, map_watch.c serves those who move pages,
+ * map_commit.c makes changes durable.
  */
 #ifndef VX_MAP_INTERNAL_H
 #define VX_MAP_INTERNAL_H
@@ -42,6 +43,13 @@ typedef struct vx_taken_bitmaps {
     uint64_t count, bytes; /* bytes: of each */
 } vx_taken_bitmaps;
 
+/* Accesses by page. Loads and stores are relaxed, so counts may be lost. */
+typedef struct vx_counters {
+    _Atomic uint16_t (*pages)[4]; /* in the order of vx_accesses */
+    uint64_t bytes;
+    _Atomic uint64_t ends[VX_EPOCH_SLOTS]; /* by client: where its last request ended */
+} vx_counters;
+
 #define VX_MIXED_LOCKS 16u
 
 #define VX_BUSY_PAGES 64u
@@ -53,7 +61,8 @@ typedef struct vx_map {
     vx_epochs epochs;
     uint32_t page_shift;
     uint32_t lower_count;
-    vx_device **lowers;
+    _Atomic(vx_device *) *lowers;
+    uint32_t leaving; /* under lock: the lower device that is being taken out; UINT32_MAX: none */
     uint32_t parent;
     uint32_t flags;
     _Atomic bool gate_open;
@@ -64,6 +73,10 @@ typedef struct vx_map {
     uint32_t sector_shift; /* of the bitmaps; 0: no MIXED pages */
     uint32_t mixed_tag, full_tag;
     pthread_mutex_t mixed_locks[VX_MIXED_LOCKS]; /* by page; taken before `lock` */
+    _Atomic uint64_t tracked;         /* the page whose changes are noted; UINT64_MAX: none */
+    _Atomic uint64_t tracked_changes; /* a bit for each 64th of it */
+    vx_counters *counters;            /* set once, under lock */
+    _Atomic bool counting;
 
     pthread_mutex_t lock;
     pthread_cond_t changed; /* a page is no longer busy, a job ended, or the map closes */
@@ -121,11 +134,18 @@ static inline uint64_t vx_map_entry(vx_map *map, uint64_t page)
     return atomic_load(&map->table.entries[page]);
 }
 
+static inline vx_device *vx_map_lower_device(const vx_map *map, uint32_t index)
+{
+    return atomic_load_explicit(&map->lowers[index], memory_order_acquire);
+}
+
 static inline uint64_t vx_page_size(const vx_map *map)
 {
     return (uint64_t)1 << map->page_shift;
 }
 
+/* Whether an entry may be stored: it is not placed, or its lower device exists and stays. Under lock. */
+bool vx_map_may_name_locked(const vx_map *map, uint64_t entry);
 /* Must be called inside an epoch. False if the map is closed; the request has then failed. The
  * close waits for every epoch, so a request that passes may use the lower devices until it leaves
  * its epoch. */
@@ -170,6 +190,21 @@ bool vx_map_take_bitmaps_locked(vx_map *map, vx_taken_bitmaps *taken);
 void vx_map_copy_bitmaps(vx_taken_bitmaps *taken);
 void vx_map_return_bitmaps_locked(vx_map *map, const vx_taken_bitmaps *taken);
 void vx_map_free_bitmaps(vx_taken_bitmaps *taken);
+
+/* map_watch.c. Inside the epoch in which a change found its page's entry, before the data change. */
+static inline void vx_map_note_change(vx_map *map, uint64_t page, uint64_t within, uint64_t length)
+{
+    if (__builtin_expect(atomic_load(&map->tracked) != page, 1))
+        return;
+    uint32_t shift = map->page_shift < 6 ? 0 : map->page_shift - 6;
+    uint64_t first = within >> shift, last = (within + length - 1) >> shift;
+    uint64_t upto_last = last >= 63 ? UINT64_MAX : ((uint64_t)1 << (last + 1)) - 1;
+    atomic_fetch_or(&map->tracked_changes, upto_last & (UINT64_MAX << first));
+}
+/* Clears the watched mark of the page, if its entry is still `entry`. */
+void vx_map_unwatch(vx_map *map, uint64_t page, uint64_t entry);
+void vx_map_count(vx_map *map, const vx_request *request);
+void vx_map_free_counters(vx_map *map);
 
 /* map_commit.c */
 int vx_map_flush(vx_map *map, vx_request *request);

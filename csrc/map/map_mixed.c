@@ -148,7 +148,7 @@ static int change_edge(vx_map *map, vx_request *request, uint64_t page, uint64_t
 {
     uint8_t sector[LARGEST_SECTOR];
     uint64_t size = (uint64_t)1 << map->sector_shift, start = from & ~(size - 1);
-    uint64_t base = page << map->page_shift, end = vx_device_size(map->lowers[map->parent]);
+    uint64_t base = page << map->page_shift, end = vx_device_size(vx_map_lower_device(map, map->parent));
     uint64_t present = base + start >= end ? 0 : end - (base + start) < size ? end - base - start
                                                                               : size;
     uint32_t nowait = flags & VX_NOWAIT;

@@ -24,7 +24,7 @@ static void read_hole(vx_request *request, uint64_t offset, uint64_t length)
 static int read_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t lower_offset,
                       uint64_t offset, uint64_t length)
 {
-    vx_device *device = map->lowers[lower];
+    vx_device *device = vx_map_lower_device(map, lower);
     uint64_t size = vx_device_size(device);
     uint64_t present = lower_offset >= size             ? 0
                        : size - lower_offset < length ? size - lower_offset
@@ -125,6 +125,7 @@ int vx_map_read(vx_map *map, vx_request *request)
             return answer;
         request->done += length;
     }
+    vx_map_count(map, request);
     return VX_DONE;
 }
 
@@ -150,7 +151,7 @@ static bool add_extent(vx_request *request, uint64_t offset, uint64_t length, ui
 static int extents_of_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t from,
                             uint64_t offset, uint64_t length, int32_t depth, bool *full)
 {
-    uint64_t size = vx_device_size(map->lowers[lower]);
+    uint64_t size = vx_device_size(vx_map_lower_device(map, lower));
     uint64_t present = from >= size ? 0 : size - from < length ? size - from : length;
     for (uint64_t at = 0; at < present && !*full;) {
         vx_extent found[64];
@@ -159,7 +160,7 @@ static int extents_of_lower(vx_map *map, vx_request *request, uint32_t lower, ui
         child.extents = found;
         child.extent_capacity = 64;
         child.depth = depth;
-        int answer = vx_call(map->lowers[lower], &child);
+        int answer = vx_call(vx_map_lower_device(map, lower), &child);
         if (answer == VX_FAULTED)
             request->fault = child.fault;
         if (answer != VX_DONE || child.result != 0) {

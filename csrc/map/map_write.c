@@ -8,7 +8,7 @@
 #define COPY_PIECE ((uint64_t)1 << 20)
 
 /* Progress of a change with FUA, kept across a restart. BUFFERED: part of a FUA write went without
- * FUA, so only a flush can complete it. */
+ * FUA, so only a flush can complete it. A flush may commit, so no epoch is held then. */
 enum { STAGE_MOVING = 0, STAGE_FLUSH = 1, STAGE_BUFFERED = 2 };
 
 typedef struct VX_FRAME_TYPE map_frame {
@@ -25,7 +25,7 @@ int vx_map_lower(vx_map *map, vx_request *request, uint32_t operation, uint32_t 
     vx_request child;
     vx_request_child(&child, request, operation, offset, length, buffer);
     child.flags = flags;
-    int answer = vx_call(map->lowers[lower], &child);
+    int answer = vx_call(vx_map_lower_device(map, lower), &child);
     if (answer == VX_FAULTED)
         request->fault = child.fault;
     if (answer == VX_DONE)
@@ -46,7 +46,7 @@ static int fill_page(vx_map *map, vx_request *request, uint64_t old, uint64_t fr
     if (buffer == NULL)
         return vx_fail(&map->device, request, VX_E_NOMEM, 0, request->offset);
     uint64_t from = vx_entry_offset(old);
-    uint64_t end = vx_device_size(map->lowers[vx_entry_lower(old)]);
+    uint64_t end = vx_device_size(vx_map_lower_device(map, vx_entry_lower(old)));
     int answer = VX_DONE;
     for (uint64_t at = 0; at < size && answer == VX_DONE && request->result == 0; at += piece) {
         uint64_t n = from + at >= end ? 0 : end - from - at < piece ? end - from - at : piece;
@@ -54,15 +54,40 @@ static int fill_page(vx_map *map, vx_request *request, uint64_t old, uint64_t fr
         if (n > 0)
             answer = vx_map_lower(map, request, VX_READ, flags, vx_entry_lower(old), from + at,
                                      n, buffer);
+        vx_request_follow(request);
         if (answer == VX_DONE && request->result == 0)
             answer = vx_map_lower(map, request, VX_WRITE, flags, target, to + at, piece, buffer);
+        vx_request_follow(request);
     }
     free(buffer);
     return answer;
 }
 
+/* The space that `page` gets next. False: there is none. */
+static bool next_grant_locked(const vx_map *map, uint64_t page, vx_grant_entry *grant)
+{
+    if (map->flags & VX_MAP_IDENTITY) {
+        *grant = (vx_grant_entry){vx_entry(VX_DATA, 0, page << map->page_shift, 0), true};
+        return true;
+    }
+    if (map->grant_count > 0)
+        *grant = map->grants[map->grant_head];
+    return map->grant_count > 0;
+}
+
+static void take_grant_locked(vx_map *map)
+{
+    if (map->flags & VX_MAP_IDENTITY)
+        return;
+    map->grant_head = (map->grant_head + 1) % map->grant_capacity;
+    map->grant_count--;
+    vx_map_refill_locked(map);
+}
+
 static void return_grant_locked(vx_map *map, vx_grant_entry grant)
 {
+    if (map->flags & VX_MAP_IDENTITY)
+        return;
     /* There is room: the grant came from this ring, and vx_map_grant leaves room for returned
      * grants. */
     map->grant_head = (map->grant_head + map->grant_capacity - 1) % map->grant_capacity;
@@ -112,6 +137,7 @@ static enum step fill_and_publish_locked(vx_map *map, vx_request *request, uint6
 static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *answer)
 {
     enum step step = STEP_RETRY;
+    vx_grant_entry grant;
     *answer = VX_DONE;
     pthread_mutex_lock(&map->lock);
     bool nowait = request->flags & VX_NOWAIT;
@@ -132,14 +158,13 @@ static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *
         }
     } else if (!wanted) {
         /* another thread changed the entry: read it again */
-    } else if (map->grant_count == 0) {
+    } else if (!next_grant_locked(map, page, &grant)) {
         *answer = vx_map_fault(map, request, VX_FAULT_GRANT, page, 1);
         step = STEP_ANSWER;
     } else if (!vx_published_reserve(&map->published, 1)) {
         vx_fail(&map->device, request, VX_E_NOMEM, 0, request->offset);
         step = STEP_ANSWER;
     } else {
-        vx_grant_entry grant = map->grants[map->grant_head];
         bool mix = vx_entry_kind(old) == VX_SHARED && map->sector_shift != 0 &&
                    vx_entry_lower(old) == map->parent;
         bool fill = !mix && (grant.stale || vx_entry_kind(old) == VX_SHARED);
@@ -151,9 +176,7 @@ static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *
             *answer = VX_AGAIN;
             step = STEP_ANSWER;
         } else {
-            map->grant_head = (map->grant_head + 1) % map->grant_capacity;
-            map->grant_count--;
-            vx_map_refill_locked(map);
+            take_grant_locked(map);
             if (fill)
                 step = fill_and_publish_locked(map, request, page, old, grant, answer);
             else
@@ -165,31 +188,53 @@ static enum step allocate(vx_map *map, vx_request *request, uint64_t page, int *
     return step;
 }
 
+/* Changes a page that is stored here, inside the epoch in which `entry` was loaded. */
+static int change_placed(vx_map *map, vx_request *request, uint64_t page, uint64_t entry, uint64_t at,
+                         uint64_t length)
+{
+    uint64_t within = at - (page << map->page_shift);
+    uint32_t flags = request->flags;
+    bool writes = request->operation == VX_WRITE;
+    if (request->operation == VX_ZERO && (map->flags & VX_MAP_IN_PLACE))
+        flags |= VX_NO_HOLE;
+    if ((flags & VX_FUA) && !vx_can_fua(vx_map_lower_device(map, vx_entry_lower(entry)))) {
+        flags &= ~(uint32_t)VX_FUA;
+        map_frame_of(request)->stage = STAGE_BUFFERED;
+    }
+    vx_map_note_change(map, page, within, length);
+    if (vx_entry_kind(entry) == VX_MIXED)
+        return vx_map_change_mixed(map, request, page, entry, at, length, flags);
+    return vx_map_lower(map, request, request->operation, flags, vx_entry_lower(entry),
+                        vx_entry_offset(entry) + within, length,
+                        writes ? request->buffer + (at - request->offset) : NULL);
+}
+
 /* One page's part of a change. The entry is loaded and used inside one epoch. */
 static enum step change_segment(vx_map *map, vx_request *request, uint64_t page, uint64_t at,
                                 uint64_t length, uint64_t end, int *answer)
 {
-    uint64_t within = at - (page << map->page_shift);
-    bool writes = request->operation == VX_WRITE, trims = request->operation == VX_TRIM;
-    bool stores = writes || (request->operation == VX_ZERO && (request->flags & VX_NO_HOLE));
+    bool trims = request->operation == VX_TRIM;
+    bool stores = request->operation == VX_WRITE ||
+                  (request->operation == VX_ZERO && (request->flags & VX_NO_HOLE));
     uint32_t slot = vx_epoch_enter(&map->epochs, request->epoch_slot);
     uint64_t entry = vx_map_entry(map, page);
     enum vx_kind kind = vx_entry_kind(entry);
-    uint32_t flags = request->flags;
-    if (request->operation == VX_ZERO && (map->flags & VX_MAP_IN_PLACE))
-        flags |= VX_NO_HOLE;
-    if (!vx_map_open_inside(map, request))
-        kind = VX_DATA; /* failed: the result is in the request */
-    else if (kind == VX_DATA)
-        *answer = vx_map_lower(map, request, request->operation, flags,
-                               vx_entry_lower(entry), vx_entry_offset(entry) + within, length,
-                               writes ? request->buffer + (at - request->offset) : NULL);
-    else if (kind == VX_MIXED && !trims)
-        *answer = vx_map_change_mixed(map, request, page, entry, at, length, flags);
+    bool watched = entry & VX_ENTRY_WATCHED;
+    /* A trim may leave the data of a partly stored page. */
+    bool placed = kind == VX_DATA || (kind == VX_MIXED && !trims);
+    bool is_open = vx_map_open_inside(map, request);
+    if (is_open && placed && !watched)
+        *answer = change_placed(map, request, page, entry, at, length);
     vx_epoch_leave(&map->epochs, slot);
+    if (!is_open)
+        return STEP_ANSWER;
+    if (watched && placed) { /* whoever copies the page must know before it changes */
+        vx_map_unwatch(map, page, entry);
+        return STEP_RETRY;
+    }
     switch (kind) {
     case VX_DATA:
-    case VX_MIXED: /* a trim may leave the data */
+    case VX_MIXED:
         return *answer != VX_DONE || request->result != 0 ? STEP_ANSWER : STEP_DONE;
     case VX_HOLE:
         return stores ? allocate(map, request, page, answer) : STEP_DONE;
@@ -207,7 +252,8 @@ static int finish_change(vx_map *map, vx_request *request, bool direct)
 {
     if (!(request->flags & VX_FUA))
         return VX_DONE;
-    if (direct && atomic_load(&map->dirty_generation) == atomic_load(&map->committed_generation))
+    if (direct && map_frame_of(request)->stage != STAGE_BUFFERED &&
+        atomic_load(&map->dirty_generation) == atomic_load(&map->committed_generation))
         return VX_DONE;
     if (request->flags & VX_NOWAIT)
         return VX_AGAIN;
@@ -259,6 +305,7 @@ int vx_map_write(vx_map *map, vx_request *request)
     request->flags = flags;
     if (answer != VX_DONE || request->result != 0)
         return answer;
+    vx_map_count(map, request);
     return finish_change(map, request, direct);
 }
 

@@ -6,7 +6,9 @@
  *
  *   bits  0-38  offset on the lower device, in units of 512 bytes (256 TiB)
  *   bits 39-50  lower device (4096)
- *   bits 51-54  kind
+ *   bits 51-53  kind
+ *   bit  54     watched: somebody copies the page. The first change of it clears the bit, so that a
+ *               replace that expects it fails. Reads ignore it
  *   bits 55-63  tag: the owner's state of the page. C stores it and reads only VX_TAG_ZERO (a
  *               hole that is reported as zeros rather than as unallocated)
  */
@@ -31,6 +33,8 @@ enum vx_kind {
     VX_MIXED = 4   /* a sector bitmap chooses between the offset and the parent */
 };
 
+#define VX_ENTRY_WATCHED ((uint64_t)8 << VX_ENTRY_KIND_SHIFT)
+
 static inline uint64_t vx_entry(enum vx_kind kind, uint32_t lower, uint64_t offset, uint32_t tag)
 {
     return (offset >> 9) | (uint64_t)lower << VX_ENTRY_LOWER_SHIFT |
@@ -39,7 +43,14 @@ static inline uint64_t vx_entry(enum vx_kind kind, uint32_t lower, uint64_t offs
 
 static inline enum vx_kind vx_entry_kind(uint64_t entry)
 {
-    return (enum vx_kind)(entry >> VX_ENTRY_KIND_SHIFT & 15u);
+    return (enum vx_kind)(entry >> VX_ENTRY_KIND_SHIFT & 7u);
+}
+
+/* Whether the page is stored at the entry's offset on the entry's lower device. */
+static inline bool vx_entry_is_placed(uint64_t entry)
+{
+    enum vx_kind kind = vx_entry_kind(entry);
+    return kind == VX_DATA || kind == VX_SHARED || kind == VX_MIXED;
 }
 
 static inline uint32_t vx_entry_lower(uint64_t entry)

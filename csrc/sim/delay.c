@@ -27,6 +27,7 @@ static void charge(delay *d, vx_request *request, uint64_t arrived)
                                    request->length, arrived);
     if (done > request->not_before_ns)
         request->not_before_ns = done;
+    request->virtual_time |= vx_clock_is_virtual(d->clock);
 }
 
 static void completed(vx_request *request)
@@ -49,7 +50,9 @@ static int delay_submit(vx_device *device, vx_request *request)
     passing *p = malloc(sizeof *p);
     if (p == NULL)
         return vx_fail(device, request, VX_E_NOMEM, 0, request->offset);
-    *p = (passing){d, request->complete, request->context, vx_clock_now(d->clock)};
+    uint64_t now = vx_clock_now(d->clock);
+    *p = (passing){d, request->complete, request->context,
+                   request->starts_ns > now ? request->starts_ns : now};
     request->complete = completed;
     request->context = p;
     int answer = vx_submit(d->lower, request);

@@ -3,7 +3,8 @@
  * A device that is as slow as a model says. The lower device does the I/O at once, and
  * not_before_ns is raised to the time at which the modelled disk would be done. Several delays may
  * share a model; each occupies the model from its own `base` on. Times are those of `clock`, which
- * may be virtual.
+ * may be virtual. A request arrives at the model when it is submitted, or at its starts_ns if that is
+ * later.
  *
  * A request that fails, or comes back AGAIN or FAULTED, costs nothing. NOWAIT alone is answered
  * AGAIN, so that a request that is first tried and later repeated costs once. With MAY_PARK as

@@ -393,7 +393,7 @@ int main(int argc, char **argv)
 {
     uint64_t end = vx_now_ns() + (uint64_t)(argc > 1 ? atoi(argv[1]) : 5) * 1000000000u, runs = 0;
     seed = (uint64_t)(argc > 2 ? atoi(argv[2]) : 1) * 0x9E3779B97F4A7C15u + 1;
-    vx_pool *pool = vx_pool_create(4, 1 << 24);
+    vx_pool *pool = vx_pool_create(4, 1 << 24, 1);
     vx_device *leaves[2];
     for (uint64_t i = 0; i < 2; i++) {
         leaves[i] = vx_memory_create(8 * SIZE, 8 * SIZE, 1);

@@ -269,7 +269,7 @@ int main(int argc, char **argv)
     CHECK(between != NULL);
     vx_device_initialise(&between->device, &jitter_operations, 2, NULL, SLOTS * (uint64_t)PAGE);
     between->lower = vx_device_reference(leaf);
-    vx_pool *pool = vx_pool_create(4, 1 << 20);
+    vx_pool *pool = vx_pool_create(4, 1 << 20, 1);
     map = vx_map_create(PAGES * PAGE, PAGES * PAGE, PAGE_SHIFT, 1, 0, pool, 3, &upcalls);
     CHECK(map != NULL);
     CHECK_EQ(vx_map_set_lower(map, 0, &between->device), 0);

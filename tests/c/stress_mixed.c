@@ -206,7 +206,7 @@ int main(int argc, char **argv)
         vx_memory_bytes(parent)[i] = of_parent(i);
     vx_device_initialise(&between->device, &jitter_operations, 3, NULL, SPACE);
     between->lower = vx_device_reference(leaf);
-    vx_pool *pool = vx_pool_create(2, 1 << 20);
+    vx_pool *pool = vx_pool_create(2, 1 << 20, 1);
     map = vx_map_create(SIZE, SIZE, PAGE_SHIFT, 2, 0, pool, 4, &upcalls);
     CHECK(map != NULL);
     CHECK_EQ(vx_map_set_lower(map, 0, &between->device), 0);

@@ -65,7 +65,7 @@ static void *work(void *unused)
 int main(int count, char **arguments)
 {
     int seconds = count > 1 ? atoi(arguments[1]) : 2;
-    pool = vx_pool_create(3, 64 * MIB);
+    pool = vx_pool_create(3, 64 * MIB, 1);
     vx_clock *clock = vx_pool_clock(pool);
     vx_model *model = vx_model_create(VX_MODEL_NVME, DISKS * MIB, true);
     vx_qos *qos = vx_qos_create(clock, pool);

@@ -54,7 +54,7 @@ static void *changer(void *argument)
 int main(int argc, char **argv)
 {
     uint64_t seconds = argc > 1 ? strtoull(argv[1], NULL, 10) : 3;
-    vx_pool *pool = vx_pool_create(4, 1 << 24);
+    vx_pool *pool = vx_pool_create(4, 1 << 24, 1);
     vx_qos *qos = vx_qos_create(vx_pool_clock(pool), pool);
     vx_device *lower = vx_memory_create(1 << 20, 1 << 20, 0);
     own = vx_limits_create(qos, 8192);

@@ -34,7 +34,7 @@ static void *own_first_sectors(void *argument)
 static void a_run_is_decided_once(void)
 {
     uint64_t size = (uint64_t)PAGES * PAGE, flips = 0;
-    vx_pool *pool = vx_pool_create(1, 1 << 20);
+    vx_pool *pool = vx_pool_create(1, 1 << 20, 1);
     vx_device *device = vx_map_create(size, size, PAGE_SHIFT, 2, 0, pool, 4, NULL);
     vx_device *parent = vx_memory_create(size, size, 1);
     CHECK(device != NULL);

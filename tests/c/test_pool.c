@@ -33,7 +33,7 @@ static void note(vx_job *job)
 static void timed_jobs_run_in_time_and_order(void)
 {
     static numbered jobs[JOBS];
-    vx_pool *pool = vx_pool_create(1, 1000);
+    vx_pool *pool = vx_pool_create(1, 1000, 1);
     uint64_t now = vx_now_ns();
     for (int i = 0; i < JOBS; i++) {
         int number = i * 77 % JOBS;
@@ -59,7 +59,7 @@ static void timed_jobs_run_in_time_and_order(void)
 static void destroy_runs_what_waits(void)
 {
     numbered job = {.job.run = note, .number = 5};
-    vx_pool *pool = vx_pool_create(2, 1000);
+    vx_pool *pool = vx_pool_create(2, 1000, 1);
     count = 0;
     vx_pool_push_at(pool, &job.job, vx_now_ns() + 3600000000000u);
     vx_pool_destroy(pool);
@@ -69,7 +69,7 @@ static void destroy_runs_what_waits(void)
 
 static void charges_are_bounded(void)
 {
-    vx_pool *pool = vx_pool_create(1, 1000);
+    vx_pool *pool = vx_pool_create(1, 1000, 1);
     CHECK(vx_pool_charge(pool, 5000, false)); /* an empty pool accepts any charge */
     CHECK(!vx_pool_charge(pool, 1, false));
     vx_pool_discharge(pool, 5000);
@@ -84,7 +84,7 @@ static void parked_and_delayed_requests_complete(void)
 {
     uint8_t byte = 9, back = 0;
     vx_failure failure;
-    vx_pool *pool = vx_pool_create(2, 1000);
+    vx_pool *pool = vx_pool_create(2, 1000, 1);
     vx_device *memory = vx_memory_create(4096, 4096, 1), *hold = vx_injector_create(memory, pool, 2);
     vx_injector_settings settings = {.park_mask = 1u << VX_WRITE, .park_ns = 3000000,
                                  .delay_mask = 1u << VX_READ, .delay_ns = 3000000};

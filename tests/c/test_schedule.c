@@ -458,7 +458,7 @@ static vx_load *loads[MOST];
 static void set_up(uint32_t kind, unsigned count, uint32_t depth, bool by_time)
 {
     clock_ = vx_clock_create(true);
-    pool = vx_pool_create(1, 1 << 20);
+    pool = vx_pool_create(1, 1 << 20, 1);
     vx_clock_advance(clock_, 1000 * SECOND);
     model = vx_model_create(kind, count * (uint64_t)(64u << 20), false);
     scheduler = vx_scheduler_create(clock_, pool, UNIT, depth, by_time ? model : NULL);

@@ -183,7 +183,7 @@ static void submit(sent *one)
 static void set_up(void)
 {
     clock_ = vx_clock_create(true);
-    pool = vx_pool_create(2, 1 << 20);
+    pool = vx_pool_create(2, 1 << 20, 1);
     qos = vx_qos_create(clock_, pool);
     vx_clock_advance(clock_, 1000 * SECOND);
     memset(clients, 0, sizeof clients);

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -16,12 +17,13 @@ SOURCES = sorted((ROOT / "csrc").rglob("*.c"))
 UNITS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
 
 
-def build(target: Path, main: Path, *options: str) -> Path:
+def build(target: Path, main: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
     program = target / main.stem
     command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", *options, *WARNINGS]
-    if "__wrap_realloc" in main.read_text():
-        command.append("-Wl,--wrap=realloc")
-    command += [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'c'}", *map(str, SOURCES), str(main)]
+    wrapped = sorted(set(re.findall(r"__wrap_(\w+)", main.read_text())))
+    command += [f"-Wl,--wrap={name}" for name in wrapped]
+    sources = sorted(str(path) for path in csrc.rglob("*.c"))
+    command += [f"-I{csrc}", f"-I{ROOT / 'tests' / 'c'}", *sources, str(main)]
     subprocess.run([*command, "-o", str(program), "-lpthread"], check=True)
     return program
 
@@ -102,4 +104,43 @@ def test_stress_fails_without(stress, mutation, tmp_path):
     program = build(tmp_path, main, "-O1", "-DVX_MUTATE", "-fno-builtin")
     result = run(program, "30", str(mutation))
     assert result.returncode == 1
+    assert "failed:" in result.stderr
+
+
+WITHOUT = [
+    ("no writer keeps out", "ranges", "atomic_store(&b->written, true);", ";"),
+    ("readers do not keep writers out", "ranges", "(alone ? b->readers", "(alone ? 0 * b->readers"),
+    ("ranges are taken in any order", "ranges", "bits &= bits - 1) {\n            uint32_t at = word * 64 + (uint32_t)__builtin_ctzll(bits);\n            if (take", "bits &= ~(1ull << (63 - __builtin_clzll(bits)))) {\n            uint32_t at = word * 64 + 63 - (uint32_t)__builtin_clzll(bits);\n            if (take"),
+    ("a fan does not wait for its helpers", "fan", "while (fan->ended < fan->count)", "while (false)"),
+    ("only helpers take children", "fan", "    take_children(fan);\n    pthread_mutex_lock", "    pthread_mutex_lock"),
+    ("a child is taken twice", "fan", "atomic_fetch_add(&fan->taken, 1)", "fan->taken; fan->taken = index + 1"),
+    ("a barrier covers what came during it", "leaf", "    bool succeeded = synchronise(file);", "    bool succeeded = synchronise(file);\n    covered = atomic_load(&file->changes);"),
+    ("a flush takes any barrier that ends", "leaf", "while (file->durable < wanted && file->in_barrier)\n        pthread_cond_wait(&file->synchronised, &file->lock);", "if (file->in_barrier) {\n        pthread_cond_wait(&file->synchronised, &file->lock);\n        wanted = 0;\n    }"),
+    ("a change leaves the watched mark", "moves", "entry & ~VX_ENTRY_WATCHED", "entry"),
+    ("changes are noted late", "moves", "    if (taken != 0)\n        vx_epoch_quiesce(&map->epochs);", "    "),
+    ("notes are reset when changes are noted already", "moves", "    vx_epoch_quiesce(&map->epochs); /* changes that have not seen it */\n", "    vx_epoch_quiesce(&map->epochs);\n    atomic_store(&map->tracked_changes, 0);\n"),
+    ("tracking begins without a quiesce", "moves", "    vx_epoch_quiesce(&map->epochs); /* changes that have not", "    /* changes that have not"),
+    ("a failed barrier does not poison", "leaf", "fail_barrier(file, request, 0); /*", "fail_here(file, request, 0); /*"),
+]  # fmt: skip
+FILES = {
+    "ranges": "core/ranges.c",
+    "fan": "core/fan.c",
+    "leaf": "leaf/file.c",
+    "moves": "map/map_watch.c",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"), [pytest.param(*each[1:], id=each[0]) for each in WITHOUT]
+)
+def test_stress_fails_on_sources_without(name, old, new, tmp_path):
+    csrc = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", csrc)
+    text = (csrc / FILES[name]).read_text()
+    assert text.count(old) == 1
+    (csrc / FILES[name]).write_text(text.replace(old, new))
+    main = ROOT / "tests" / "c" / f"stress_{name}.c"
+    program = build(tmp_path, main, "-O1", "-fno-builtin", "-Wno-unused-function", csrc=csrc)
+    result = run(program, "30")
+    assert result.returncode == 1, result.stdout
     assert "failed:" in result.stderr

@@ -314,7 +314,7 @@ def open_recorded(recorder, *, write=True):
     host.allocated = lambda: len(recorder.data)
     footer = find_footer(leaf)
     assert footer is not None
-    pool = plane.default_pool()
+    pool = plane.shared_pool(plane.Level.IMAGE)
     return Disk(
         vhd_opening.open_vhd(host, footer, write=write, chain=True, parent_search=(), pool=pool)
     )

@@ -169,7 +169,9 @@ def convert(
         host = HostFile(
             os.fspath(destination), leaf, read_only=False, sparse=sparse, key=(0, 0), keep=True
         )
-        engine = Engine(host, read_structure(host), None, write=True, pool=plane.default_pool())
+        engine = Engine(
+            host, read_structure(host), None, write=True, pool=plane.shared_pool(plane.Level.IMAGE)
+        )
         try:
             _Copy(disk, engine.map, progress, cancel).run()
         finally:
@@ -197,7 +199,12 @@ def _fill_vhd(
     footer = find_footer(leaf)
     assert footer is not None
     image = open_vhd(
-        host, footer, write=True, chain=False, parent_search=(), pool=plane.default_pool()
+        host,
+        footer,
+        write=True,
+        chain=False,
+        parent_search=(),
+        pool=plane.shared_pool(plane.Level.IMAGE),
     )
     try:
         _Copy(disk, image.device, progress, cancel).run()

@@ -80,7 +80,7 @@ def open_disk(
         lazy.load_everything("vhdx.image")  # the disk may stay open across an upgrade
     host = open_host(path, write=write, sparse=sparse)
     raw = format == "raw" or (format is None and host.path.lower().endswith(RAW_SUFFIXES))
-    pool = plane.default_pool()
+    pool = plane.shared_pool(plane.Level.IMAGE)
     if raw:
         return Disk(RawImage(host, write=write, pool=pool))
     search = [os.fspath(each) for each in parent_search]

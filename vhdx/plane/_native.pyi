@@ -6,6 +6,7 @@ class _Lib:
     VX_ENTRY_LOWER_SHIFT: int
     VX_ENTRY_KIND_SHIFT: int
     VX_ENTRY_TAG_SHIFT: int
+    VX_ENTRY_WATCHED: int
     VX_CHUNK_PAGES: int
     VX_TAG_ZERO: int
     VX_LIMIT_KINDS: int
@@ -40,6 +41,7 @@ class _Lib:
     VX_NOWAIT: int
     VX_NO_HOLE: int
     VX_FAST: int
+    VX_ORDER: int
     VX_EXTENT_DATA: int
     VX_EXTENT_ZERO: int
     VX_EXTENT_HOLE: int
@@ -57,6 +59,8 @@ class _Lib:
     VX_MAP_READ_ONLY: int
     VX_MAP_GATED: int
     VX_MAP_TRANSPARENT: int
+    VX_MAP_COMMITS_BELOW: int
+    VX_MAP_IDENTITY: int
     VX_GRANT_FRESH: int
     VX_GRANT_STALE: int
     VX_FILE_READ_ONLY: int
@@ -84,7 +88,7 @@ class _Lib:
     def vx_device_resize(self, device: Any, size: int, /) -> int: ...
     def vx_device_state(self, device: Any, /) -> int: ...
     def vx_device_set_state(self, device: Any, state: int, /) -> None: ...
-    def vx_transfer(
+    def vx_transfer_at(
         self,
         device: Any,
         operation: int,
@@ -92,10 +96,24 @@ class _Lib:
         buffer: Any,
         length: int,
         offset: int,
+        time: Any,
         failure: Any,
         /,
     ) -> int: ...
-    def vx_batch(self, device: Any, steps: Any, count: int, failure: Any, /) -> int: ...
+    def vx_batch(self, device: Any, steps: Any, count: int, time: Any, failure: Any, /) -> int: ...
+    def vx_transfer_together(
+        self,
+        pool: Any,
+        count: int,
+        devices: Any,
+        operation: int,
+        buffer: Any,
+        length: int,
+        offsets: Any,
+        time: Any,
+        failures: Any,
+        /,
+    ) -> int: ...
     def vx_list_extents(
         self,
         device: Any,
@@ -106,7 +124,7 @@ class _Lib:
         failure: Any,
         /,
     ) -> int: ...
-    def vx_pool_create(self, threads: int, byte_limit: int, /) -> Any: ...
+    def vx_pool_create(self, threads: int, byte_limit: int, level: int, /) -> Any: ...
     def vx_pool_destroy(self, pool: Any, /) -> None: ...
     def vx_pool_charged(self, pool: Any, /) -> int: ...
     def vx_clock_create(self, virtual_time: bool, /) -> Any: ...
@@ -176,6 +194,11 @@ class _Lib:
         mismatched: Any,
         /,
     ) -> int: ...
+    def vx_map_clear_lower(self, device: Any, index: int, /) -> int: ...
+    def vx_map_track(self, device: Any, page: int, /) -> None: ...
+    def vx_map_take_changes(self, device: Any, /) -> int: ...
+    def vx_map_count_accesses(self, device: Any, on: bool, /) -> int: ...
+    def vx_map_take_accesses(self, device: Any, first: int, count: int, taken: Any, /) -> None: ...
     def vx_map_quiesce(self, device: Any, /) -> None: ...
     def vx_map_grant(
         self, device: Any, lower: int, count: int, offsets: Any, tag: int, flag: int, /

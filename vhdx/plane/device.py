@@ -15,7 +15,7 @@ import weakref
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vhdx.errors import HostIOError, RangeError, Reason
+from vhdx.errors import HostIOError, RangeError, Reason, VhdxError
 from vhdx.plane import failures, gil
 from vhdx.plane._native import ffi, lib
 
@@ -26,12 +26,14 @@ __all__ = [
     "Device",
     "File",
     "Injector",
+    "Level",
     "Memory",
     "Operation",
     "Pool",
     "Step",
     "Switch",
-    "default_pool",
+    "shared_pool",
+    "together",
 ]
 
 Buffer = bytes | bytearray | memoryview | Any
@@ -84,11 +86,36 @@ def _fail_in_child() -> None:
 os.register_at_fork(after_in_child=_fail_in_child)
 
 
-class Pool:
-    """A thread pool for operations that may block (``csrc/core/pool.h``)."""
+class Level(IntEnum):
+    """Levels of pools, from the disks up to the client.
 
-    def __init__(self, threads: int = _POOL_THREADS, byte_limit: int = _POOL_BYTES) -> None:
-        handle = lib.vx_pool_create(threads, byte_limit)
+    A job waits only for jobs of lower levels, so stacked devices never wait for a thread that waits
+    for them (``csrc/core/pool.h``).
+    """
+
+    SPACE = 1
+    VOLUME = 2
+    IMAGE = 3
+    DISK = 4
+    SERVER = 5
+
+
+class Pool:
+    """A thread pool for operations that may block (``csrc/core/pool.h``).
+
+    Args:
+        threads: the most threads; there is one at first.
+        byte_limit: bytes of payload that connections may borrow together.
+        level: of the devices whose work the pool does.
+    """
+
+    def __init__(
+        self,
+        threads: int = _POOL_THREADS,
+        byte_limit: int = _POOL_BYTES,
+        level: Level = Level.SERVER,
+    ) -> None:
+        handle = lib.vx_pool_create(threads, byte_limit, level)
         if handle == ffi.NULL:
             raise HostIOError("the host is out of memory", reason=Reason.NO_MEMORY)
         self.handle = handle
@@ -106,16 +133,35 @@ class Pool:
             lib.vx_pool_destroy(handle)
 
 
-_default_pool: list[tuple[int, Pool]] = []
-_default_pool_lock = threading.Lock()
+_shared_pools: dict[Level, tuple[int, Pool]] = {}  # with the process that made it
+_shared_pools_lock = threading.Lock()
 
 
-def default_pool() -> Pool:
-    """The pool that all images of this process share; it starts with one thread and adds more."""
-    with _default_pool_lock:
-        if not _default_pool or _default_pool[0][0] != os.getpid():
-            _default_pool[:] = [(os.getpid(), Pool())]
-        return _default_pool[0][1]
+def shared_pool(level: Level) -> Pool:
+    """The pool that all devices of ``level`` in this process share; it adds threads when needed."""
+    with _shared_pools_lock:
+        process, pool = _shared_pools.get(level, (0, None))
+        if pool is None or process != os.getpid():
+            pool = Pool(level=level)
+            _shared_pools[level] = (os.getpid(), pool)
+        return pool
+
+
+class _Thread(threading.local):
+    time: Any = ffi.NULL  # a vx_time while a fault is answered: when its I/O starts, and is done
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def taking_time(time: Any) -> Iterator[None]:
+    """I/O of this thread inside the block hands modelled delays up to ``time`` and never sleeps."""
+    outer, _thread.time = _thread.time, time
+    try:
+        yield
+    finally:
+        _thread.time = outer
 
 
 class Device:
@@ -147,13 +193,14 @@ class Device:
         """Reads from ``offset`` into ``buffer`` (writable, contiguous); returns its length."""
         view = ffi.from_buffer("uint8_t[]", buffer, True)
         length = len(view)
-        code = lib.vx_transfer(
+        code = lib.vx_transfer_at(
             self.handle,
             Operation.READ,
             0,
             view,
             length,
             _offset(offset),
+            _thread.time,
             failures.failure_buffer(),
         )
         if code:
@@ -176,13 +223,14 @@ class Device:
         """Writes ``data`` at ``offset``; durable on return with ``fua``. Returns its length."""
         view = ffi.from_buffer("uint8_t[]", data)
         length = len(view)
-        code = lib.vx_transfer(
+        code = lib.vx_transfer_at(
             self.handle,
             Operation.WRITE,
             _FUA if fua else 0,
             view,
             length,
             _offset(offset),
+            _thread.time,
             failures.failure_buffer(),
         )
         if code:
@@ -219,13 +267,14 @@ class Device:
         self._plain(Operation.FLUSH, 0, 0, 0)
 
     def _plain(self, operation: int, flags: int, offset: int, length: int) -> None:
-        code = lib.vx_transfer(
+        code = lib.vx_transfer_at(
             self.handle,
             operation,
             flags,
             ffi.NULL,
             _offset(length),
             _offset(offset),
+            _thread.time,
             failures.failure_buffer(),
         )
         if code:
@@ -268,7 +317,9 @@ class Device:
                 slot.buffer = view
                 slot.length = len(view)
         with gil.waiting():
-            code = lib.vx_batch(self.handle, array, len(steps), failures.failure_buffer())
+            code = lib.vx_batch(
+                self.handle, array, len(steps), _thread.time, failures.failure_buffer()
+            )
         if code:
             failures.raise_for(code, self.path)
 
@@ -281,6 +332,42 @@ class Device:
         code = lib.vx_device_resize(self.handle, _offset(size))
         if code:
             failures.raise_for(code, self.path)
+
+
+def together(
+    pool: Pool,
+    operation: Operation,
+    targets: Sequence[tuple[Device, int]],
+    data: Buffer = b"",
+) -> list[VhdxError | None]:
+    """Does one operation on several devices at once.
+
+    Args:
+        pool: lends its free threads; of a higher level than the pools of the devices.
+        operation: WRITE or FLUSH.
+        targets: devices, and offsets in bytes.
+        data: what to write.
+
+    Returns:
+        For each device, why it failed, or None.
+    """
+    count = len(targets)
+    view = ffi.from_buffer("uint8_t[]", data)
+    found = ffi.new("vx_failure[]", count)
+    time = ffi.new("vx_time *") if _thread.time == ffi.NULL else _thread.time
+    code = lib.vx_transfer_together(
+        pool.handle,
+        count,
+        ffi.new("vx_device *[]", [device.handle for device, _ in targets]),
+        operation,
+        view,
+        len(view),
+        ffi.new("uint64_t[]", [_offset(offset) for _, offset in targets]),
+        time,
+        found,
+    )
+    failures.raise_for(code)
+    return [failures.error_of(found[i], device.path) for i, (device, _) in enumerate(targets)]
 
 
 def _offset(value: int) -> int:

@@ -28,6 +28,7 @@ __all__ = [
     "answer_for_main_thread",
     "code_of",
     "describe",
+    "error_of",
     "failure_buffer",
     "lookup",
     "new_identity",
@@ -210,6 +211,17 @@ def raise_for(code: int, path: str | None = None) -> None:
         _raise(code, raised, path)
     finally:
         del raised  # breaks the cycle from the traceback to this frame
+
+
+def error_of(failure: Any, path: str | None = None) -> errors.VhdxError | None:
+    """The exception for a ``vx_failure`` of a request of many; None if its code is 0."""
+    if failure.code == 0:
+        return None
+    kind, reason, message, hint = CODES[failure.code]
+    path = getattr(lookup(failure.device), "path", None) or path
+    if failure.os_error:
+        message = os.strerror(failure.os_error).lower()
+    return kind(message, reason=reason, path=path, offset=failure.offset, hint=hint)
 
 
 def _raise(code: int, raised: BaseException | None, path: str | None) -> None:

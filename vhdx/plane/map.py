@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -11,16 +12,18 @@ from vhdx.errors import ClosedError
 from vhdx.plane import failures, gil
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.callback import upcalls
-from vhdx.plane.device import Device, Operation, Pool
+from vhdx.plane.device import Device, Operation, Pool, taking_time
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import numpy.typing as npt
 
 __all__ = [
     "CHUNK_PAGES",
     "TAG_ZERO",
+    "WATCHED",
+    "Accesses",
     "Changes",
     "FaultHandler",
     "Kind",
@@ -32,6 +35,9 @@ __all__ = [
 
 CHUNK_PAGES: int = lib.VX_CHUNK_PAGES
 """Pages whose entries are dropped together (``VX_CHUNK_PAGES``)."""
+
+WATCHED: int = lib.VX_ENTRY_WATCHED
+"""Bit of an entry whose page somebody copies; the first change of the page clears it."""
 
 TAG_ZERO: int = lib.VX_TAG_ZERO
 """Bit of a tag: a hole that is reported as zeros rather than as unallocated."""
@@ -64,7 +70,7 @@ def fields(
     entry: npt.NDArray[np.uint64],
 ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
     """Kind, offset (bytes) and tag of entries."""
-    kind = (entry >> np.uint64(lib.VX_ENTRY_KIND_SHIFT)) & np.uint64(15)
+    kind = (entry >> np.uint64(lib.VX_ENTRY_KIND_SHIFT)) & np.uint64(7)
     offset = (entry & np.uint64(0x7FFFFFFFFF)) << np.uint64(9)
     return kind, offset, entry >> np.uint64(lib.VX_ENTRY_TAG_SHIFT)
 
@@ -101,6 +107,18 @@ class Sectors(NamedTuple):
     full_tag: int
 
 
+class Accesses(NamedTuple):
+    """Accesses of pages since they were last taken; each count stays at 65,535.
+
+    A request is sequential if it has more than 64 KiB or goes on where its client's last one ended.
+    """
+
+    random_reads: npt.NDArray[np.uint16]
+    random_writes: npt.NDArray[np.uint16]
+    sequential_reads: npt.NDArray[np.uint16]
+    sequential_writes: npt.NDArray[np.uint16]
+
+
 class FaultHandler(Protocol):
     """Decides where the pages of a map are stored; called from any thread, with no lock held.
 
@@ -124,6 +142,9 @@ class FaultHandler(Protocol):
         """Makes entries and sector bitmaps durable."""
 
 
+_NO_PAGE = (1 << 64) - 1
+
+
 def _copy(memory: Any, length: int) -> bytes:
     return bytes(ffi.buffer(memory, length)) if length else b""
 
@@ -137,11 +158,13 @@ class Map(Device):
         size: bytes.
         largest_size: the largest size in bytes that the device can be resized to.
         page_size: bytes, a power of two from 512 to 4 GiB.
-        lowers: the lower devices, by index.
+        lowers: the lower devices, by index; None: one that may join later.
         parent: index of the lower device that mixed pages fall back to.
         sectors: the sectors of mixed pages; needed with a parent.
         in_place: zero writes zeros and keeps the space; trim does nothing.
         transparent: zero, trim and extents are passed to the lower device.
+        identity_placed: page p gets its space at the same offset of lower device 0; no grants.
+        commits_below: a commit writes to the one writable lower device, and makes a barrier there.
         read_only: refuse changes.
         gated: fault before the first change.
         pool: runs refills and commits in the background.
@@ -154,12 +177,14 @@ class Map(Device):
         size: int,
         largest_size: int,
         page_size: int,
-        lowers: Sequence[Device],
+        lowers: Sequence[Device | None],
         *,
         parent: int | None = None,
         sectors: Sectors | None = None,
         in_place: bool = False,
         transparent: bool = False,
+        identity_placed: bool = False,
+        commits_below: bool = False,
         read_only: bool = False,
         gated: bool = False,
         pool: Pool,
@@ -171,6 +196,8 @@ class Map(Device):
         flags |= lib.VX_MAP_READ_ONLY if read_only else 0
         flags |= lib.VX_MAP_GATED if gated else 0
         flags |= lib.VX_MAP_TRANSPARENT if transparent else 0
+        flags |= lib.VX_MAP_COMMITS_BELOW if commits_below else 0
+        flags |= lib.VX_MAP_IDENTITY if identity_placed else 0
         handle = lib.vx_map_create(
             size,
             largest_size,
@@ -183,10 +210,12 @@ class Map(Device):
         )
         super().__init__(handle, path)
         self._handler: FaultHandler | None = handler
-        self._keep = (pool, tuple(lowers))
+        self._pool = pool  # C uses it as long as the device lives
+        self._lowers: dict[int, Device] = {}
         failures.register(identity, self)
         for index, lower in enumerate(lowers):
-            failures.raise_for(lib.vx_map_set_lower(self.handle, index, lower.handle))
+            if lower is not None:
+                self.set_lower(index, lower)
         if parent is not None and sectors is not None:
             shift = sectors.size.bit_length() - 1
             failures.raise_for(
@@ -195,9 +224,14 @@ class Map(Device):
 
     def answer(self, fault: Any) -> None:
         """Passes a fault from C (a ``vx_fault *``) to the handler."""
-        kind, handler = fault.kind, self._handler
+        handler = self._handler
         if handler is None:
             raise ClosedError("the disk was closed", path=self.path)
+        with taking_time(ffi.addressof(fault, "time")):
+            self._answer(handler, fault)
+
+    def _answer(self, handler: FaultHandler, fault: Any) -> None:
+        kind = fault.kind
         if kind == lib.VX_FAULT_LOAD:
             handler.load(fault.first, fault.count)
         elif kind == lib.VX_FAULT_GRANT:
@@ -265,6 +299,50 @@ class Map(Device):
         )
         failures.raise_for(code, self.path)
         return mismatched.astype(np.bool_)
+
+    def set_lower(self, index: int, lower: Device) -> None:
+        """Adds a lower device at an index that has none, at any time; the map keeps it."""
+        failures.raise_for(lib.vx_map_set_lower(self.handle, index, lower.handle), self.path)
+        self._lowers[index] = lower
+
+    def clear_lower(self, index: int) -> None:
+        """Takes a lower device out while the map is in use; commits first.
+
+        Raises:
+            InvalidArgumentError: an entry or a grant names it, or it is the parent.
+        """
+        failures.raise_for(lib.vx_map_clear_lower(self.handle, index), self.path)
+        del self._lowers[index]
+
+    @contextlib.contextmanager
+    def tracking(self, page: int) -> Iterator[Callable[[], list[int]]]:
+        """Notes, inside the block, which parts of ``page`` are changed; one page at a time.
+
+        Yields:
+            A function that returns the 64ths of the page that were changed since its last call. It
+            waits for the changes that it reports.
+        """
+        lib.vx_map_track(self.handle, page)
+
+        def take_changes() -> list[int]:
+            changes = lib.vx_map_take_changes(self.handle)
+            return [part for part in range(64) if changes >> part & 1]
+
+        try:
+            yield take_changes
+        finally:
+            lib.vx_map_track(self.handle, _NO_PAGE)
+
+    def count_accesses(self, *, on: bool) -> None:
+        """Switches the counting of accesses by page; it is off at first."""
+        failures.raise_for(lib.vx_map_count_accesses(self.handle, on), self.path)
+
+    def take_accesses(self, first: int, count: int) -> Accesses:
+        """The accesses of these pages since the last call, which are then forgotten."""
+        taken = np.empty((count, 4), np.uint16)
+        memory = ffi.cast("vx_accesses *", ffi.from_buffer("uint16_t[]", taken))
+        lib.vx_map_take_accesses(self.handle, first, count, memory)
+        return Accesses(*taken.T)
 
     def quiesce(self) -> None:
         """Waits for all accesses in flight."""

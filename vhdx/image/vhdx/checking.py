@@ -130,7 +130,7 @@ def _parents(report: Report, host: HostFile) -> None:
             write=False,
             chain=True,
             parent_search=(),
-            pool=plane.default_pool(),
+            pool=plane.shared_pool(plane.Level.IMAGE),
         ).close()
     except VhdxError as error:
         if error.path is not None and error.path != host.path:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Compacts an open VHDX image: releases zero blocks, moves blocks down, truncates the file.
 
-Works while the disk is in use. A block is *shared* while it is moved or checked for release. Reads
-of a shared block go on. A write to it first takes a new place, and then the old place is released.
-A partially present block is not shared: requests are paused while it moves. The new place of a
-moved block is written before its entry is published. An ordinary commit makes the entry durable,
-and only then is the old place free. So a crash at any moment is safe.
+Works while the disk is in use, and no request waits for it. A block is copied while it may be
+written, and the map notes which parts of it are changed meanwhile; those are copied again. Then the
+entry of the block is *watched*: the first write clears that mark. The last parts are copied, and the
+entry is replaced only if it still has the mark. So the copy is complete when it becomes the block,
+and a write never waits for a copy. A block that is written too often stays where it is.
+
+The new place of a moved block is written before its entry is published. An ordinary commit makes the
+entry durable, and only then is the old place free. So a crash at any moment is safe.
 
 Sector bitmap blocks, the BAT, metadata and log stay where they are.
 """
@@ -22,7 +25,7 @@ from vhdx.image.contract import Compacted
 from vhdx.image.vhdx.entries import is_placed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
     import numpy.typing as npt
 
@@ -38,16 +41,17 @@ _PIECE = 4 << 20
 _MOVES_PER_COMMIT = 64
 _SCAN = 512
 _PROBE = 4096
+_MOST_TRIES = 16  # to publish the copy of a block that is written
+_FEW_PARTS = 4  # that are copied while a block is watched
 
 
 def compact(
     engine: Engine,
-    switch: plane.Switch,
     progress: Progress | None,
     cancel: Cancel | None,
     pace: Pace | None,
 ) -> Compacted:
-    """Compacts the image of ``engine``, whose map is below ``switch``.
+    """Compacts the image of ``engine``.
 
     Raises:
         ReadOnlyError: it is open for reading only.
@@ -55,7 +59,7 @@ def compact(
     """
     if engine.host.read_only:
         raise ReadOnlyError("it is open for reading only", path=engine.host.path)
-    work = _Compaction(engine, switch, progress, cancel, pace)
+    work = _Compaction(engine, progress, cancel, pace)
     done = Compacted(engine.host.leaf.size, allocated_before=engine.host.allocated())
     engine.map.flush()
     parameters = engine.structure.parameters
@@ -75,12 +79,11 @@ class _Compaction:
     def __init__(
         self,
         engine: Engine,
-        switch: plane.Switch,
         progress: Progress | None,
         cancel: Cancel | None,
         pace: Pace | None,
     ) -> None:
-        self._engine, self._switch = engine, switch
+        self._engine = engine
         self._leaf, self._map = engine.host.leaf, engine.map
         self._block = engine.structure.geometry.block_size
         self._progress, self._cancel, self._pace = progress, cancel, pace
@@ -150,9 +153,9 @@ class _Compaction:
 
     def _give_up(self, page: int, entry: np.uint64, offset: int) -> bool:
         hole = plane.entries(plane.Kind.HOLE, 0, 0, BlockState.ZERO | plane.TAG_ZERO)
-        with self._engine.structure_lock, _Shared(self._engine, page, entry) as shared:
-            # No write can change the block in place now: check it again.
-            return shared.held and self._is_zero(offset) and shared.become(hole)
+        with self._engine.structure_lock, _Watch(self._engine, page, entry) as watch:
+            # A write from now on is noticed: check again.
+            return watch.begin() and self._is_zero(offset) and watch.end(hole, offset)
 
     # ---- moves ----
 
@@ -190,21 +193,33 @@ class _Compaction:
             self._engine.allocator.return_place(target)
             return False
         new = plane.entries(kind, 0, target, tag)
-        if kind == plane.Kind.MIXED:
-            # Its sectors change in place, so no write may run meanwhile.
-            with self._switch.paused():
-                self._copy(offset, target)
-                done = self._engine.republish(page, entry, new, offset)
-            if not done:
-                self._engine.allocator.return_place(target)
-            return done
-        with _Shared(self._engine, page, entry) as shared:
-            if shared.held:
-                self._copy(offset, target)
-                if shared.become(new):
+        with (
+            self._map.tracking(page) as take_changes,
+            _Watch(self._engine, page, entry) as watch,
+        ):
+            self._copy(offset, target)
+            changes = take_changes()
+            for _ in range(_MOST_TRIES):
+                if len(changes) > _FEW_PARTS:
+                    self._copy_parts(changes, offset, target)
+                    changes = take_changes()
+                if not watch.begin():
+                    break  # the block was given up meanwhile
+                self._copy_parts(changes + take_changes(), offset, target)
+                if watch.end(new, offset):
                     return True
+                changes = take_changes()
         self._engine.allocator.return_place(target)
         return False
+
+    def _copy_parts(self, parts: Iterable[int], source: int, target: int) -> None:
+        """Copies these 64ths of a block."""
+        size = self._block // 64
+        view = memoryview(self._buffer)[:size]
+        for part in set(parts):
+            if source + part * size < self._leaf.size:
+                self._leaf.read_into(view, source + part * size)
+                self._leaf.write(view, target + part * size)
 
     def _copy(self, source: int, target: int) -> None:
         """Copies allocated extents; zeroes the rest of the target, which may hold stale data."""
@@ -220,48 +235,28 @@ class _Compaction:
                 self._leaf.write(view, target + at - source)
 
 
-class _Shared:
-    """Context in which no write changes a block in place.
-
-    Attributes:
-        held: whether the entry was still current at the start.
-    """
+class _Watch:
+    """Context in which a change of a block's entry or content can be noticed."""
 
     def __init__(self, engine: Engine, page: int, entry: np.uint64) -> None:
-        self._engine, self._page, self._entry = engine, page, entry
-        _, offset, tag = plane.fields(np.array([entry], np.uint64))
-        self._offset = int(offset[0])
-        self._shared = plane.entries(plane.Kind.SHARED, 0, offset[0], tag[0])
-        self._settled = False
-        self.held = False
+        self._engine, self._page = engine, page
+        self._entry, self._watched = entry, entry | np.uint64(plane.WATCHED)
 
-    def __enter__(self) -> _Shared:
-        self.held = self._replace(self._entry, self._shared, publish=False)
-        self._settled = not self.held
+    def begin(self) -> bool:
+        """Watches the block; False if its entry is not the one that it had. Ends older writes."""
+        return self._replace(self._entry, self._watched)
+
+    def end(self, new: npt.NDArray[np.uint64], offset: int) -> bool:
+        """Publishes ``new`` and releases the old place; False if the block was written."""
+        return self._engine.republish(self._page, self._watched, new, offset)
+
+    def __enter__(self) -> _Watch:
         return self
 
-    def become(self, new: npt.NDArray[np.uint64]) -> bool:
-        """Publishes ``new`` and releases the old place; False if a write came first."""
-        done = self._replace(self._shared, new, publish=True)
-        if done:
-            self._release()
-            self._settled = True
-        return done
-
     def __exit__(self, *_: object) -> None:
-        if self._settled:
-            return
-        if not self._replace(self._shared, self._entry, publish=False):
-            now = plane.fields(np.array([self._engine.loader.entry_of(self._page)], np.uint64))[1]
-            if int(now[0]) != self._offset:
-                # A write took a new place; reads of the old place may be in flight.
-                self._engine.map.quiesce()
-                self._release()
+        self._replace(self._watched, self._entry)  # no effect unless it is still watched
 
-    def _release(self) -> None:
-        self._engine.allocator.release_later(np.array([self._offset], np.uint64))
-
-    def _replace(self, old: object, new: object, *, publish: bool) -> bool:
+    def _replace(self, old: np.uint64, new: np.uint64) -> bool:
         one = np.array([self._page], np.uint64)
         before, after = np.array([old], np.uint64), np.array([new], np.uint64)
-        return not self._engine.map.replace(one, before, after, publish=publish)[0]
+        return not self._engine.map.replace(one, before, after, publish=False)[0]

@@ -115,6 +115,7 @@ class Engine:
             ),
             in_place=structure.parameters.leave_blocks_allocated
             and not structure.parameters.has_parent,
+            commits_below=True,
             read_only=not write,
             gated=write,
             pool=pool,

@@ -86,7 +86,9 @@ class VhdxImage:
         self._changer: object = None  # the caller that holds _changing
         self._real_path = os.path.realpath(engine.host.path)
         fixed = frozen or engine.host.read_only
-        self._switch = None if fixed else plane.Switch(engine.map, pool)
+        self._switch = (
+            None if fixed else plane.Switch(engine.map, plane.shared_pool(plane.Level.DISK))
+        )
         self.device: plane.Device = engine.map if self._switch is None else self._switch
         self.path = engine.host.path
         self.read_only = engine.host.read_only
@@ -198,7 +200,7 @@ class VhdxImage:
         if self._switch is None:
             raise ReadOnlyError("it is open for reading only", path=self.path)
         with self._alone("compaction"):
-            return compacting.compact(self.engine, self._switch, progress, cancel, pace)
+            return compacting.compact(self.engine, progress, cancel, pace)
 
     @property
     def has_released(self) -> bool:
@@ -441,7 +443,7 @@ def open_layer(host: HostFile, *, search: Sequence[str], data_write_guid: UUID) 
     Its first change sets the DataWriteGuid to ``data_write_guid``. The image takes ownership of
     ``host``, even on failure.
     """
-    pool = plane.default_pool()
+    pool = plane.shared_pool(plane.Level.IMAGE)
     return _open(
         host, True, True, tuple(search), pool, {host.key}, force=True, data_write_guid=data_write_guid
     )

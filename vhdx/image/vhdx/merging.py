@@ -177,7 +177,9 @@ def _merge_into(
         size = structure.parameters.virtual_size
         if size < base.engine.map.size:
             raise UnsupportedError("it is smaller than its parent", path=name)
-        top = Engine(child, structure, base.engine.map, write=False, pool=plane.default_pool())
+        top = Engine(
+            child, structure, base.engine.map, write=False, pool=plane.shared_pool(plane.Level.IMAGE)
+        )
     except BaseException:
         child.close()
         raise
@@ -198,7 +200,7 @@ def _parent_of(name: str, search: list[str]) -> str:
         write=False,
         chain=True,
         parent_search=search,
-        pool=plane.default_pool(),
+        pool=plane.shared_pool(plane.Level.IMAGE),
     )
     try:
         if probe.parent is None:
@@ -241,7 +243,7 @@ def _alone(host: HostFile, structure: Structure) -> Engine:
         structure,
         nothing,
         write=True,
-        pool=plane.default_pool(),
+        pool=plane.shared_pool(plane.Level.IMAGE),
         data_write_guid=structure.header.data_write_guid,
     )
 
@@ -389,7 +391,7 @@ def rebase(
     """
     name = os.fsdecode(path)
     search = [os.fsdecode(each) for each in parent_search]
-    pool = plane.default_pool()
+    pool = plane.shared_pool(plane.Level.IMAGE)
     if os.path.exists(name) and os.path.exists(parent) and os.path.samefile(name, parent):
         raise InvalidArgumentError("it would be its own parent", path=name)
     with contextlib.ExitStack() as stack:
