@@ -43,34 +43,61 @@ class Event:
     begin: int = 0
     end: int | None = None
     site: str = ""  # of a barrier: which line of the engine asked for it
+    leaf: int = 0
+
+
+class Log:
+    """One clock and one list of events, which several leaves may share."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.now = 0
+        self.events: list[Event] = []
+        self.site = ""  # of barriers, where a test says which one it is
 
 
 class Recorder:
     """A backend in memory that records; ``base`` is the content before the first event."""
 
-    def __init__(self, base: bytes, *, recording: bool = True, jitter: int | None = None) -> None:
+    def __init__(
+        self,
+        base: bytes,
+        *,
+        recording: bool = True,
+        jitter: int | None = None,
+        log: Log | None = None,
+        leaf: int = 0,
+    ) -> None:
         self.base = bytes(base) if recording else b""
         self.data = bytearray(base)
-        self.events: list[Event] = []
-        self.now = 0
+        self.log = Log() if log is None else log
+        self._leaf = leaf
         self._recording = recording
-        self._lock = threading.Lock()
+        self._lock = self.log.lock
         self._random = None if jitter is None else random.Random(jitter)
         self._last_site: tuple[object, int] = (None, 0)
+
+    @property
+    def events(self) -> list[Event]:
+        return self.log.events
+
+    @property
+    def now(self) -> int:
+        return self.log.now
 
     def tick(self) -> int:
         """A moment of its own: later than everything before, earlier than everything after."""
         with self._lock:
-            self.now += 1
-            return self.now
+            self.log.now += 1
+            return self.log.now
 
     def _begin(self, event: Event) -> Event:
         if not self._recording:
             return event
         with self._lock:
-            self.now += 1
-            event.begin = self.now
-            self.events.append(event)
+            self.log.now += 1
+            event.begin, event.leaf = self.log.now, self._leaf
+            self.log.events.append(event)
             pause = self._random is not None and self._random.random() < 0.3
         if pause:
             time.sleep(0)  # others may come in between
@@ -79,8 +106,8 @@ class Recorder:
     def _end(self, event: Event) -> None:
         if self._recording:
             with self._lock:
-                self.now += 1
-                event.end = self.now
+                self.log.now += 1
+                event.end = self.log.now
 
     def mark(self, name: str) -> int:
         event = self._begin(Event("mark", data=name.encode()))
@@ -108,7 +135,7 @@ class Recorder:
     def flush(self):
         event = Event("flush")
         if self._recording:
-            event.site = self._site()
+            event.site = self.log.site or self._site()
         self._end(self._begin(event))
 
     def resize(self, size):
@@ -164,7 +191,7 @@ def open_recorded(recorder: Recorder, *, write: bool = True, path: str = "record
     leaf = plane.Callback(handle, len(recorder.data), read_only=not write)
     host = HostFile(path, leaf, read_only=not write, sparse=True, key=(0, 0), keep=True)
     host.allocated = lambda: len(recorder.data)
-    pool = plane.default_pool()
+    pool = plane.shared_pool(plane.Level.IMAGE)
     disk = Disk(open_vhdx(host, write=write, chain=True, parent_search=(), pool=pool, force=True))
     disk.handle = handle
     return disk
@@ -222,15 +249,19 @@ class Window:
                     apply(data, event)
             yield data
         for _ in range(subsets):
-            data = bytearray(self.durable)
-            for event in events:
-                sectors = max(1, -(-event.length // SECTOR))
-                whole = rng.random()
-                if whole < 0.5:
-                    apply(data, event)
-                elif whole < 0.75 and event.kind != "resize":
-                    apply(data, event, [rng.random() < 0.5 for _ in range(sectors)])
-            yield data
+            yield self.any_state(rng)
+
+    def any_state(self, rng: random.Random) -> bytearray:
+        """What is durable, and a random part of what is in doubt."""
+        data = bytearray(self.durable)
+        for event in self.doubtful:
+            sectors = max(1, -(-event.length // SECTOR))
+            whole = rng.random()
+            if whole < 0.5:
+                apply(data, event)
+            elif whole < 0.75 and event.kind != "resize":
+                apply(data, event, [rng.random() < 0.5 for _ in range(sectors)])
+        return data
 
 
 def crash_states(
@@ -251,20 +282,88 @@ def crash_states(
         since: no crash before this moment.
     """
     window = Window(bytearray(recorder.base))
-    moments = [(e.begin, False, e) for e in recorder.events]
-    moments += [(e.end, True, e) for e in recorder.events if e.end is not None]
+    for now in moments_of(recorder.log, [window], without):
+        if now >= since:
+            for data in window.states(rng, subsets):
+                yield now + 1, data
+
+
+def moments_of(log: Log, windows: list[Window], without: str | None = None) -> Iterator[int]:
+    """The moments at which a change began, with the windows of all leaves as they were then."""
+    moments = [(e.begin, False, e) for e in log.events]
+    moments += [(e.end, True, e) for e in log.events if e.end is not None]
     for now, ended, event in sorted(moments, key=lambda m: m[0]):
         if event.kind == "mark":
             continue
         if event.kind == "flush":
             if ended and event.site != without:
-                window.pass_barrier(event)
+                windows[event.leaf].pass_barrier(event)
+        elif not ended:
+            windows[event.leaf].doubtful.append(event)
+            yield now
+
+
+@dataclass
+class Crash:
+    """A crash of several leaves.
+
+    Attributes:
+        now: the moment.
+        contents: of each leaf; None: it is gone.
+        is_old: whether a leaf holds less than what its barriers covered.
+    """
+
+    now: int
+    contents: list[bytearray | None]
+    is_old: list[bool] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.is_old = self.is_old or [False] * len(self.contents)
+
+    @property
+    def here(self) -> list[int]:
+        """The leaves that are not gone."""
+        return [i for i, content in enumerate(self.contents) if content is not None]
+
+
+def crash_states_of_several(
+    log: Log,
+    bases: list[bytes],
+    rng: random.Random,
+    subsets: int,
+    *,
+    faulty: int,
+    without: str | None = None,
+    since: int = 0,
+) -> Iterator[Crash]:
+    """What several leaves hold after a crash.
+
+    Args:
+        log: of all leaves.
+        bases: what each leaf held before the first event.
+        rng: chooses what of each leaf is lost.
+        subsets: states for each moment.
+        faulty: leaves that may be gone or old. An old one has what was durable at an earlier
+            moment: it was away meanwhile, or its barriers did nothing.
+        without: barriers of this site did nothing.
+        since: no crash before this moment.
+    """
+    windows = [Window(bytearray(base)) for base in bases]
+    old: list[list[bytes]] = [[] for _ in bases]
+    for now in moments_of(log, windows, without):
+        if now < since:
             continue
-        if not ended:
-            window.doubtful.append(event)
-            if now >= since:
-                for data in window.states(rng, subsets):
-                    yield now + 1, data
+        if rng.random() < 0.05 or not old[0]:
+            for kept, window in zip(old, windows, strict=True):
+                kept.append(bytes(window.durable))
+        for _ in range(subsets):
+            crash = Crash(now + 1, [window.any_state(rng) for window in windows])
+            for leaf in rng.sample(range(len(bases)), rng.randint(0, faulty)):
+                crash.is_old[leaf] = rng.random() < 0.5
+                crash.contents[leaf] = (
+                    bytearray(rng.choice(old[leaf])) if crash.is_old[leaf] else None
+                )
+            yield crash
 
 
 def broken_order(recorder: Recorder, *, without: str | None = None) -> str | None:

@@ -52,6 +52,7 @@ class Reason(StrEnum):
     PERMISSION = "permission"
     IN_USE = "in_use"
     NO_SPACE = "no_space"
+    NO_QUORUM = "no_quorum"
     IO = "io"
     NO_MEMORY = "no_memory"
     # formats

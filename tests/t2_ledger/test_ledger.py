@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: MIT
+"""The ledger: records in order, members that fail or are away, bad input, golden bytes."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import struct
+import threading
+from uuid import UUID
+
+import pytest
+
+from vhdx import plane
+from vhdx.errors import (
+    ClosedError,
+    DamagedError,
+    HostIOError,
+    InvalidArgumentError,
+    NoSpaceError,
+    PoisonedError,
+    Reason,
+)
+from vhdx.format.checksum import seal
+from vhdx.ledger import Ledger, Member, Record
+from vhdx.ledger.layout import BLOCK, LARGEST_RECORD, MOST_MEMBERS, SMALLEST_REGION
+
+REGION = 64 * BLOCK
+POOL = plane.shared_pool(plane.Level.SPACE)
+IDENTITY = UUID(int=0x1234567890ABCDEF)
+
+
+def memories(count, size=REGION):
+    return [plane.Memory(size) for _ in range(count)]
+
+
+def members(devices, length=REGION, offset=0):
+    return [Member(device, offset, length) for device in devices]
+
+
+def injectors(devices):
+    return [plane.Injector(device, plane.Pool()) for device in devices]
+
+
+def fill(ledger, *payloads):
+    for payload in payloads:
+        ledger.append(7, payload)
+    ledger.commit()
+
+
+def payloads(records):
+    return [record.payload for record in records]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_what_was_committed_is_recovered_in_order(count):
+    devices = memories(count)
+    ledger = Ledger.create(members(devices), POOL)
+    fill(ledger, b"one", b"", b"three" * 100)
+    ledger.append(1 << 31, b"four")
+    ledger.commit()
+    ledger.append(5, b"never committed")
+    expected = [
+        Record(7, b"one"),
+        Record(7, b""),
+        Record(7, b"three" * 100),
+        Record(1 << 31, b"four"),
+    ]
+    ledger.close()
+    assert Ledger.read(members(devices)) == expected
+    found = Ledger.recover(members(random.Random(1).sample(devices, count)), POOL)
+    assert found.records == expected
+    assert found.out_of_step == []
+    assert found.ledger.identity == ledger.identity
+    fill(found.ledger, b"five")
+    found.ledger.close()
+    assert payloads(Ledger.recover(members(devices), POOL).records)[-1] == b"five"
+
+
+def test_a_checkpoint_stands_for_what_was_appended_before():
+    devices = memories(3)
+    ledger = Ledger.create(members(devices), POOL)
+    for number in range(500):
+        ledger.append(1, b"%d" % number)
+        if ledger.room < BLOCK:
+            ledger.checkpoint([(2, b"up to %d" % number)])
+        else:
+            ledger.commit()
+    ledger.append(1, b"covered")
+    ledger.checkpoint([(2, b"everything"), (3, b"more")])
+    ledger.commit()  # nothing is left to do
+    fill(ledger, b"last")
+    ledger.close()
+    found = Ledger.recover(members(devices), POOL)
+    assert found.records == [Record(2, b"everything"), Record(3, b"more"), Record(7, b"last")]
+
+
+def test_large_records_take_several_groups():
+    size = 32 << 20
+    devices = memories(2, size)
+    ledger = Ledger.create(members(devices, size), POOL)
+    large = [os.urandom(LARGEST_RECORD) for _ in range(5)]
+    fill(ledger, *large)
+    with pytest.raises(InvalidArgumentError):
+        ledger.append(1, bytes(LARGEST_RECORD + 1))
+    with pytest.raises(InvalidArgumentError):
+        ledger.append(1 << 32, b"")
+    ledger.checkpoint([(1, each) for each in large])
+    fill(ledger, b"end")
+    ledger.close()
+    assert payloads(Ledger.recover(members(devices, size), POOL).records) == [*large, b"end"]
+
+
+def test_a_full_ledger_refuses_and_keeps_what_was_appended():
+    devices = memories(1, SMALLEST_REGION)
+    ledger = Ledger.create(members(devices, SMALLEST_REGION), POOL)
+    assert ledger.room == 0
+    ledger.append(1, b"a")
+    for _ in range(2):
+        with pytest.raises(NoSpaceError):
+            ledger.commit()
+    with pytest.raises(NoSpaceError):
+        ledger.checkpoint([(1, bytes(2 * BLOCK))])
+    ledger.checkpoint([(1, b"a")])
+    ledger.commit()
+    ledger.close()
+    assert payloads(Ledger.recover(members(devices, SMALLEST_REGION), POOL).records) == [b"a"]
+
+
+def test_commits_of_threads_are_shared_and_complete():
+    devices = memories(3)
+    holds = injectors(devices)
+    for hold in holds:
+        hold.set(park=[plane.Operation.FLUSH], park_ns=2_000_000)
+    ledger = Ledger.create(members(holds), POOL)
+    before = ledger.room
+    done = []
+
+    def work(me):
+        for number in range(5):
+            ledger.append(1, b"%d %d" % (me, number))
+            ledger.commit()
+            done.append((me, number))
+
+    threads = [threading.Thread(target=work, args=(me,)) for me in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert before - ledger.room < 40 * BLOCK  # of 40 commits, most were shared
+    ledger.close()
+    found = payloads(Ledger.recover(members(holds), POOL).records)
+    assert len(found) == 40
+    for me in range(8):
+        assert [r for r in found if r.startswith(b"%d " % me)] == [
+            b"%d %d" % (me, n) for n in range(5)
+        ]
+
+
+def test_a_member_that_fails_is_left_out_and_comes_back_at_a_recovery():
+    devices = memories(3)
+    holds = injectors(devices)
+    ledger = Ledger.create(members(holds), POOL)
+    fill(ledger, b"all")
+    holds[1].set(fail=[plane.Operation.FLUSH])
+    fill(ledger, b"two of three")
+    assert ledger.out_of_step == [1]
+    fill(ledger, b"still")
+    ledger.close()
+    found = Ledger.recover(members(devices), POOL)
+    assert payloads(found.records) == [b"all", b"two of three", b"still"]
+    assert found.out_of_step == [1]
+    found.ledger.close()
+    for pair in ([0, 1], [1, 2], [0, 2]):  # it has everything again
+        again = Ledger.recover(members([devices[i] for i in pair]), POOL)
+        assert payloads(again.records) == [b"all", b"two of three", b"still"]
+        again.ledger.close()
+
+
+def test_a_commit_on_half_of_the_members_fails_and_poisons():
+    devices = memories(4)
+    holds = injectors(devices)
+    ledger = Ledger.create(members(holds), POOL)
+    fill(ledger, b"all")
+    for hold in holds[:2]:
+        hold.set(fail=[plane.Operation.WRITE])
+    ledger.append(1, b"half")
+    with pytest.raises(PoisonedError, match="2 of 4"):
+        ledger.commit()
+    with pytest.raises(PoisonedError):
+        ledger.append(1, b"more")
+    with pytest.raises(PoisonedError):
+        ledger.checkpoint([])
+    ledger.close()
+    found = Ledger.recover(members(devices), POOL)
+    assert payloads(found.records) in ([b"all"], [b"all", b"half"])
+
+
+@pytest.mark.parametrize(("count", "needed"), [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3)])
+def test_recovery_needs_more_than_half(count, needed):
+    devices = memories(count)
+    ledger = Ledger.create(members(devices), POOL)
+    fill(ledger, b"x")
+    ledger.close()
+    before = [device.read(REGION, 0) for device in devices]
+    if needed > 1:
+        with pytest.raises(HostIOError) as caught:
+            Ledger.recover(members(devices[: needed - 1]), POOL)
+        assert caught.value.reason == Reason.NO_QUORUM
+        assert [device.read(REGION, 0) for device in devices] == before
+    found = Ledger.recover(members(devices[-needed:]), POOL)
+    assert payloads(found.records) == [b"x"]
+    assert found.out_of_step == list(range(count - needed))
+
+
+def test_a_member_that_was_away_never_wins():
+    devices = memories(3)
+    ledger = Ledger.create(members(devices), POOL)
+    fill(ledger, b"one")
+    ledger.close()
+    for number in range(4):
+        here = [device for i, device in enumerate(devices) if i != number % 3]
+        found = Ledger.recover(members(here), POOL)
+        fill(found.ledger, b"round %d" % number)
+        found.ledger.close()
+    expected = [b"one", *(b"round %d" % number for number in range(4))]
+    assert payloads(Ledger.read(members(devices))) == expected
+
+
+def test_damaged_and_foreign_members_are_told_apart():
+    devices, others = memories(3), memories(3)
+    for each in (devices, others):
+        ledger = Ledger.create(members(each), POOL)
+        fill(ledger, b"x")
+        ledger.close()
+    with pytest.raises(DamagedError, match="different ledgers"):
+        Ledger.recover(members([*devices, others[0]]), POOL)
+    copy = plane.Memory(REGION)
+    copy.write(devices[0].read(REGION, 0), 0)
+    with pytest.raises(DamagedError, match="same member"):
+        Ledger.recover(members([*devices, copy]), POOL)
+    with pytest.raises(DamagedError, match="no ledger"):
+        Ledger.recover(members(memories(2)), POOL)
+    with pytest.raises(DamagedError, match="no ledger"):
+        Ledger.recover(members(devices), POOL, identity=UUID(int=5))
+    with pytest.raises(DamagedError, match="no ledger"):
+        Ledger.recover([], POOL)
+
+
+def test_no_damage_of_one_member_of_three_is_believed():
+    rng = random.Random(5)
+    devices = memories(3)
+    ledger = Ledger.create(members(devices), POOL)
+    expected = []
+    for number in range(9):
+        expected.append(rng.randbytes(rng.choice([3, 500, 6000])))
+        fill(ledger, expected[-1])
+        if number == 4:
+            ledger.checkpoint([(1, each) for each in expected])
+    ledger.close()
+    good = devices[0].read(REGION, 0)
+    for _ in range(300):
+        bad = bytearray(good)
+        for _ in range(rng.choice([1, 1, 5])):
+            at = rng.randrange(0, 30 * BLOCK)
+            bad[at : at + rng.choice([1, 8, 512])] = rng.randbytes(8)
+        copy = plane.Memory(REGION)
+        copy.write(bytes(bad[:REGION]), 0)
+        assert payloads(Ledger.read(members([copy, *devices[1:]]))) == expected
+
+
+def test_hostile_members_are_refused():
+    rng = random.Random(6)
+    device = plane.Memory(REGION)
+    ledger = Ledger.create(members([device]), POOL)
+    fill(ledger, b"abc", b"def")
+    ledger.close()
+    good = device.read(REGION, 0)
+    for _ in range(2000):  # checksums are right, fields are not
+        bad = bytearray(good)
+        start = rng.choice([0, BLOCK, 2 * BLOCK, 3 * BLOCK, 34 * BLOCK])
+        at = start + 8 + rng.randrange(0, 72) // 4 * 4
+        bad[at : at + 4] = struct.pack(
+            "<I", rng.choice([0, 1, 7, 4096, 1 << 31, rng.getrandbits(32)])
+        )
+        block = bad[start : start + BLOCK]
+        seal(block)
+        bad[start : start + BLOCK] = block
+        copy = plane.Memory(REGION)
+        copy.write(bytes(bad), 0)
+        with contextlib.suppress(DamagedError, HostIOError):
+            assert len(Ledger.read(members([copy]))) <= 4
+
+
+def test_bad_arguments():
+    with pytest.raises(InvalidArgumentError):
+        Ledger.create([], POOL)
+    with pytest.raises(InvalidArgumentError):
+        Ledger.create(members([plane.Memory(REGION)], SMALLEST_REGION - 1), POOL)
+    with pytest.raises(InvalidArgumentError):
+        Ledger.create(members([plane.Memory(REGION)], REGION - BLOCK, 512), POOL)
+    with pytest.raises(InvalidArgumentError):
+        Ledger.create(members(memories(1) * (MOST_MEMBERS + 1)), POOL)
+    ledger = Ledger.create(members(memories(1)), POOL)
+    ledger.close()
+    for call in (lambda: ledger.append(1, b""), lambda: ledger.checkpoint([])):
+        with pytest.raises(ClosedError):
+            call()
+
+
+def test_a_region_of_a_device_is_respected():
+    device = plane.Memory(3 * REGION)
+    device.write(b"\xaa" * (3 * REGION), 0)
+    ledger = Ledger.create([Member(device, REGION, REGION)], POOL)
+    fill(ledger, b"x")
+    ledger.checkpoint([(1, b"y")])
+    ledger.close()
+    assert payloads(Ledger.recover([Member(device, REGION, REGION)], POOL).records) == [b"y"]
+    assert device.read(REGION, 0) == device.read(REGION, 2 * REGION) == b"\xaa" * REGION
+
+
+def test_golden_bytes():
+    device = plane.Memory(8 * BLOCK)
+    names = [UUID(int=1), UUID(int=2)]
+    other = plane.Memory(8 * BLOCK)
+    ledger = Ledger.create(members([device, other], 8 * BLOCK), POOL, identity=IDENTITY, names=names)
+    ledger.append(1, b"hello")
+    ledger.append(2, b"12345678")
+    ledger.commit()
+    ledger.checkpoint([(3, b"checkpoint")])
+    ledger.append(4, b"after")
+    ledger.commit()
+    content = device.read(8 * BLOCK, 0)
+    superblock = content[:BLOCK]
+    assert superblock[:4] == b"vlsb"
+    assert struct.unpack_from("<II", superblock, 8) == (1, 0)  # version, index
+    assert superblock[16:32] == IDENTITY.bytes
+    # number, promised, term, first group, bytes of an area, area, members
+    assert struct.unpack_from("<QQQQQII", superblock, 32) == (2, 1, 1, 2, 3 * BLOCK, 1, 2)
+    assert superblock[80:112] == names[0].bytes + names[1].bytes
+    group = content[5 * BLOCK : 6 * BLOCK]
+    assert group[:4] == b"vlgr"
+    # bytes of the group and of its records, ledger, term, sequence, flags, checksum before
+    assert struct.unpack_from("<II", group, 8) == (BLOCK, 24)
+    assert struct.unpack_from("<QQII", group, 32) == (1, 2, 3, 0)
+    assert group[56:80] == struct.pack("<II", 3, 10) + b"checkpoint" + bytes(6)
+    after = content[6 * BLOCK : 7 * BLOCK]
+    assert struct.unpack_from("<QQI", after, 32) == (1, 3, 0)
+    assert after[52:56] == group[4:8]
+    assert hashlib.sha256(content).hexdigest() == GOLDEN
+
+
+GOLDEN = "edcc0a8e40f29ae2489e8ca430af19f89869566dd0b725b39f08d6c9018aaa95"

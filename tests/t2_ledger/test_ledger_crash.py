@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: MIT
+"""Every crash state of ledgers, with members gone or old; and that each barrier is needed.
+
+A run commits numbers, writes checkpoints and recovers. Each of its crash states is recovered from a
+set of members that has a majority; some are used further, by other sets of members; and some
+recoveries are recorded themselves, and crash again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+from collections.abc import Iterator
+from uuid import UUID
+
+import pytest
+
+from tests.recording import Crash, Log, Recorder, crash_states_of_several
+from vhdx import plane
+from vhdx.errors import DamagedError, HostIOError, PoisonedError
+from vhdx.ledger import Ledger, Member, Record
+from vhdx.ledger.layout import BLOCK
+
+REGION = 18 * BLOCK
+POOL = plane.shared_pool(plane.Level.SPACE)
+IDENTITY = UUID(int=77)
+ADDED, ALL = 1, 2
+
+
+def folded(records: list[Record]) -> list[int]:
+    """The numbers that the records stand for."""
+    numbers: list[int] = []
+    for record in records:
+        raw = [
+            int.from_bytes(record.payload[i : i + 4], "little")
+            for i in range(0, len(record.payload), 4)
+        ]
+        numbers = raw if record.kind == ALL else numbers + raw
+    return numbers
+
+
+def packed(numbers: list[int]) -> bytes:
+    return b"".join(number.to_bytes(4, "little") for number in numbers)
+
+
+def members(leaves) -> list[Member]:
+    return [Member(leaf, 0, REGION) for leaf in leaves]
+
+
+class Run:
+    """A recorded life of a ledger.
+
+    Attributes:
+        numbers: what was appended, in order, each with the moments before and after its commit.
+    """
+
+    def __init__(self, bases: list[bytes]) -> None:
+        self.log = Log()
+        self.bases = bases
+        recorders = [Recorder(base, log=self.log, leaf=i) for i, base in enumerate(bases)]
+        self.leaves = [plane.Callback(recorder, REGION) for recorder in recorders]
+        self.numbers: list[int] = []
+        self.began: list[int] = []
+        self.acknowledged: list[int] = []  # moments; parallel to numbers
+        self.since = 0
+        self.ledger: Ledger | None = None
+        self._lock = threading.Lock()
+        log = self.log
+
+        class Named(Ledger):
+            """Says which barrier it makes."""
+
+            def _make_durable(self, sides, what):
+                log.site = what
+                return super()._make_durable(sides, what)
+
+        self.named = Named
+
+    def create(self) -> None:
+        self.ledger = self.named.create(members(self.leaves), POOL, identity=IDENTITY)
+        self.since = self.log.now
+
+    def recover(self, chosen: list[int]) -> list[int]:
+        found = self.named.recover(members([self.leaves[i] for i in chosen]), POOL)
+        self.ledger = found.ledger
+        return folded(found.records)
+
+    def add(self, number: int) -> None:
+        with self._lock:
+            index = len(self.numbers)
+            self.numbers.append(number)
+            self.began.append(self.log.now)
+            self.acknowledged.append(1 << 62)
+            self.ledger.append(ADDED, packed([number]))
+        self.ledger.commit()
+        self.acknowledged[index] = self.log.now
+
+    def acknowledged_at(self, now: int) -> list[int]:
+        """What must survive a crash at this moment: all up to the last whose commit had returned."""
+        done = [i for i, end in enumerate(self.acknowledged) if end < now]
+        return self.numbers[: max(done) + 1] if done else []
+
+    def appended_at(self, now: int) -> list[int]:
+        return [n for n, began in zip(self.numbers, self.began, strict=True) if began < now]
+
+    def checkpoint(self) -> None:
+        with self._lock:  # what is appended is in the checkpoint
+            numbers = list(self.numbers)
+            self.ledger.checkpoint([(ALL, packed(numbers))])
+            for i in range(len(numbers)):
+                self.acknowledged[i] = min(self.acknowledged[i], self.log.now)
+
+
+def life(count: int, seed: int) -> Run:
+    """Commits of two threads, checkpoints, and recoveries with a member away."""
+    rng = random.Random(seed)
+    run = Run([bytes(REGION)] * count)
+    run.create()
+    fresh = iter(range(1, 1 << 30))
+
+    def work():
+        for _ in range(3):
+            run.add(next(fresh))
+
+    for part in range(3):
+        threads = [threading.Thread(target=work) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        run.checkpoint()
+        run.add(next(fresh))
+        run.ledger.close()
+        away = rng.randint(0, (count - 1) // 2) if part < 2 else 0
+        chosen = rng.sample(range(count), count - away)
+        assert run.recover(chosen) == run.numbers
+        run.add(next(fresh))
+    run.ledger.close()
+    return run
+
+
+def recovered(devices, chosen) -> tuple[Ledger, list[int]]:
+    found = Ledger.recover(members([devices[i] for i in chosen]), POOL)
+    return found.ledger, folded(found.records)
+
+
+def some(crash: Crash, rng: random.Random) -> list[int]:
+    """Members from which it must be recovered: any majority, or all if one of them is old.
+
+    Of an old member, what was acknowledged may be on only one other that is in step.
+    """
+    least = len(crash.here) if any(crash.is_old) else len(crash.contents) // 2 + 1
+    return rng.sample(crash.here, rng.randint(least, len(crash.here)))
+
+
+def wrong(crash: Crash, least: list[int], most: list[int], rng: random.Random) -> str | None:
+    """None, or why a crash state is not recovered as it should be.
+
+    Args:
+        crash: what each member holds.
+        least: what was acknowledged: all of it must be there.
+        most: what was appended; what is there must be a prefix of this.
+        rng: chooses members.
+    """
+    devices: dict[int, plane.Device] = {}
+    for i in crash.here:
+        devices[i] = plane.Memory(REGION)
+        devices[i].write(bytes(crash.contents[i] or b""), 0)
+    try:
+        ledger, numbers = recovered(devices, some(crash, rng))
+    except (DamagedError, HostIOError) as error:
+        return f"it is not recovered: {error}"
+    if numbers[: len(least)] != least:
+        return f"{least} was acknowledged, {numbers} is there"
+    if numbers != most[: len(numbers)]:
+        return f"{numbers} is there, {most} was appended"
+    # Use it further, with other members each time; those that were away come back.
+    for further in range(rng.choice([0, 0, 1, 3])):
+        number = 1_000_000 + rng.getrandbits(20) * 8 + further
+        ledger.append(ADDED, packed([number]))
+        ledger.commit()
+        ledger.close()
+        expected = [*numbers, number]
+        majority = len(crash.contents) // 2 + 1
+        chosen = rng.sample(crash.here, rng.randint(majority, len(crash.here)))
+        ledger, numbers = recovered(devices, chosen)
+        if numbers != expected:
+            return f"{expected} was committed after the crash, {numbers} is there"
+    ledger.close()
+    return None
+
+
+def crashes(
+    count: int, seed: int, subsets: int, *, without: str | None = None, again: float = 0.01
+) -> Iterator[str | None]:
+    """For each crash state of a life, and of some recoveries from them, what is wrong.
+
+    Args:
+        count: members.
+        seed: of everything random.
+        subsets: states for each moment.
+        without: barriers of this name do nothing.
+        again: the part of the states whose recovery is recorded and crashes, too.
+    """
+    rng = random.Random(seed)
+    run = life(count, seed)
+    for crash in crash_states_of_several(
+        run.log,
+        run.bases,
+        rng,
+        subsets,
+        faulty=(count - 1) // 2,
+        without=without,
+        since=run.since,
+    ):
+        least, most = run.acknowledged_at(crash.now), run.appended_at(crash.now)
+        failure = wrong(crash, least, most, rng)
+        yield failure
+        if failure is None and rng.random() < again:
+            yield from _crash_again(crash, least, most, rng, subsets, without)
+
+
+def _crash_again(
+    crash: Crash,
+    least: list[int],
+    most: list[int],
+    rng: random.Random,
+    subsets: int,
+    without: str | None,
+) -> Iterator[str | None]:
+    """Records a recovery from a crash state and a commit, and crashes during these, too."""
+    run = Run([bytes(content or bytes(REGION)) for content in crash.contents])
+    numbers = run.recover(some(crash, rng))
+    run.numbers = list(numbers)
+    run.began, run.acknowledged = [0] * len(numbers), [1 << 62] * len(numbers)
+    opened = run.log.now
+    run.add(2_000_000 + rng.getrandbits(20))
+    run.ledger.close()
+    for second in crash_states_of_several(
+        run.log, run.bases, rng, subsets, faulty=0, without=without
+    ):
+        for i in range(len(crash.contents)):
+            if crash.contents[i] is None:
+                second.contents[i] = None
+        second.is_old = list(crash.is_old)
+        if second.now <= opened:
+            yield wrong(second, least, most, rng)
+            continue
+        least = run.acknowledged_at(second.now) or numbers
+        yield wrong(second, least, run.appended_at(second.now), rng)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_crash_state(count):
+    seen = list(crashes(count, seed=count, subsets=5, again=0.05))
+    assert len(seen) > 200
+    assert not any(seen), next(each for each in seen if each)
+
+
+@pytest.mark.soak
+def test_crash_states_long():
+    wanted = int(os.environ.get("VHDX_TEST_STATES", "100000"))
+    seen = 0
+    for seed in range(1 << 30):
+        for failure in crashes(random.Random(seed).choice([1, 2, 3, 3, 5]), 1000 + seed, subsets=12):
+            assert failure is None, (seed, failure)
+            seen += 1
+        if seen >= wanted:
+            break
+    print(seen, "crash states")
+
+
+@pytest.mark.parametrize("site", ["checkpoint", "superblock", "commit"])
+def test_each_barrier_is_needed(site):
+    for seed in range(40):
+        for failure in crashes(3 if seed % 2 else 1, seed, subsets=6, without=site, again=0.2):
+            if failure is not None:
+                return
+    pytest.fail(f"without the barrier {site!r} nothing went wrong")
+
+
+def interrupted_recovery(*, promise_lasts: bool) -> list[bool]:
+    """Whether a commit survives that followed an interrupted recovery, by who is there afterwards.
+
+    Member 0 alone has the last commit, which was never acknowledged. A recovery by all three makes
+    it part of its checkpoint, and is interrupted when only member 0 has that. Members 1 and 2 have
+    the promise, unless its barrier did nothing. They recover without member 0, and commit.
+    """
+    leaves = [plane.Memory(REGION) for _ in range(3)]
+    holds = [plane.Injector(leaf, plane.Pool()) for leaf in leaves]
+    ledger = Ledger.create(members(holds), POOL)
+    for hold in holds[1:]:
+        hold.set(fail=[plane.Operation.WRITE])
+    ledger.append(ADDED, packed([1]))
+    with pytest.raises(PoisonedError):
+        ledger.commit()
+    kept = {i: leaves[i].read(REGION, 0) for i in (1, 2)}
+
+    class Interrupted(Ledger):
+        def _make_durable(self, sides, what):
+            done = super()._make_durable(sides, what)
+            if what == "promise" and promise_lasts:
+                kept.update({i: leaves[i].read(REGION, 0) for i in (1, 2)})
+            return done
+
+    Interrupted.recover(members(leaves), POOL).ledger.close()
+    for i in (1, 2):
+        leaves[i].write(kept[i], 0)
+    second = Ledger.recover(members(leaves[1:]), POOL)
+    second.ledger.append(ADDED, packed([2]))
+    second.ledger.commit()
+    second.ledger.close()
+    orders = [[0, 1], [1, 0], [0, 2], [2, 0], [0, 1, 2], [2, 1, 0]]
+    return [folded(Ledger.read(members([leaves[i] for i in each]))) == [2] for each in orders]
+
+
+def test_an_interrupted_recovery_never_shares_its_term():
+    assert all(interrupted_recovery(promise_lasts=True))
+    assert not all(interrupted_recovery(promise_lasts=False))

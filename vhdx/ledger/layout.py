@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: MIT
+"""What a ledger looks like on a device: superblocks, areas, groups of records. No I/O.
+
+A ledger has a region of each member device. The region begins with two superblocks of 4 KiB, which
+are written in turn. Two areas follow, which also take turns. The current area begins with a
+checkpoint: records that stand for everything before. Groups of records that were committed since
+follow it. All numbers are little-endian.
+
+Superblock (4096 bytes)::
+
+    0  signature "vlsb"          4  CRC-32C of all, this field zero
+    8  version (1)              12  index of this member in the list
+   16  ledger (UUID)            32  number: one more than that of the last superblock
+   40  promised: a term         48  term of the current area
+   56  sequence of the first group of the current area
+   64  bytes of an area         72  current area, 0 or 1
+   76  count of members         80  members (UUID each, at most 251)
+
+Group (a multiple of 4096 bytes, at a multiple of 4096)::
+
+    0  signature "vlgr"          4  CRC-32C of all, this field zero
+    8  bytes of the group       12  bytes of its records
+   16  ledger (UUID)            32  term
+   40  sequence                 48  flags: 1 part of a checkpoint, 2 its end
+   52  CRC-32C of the group before it in the area, or 0
+   56  records: kind (u32), bytes (u32), payload, zeros up to a multiple of 8
+
+Recovery. A superblock counts if its checksum is right and its version is known; of the two, that with
+the higher number. The area is then read from its start up to the first group that is damaged, belongs
+to another ledger or term, is not the next in sequence, or does not name the checksum of the group
+before it. Groups are never overwritten while their area is current, so a commit that was interrupted
+damages nothing but itself. See :mod:`vhdx.ledger.ledger` for several members.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+from uuid import UUID
+
+from vhdx import plane
+from vhdx.errors import InvalidArgumentError
+from vhdx.format.checksum import seal, verify
+from vhdx.units import MIB, round_up
+
+__all__ = [
+    "BLOCK",
+    "LARGEST_RECORD",
+    "MOST_MEMBERS",
+    "SMALLEST_REGION",
+    "Group",
+    "Member",
+    "Record",
+    "Superblock",
+    "area_length",
+    "area_offset",
+    "pack_groups",
+    "parse_groups",
+    "parse_superblock",
+]
+
+BLOCK = 4096
+SMALLEST_REGION = 4 * BLOCK
+LARGEST_RECORD = MIB
+MOST_MEMBERS = (BLOCK - 80) // 16
+_LARGEST_GROUP = 2 * MIB
+_VERSION = 1
+_SUPERBLOCK = struct.Struct("<4sIII16sQQQQQII")
+_GROUP = struct.Struct("<4sIII16sQQII")
+_RECORD = struct.Struct("<II")
+_CHECKPOINT, _END = 1, 2
+
+
+class Member(NamedTuple):
+    """The part of a device that a ledger uses.
+
+    Attributes:
+        device: the device.
+        offset: bytes, a multiple of 4096.
+        length: bytes, at least 16 KiB.
+    """
+
+    device: plane.Device
+    offset: int
+    length: int
+
+
+class Record(NamedTuple):
+    """What an owner of a ledger records.
+
+    Attributes:
+        kind: the owner's, 0 to 2**32 - 1.
+        payload: at most 1 MiB.
+    """
+
+    kind: int
+    payload: bytes
+
+
+@dataclass(frozen=True)
+class Superblock:
+    """Where a member's records are, and which term it has promised to wait for."""
+
+    ledger: UUID
+    members: tuple[UUID, ...]
+    index: int
+    number: int
+    promised: int
+    term: int
+    first: int
+    area: int
+    area_length: int
+
+    def pack(self) -> bytes:
+        """The block as written."""
+        head = _SUPERBLOCK.pack(
+            b"vlsb", 0, _VERSION, self.index, self.ledger.bytes, self.number, self.promised,
+            self.term, self.first, self.area_length, self.area, len(self.members),
+        )  # fmt: skip
+        block = bytearray(head + b"".join(m.bytes for m in self.members))
+        block.extend(bytes(BLOCK - len(block)))
+        seal(block)
+        return bytes(block)
+
+
+def parse_superblock(block: bytes, region: int) -> Superblock | None:
+    """The superblock, or None if this is none, or one that this version cannot use.
+
+    Args:
+        block: 4096 bytes.
+        region: bytes of the member's region.
+    """
+    fields = _SUPERBLOCK.unpack_from(block)
+    signature, _, version, index, ledger, number, promised, term, first, length, area, count = fields
+    if signature != b"vlsb" or version != _VERSION or not verify(block):
+        return None
+    if area > 1 or not 1 <= count <= MOST_MEMBERS or index >= count or length != area_length(region):
+        return None
+    raw = [block[80 + 16 * i : 96 + 16 * i] for i in range(count)]
+    members = tuple(UUID(bytes=each) for each in raw)
+    return Superblock(UUID(bytes=ledger), members, index, number, promised, term, first, area, length)
+
+
+def area_length(region: int) -> int:
+    """Bytes of each of the two areas in a region of so many bytes."""
+    return (region - 2 * BLOCK) // 2 // BLOCK * BLOCK
+
+
+def area_offset(area: int, length: int) -> int:
+    """Where an area begins in the region."""
+    return 2 * BLOCK + area * length
+
+
+@dataclass(frozen=True)
+class Group:
+    """Records that became durable together."""
+
+    term: int
+    sequence: int
+    records: tuple[Record, ...]
+    ends_checkpoint: bool
+    checksum: int
+    length: int
+
+
+def pack_groups(
+    records: Iterable[Record],
+    *,
+    ledger: UUID,
+    term: int,
+    sequence: int,
+    before: int,
+    is_checkpoint: bool,
+) -> tuple[bytes, int, int]:
+    """Groups that hold the records; one without records for an empty checkpoint.
+
+    Args:
+        records: in order.
+        ledger: its UUID.
+        term: of the area.
+        sequence: of the first group.
+        before: the checksum of the group before it in the area, or 0.
+        is_checkpoint: these groups are a checkpoint.
+
+    Returns:
+        Their bytes, the sequence after them, and the checksum of the last.
+    """
+    bodies = list(_bodies(records)) or ([b""] if is_checkpoint else [])
+    parts = []
+    for number, body in enumerate(bodies):
+        flags = (_CHECKPOINT if is_checkpoint else 0) | (
+            _END if is_checkpoint and number == len(bodies) - 1 else 0
+        )
+        length = round_up(_GROUP.size + len(body), BLOCK)
+        head = _GROUP.pack(b"vlgr", 0, length, len(body), ledger.bytes, term, sequence, flags, before)
+        group = bytearray(head + body)
+        group.extend(bytes(length - len(group)))
+        seal(group)
+        before = int.from_bytes(group[4:8], "little")
+        sequence += 1
+        parts.append(bytes(group))
+    return b"".join(parts), sequence, before
+
+
+def _bodies(records: Iterable[Record]) -> Iterator[bytes]:
+    body = bytearray()
+    for record in records:
+        packed = _pack_record(record)
+        if body and len(body) + len(packed) > _LARGEST_GROUP - _GROUP.size:
+            yield bytes(body)
+            body.clear()
+        body.extend(packed)
+    if body:
+        yield bytes(body)
+
+
+def _pack_record(record: Record) -> bytes:
+    if not 0 <= record.kind < 1 << 32 or len(record.payload) > LARGEST_RECORD:
+        raise InvalidArgumentError("a record has a kind of 32 bits and at most 1 MiB")
+    head = _RECORD.pack(record.kind, len(record.payload))
+    return head + record.payload + bytes(-len(record.payload) % 8)
+
+
+def parse_groups(area: bytes, superblock: Superblock) -> list[Group]:
+    """The groups of an area that count. Empty if its checkpoint is not whole."""
+    found: list[Group] = []
+    at, before, sequence = 0, 0, superblock.first
+    while (group := _parse_group(area, at, superblock, sequence, before)) is not None:
+        found.append(group)
+        at, before, sequence = at + group.length, group.checksum, sequence + 1
+    return found if any(group.ends_checkpoint for group in found) else []
+
+
+def _parse_group(
+    area: bytes, at: int, superblock: Superblock, sequence: int, before: int
+) -> Group | None:
+    if at + BLOCK > len(area):
+        return None
+    signature, checksum, length, used, ledger, term, number, flags, previous = _GROUP.unpack_from(
+        area, at
+    )
+    if signature != b"vlgr" or ledger != superblock.ledger.bytes or term != superblock.term:
+        return None
+    if number != sequence or previous != before or length % BLOCK or not 0 < length <= len(area) - at:
+        return None
+    if used > length - _GROUP.size or not verify(area[at : at + length]):
+        return None
+    records = _parse_records(area[at + _GROUP.size : at + _GROUP.size + used])
+    return (
+        None
+        if records is None
+        else Group(term, sequence, records, bool(flags & _END), checksum, length)
+    )
+
+
+def _parse_records(body: bytes) -> tuple[Record, ...] | None:
+    found, at = [], 0
+    while at < len(body):
+        if len(body) - at < _RECORD.size:
+            return None
+        kind, length = _RECORD.unpack_from(body, at)
+        start, at = at + _RECORD.size, round_up(at + _RECORD.size + length, 8)
+        if at > len(body):
+            return None
+        found.append(Record(kind, body[start : start + length]))
+    return tuple(found)

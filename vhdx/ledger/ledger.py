@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: MIT
+"""A ledger: records, committed to more than half of its members, and read back after a crash.
+
+Members. A commit is one write and one barrier on each member, on all at once. It succeeds when more
+than half of all members have it. A member that fails is left out until the next checkpoint. So any
+set of more than half of the members includes one that has everything that was committed.
+
+Terms. A recovery takes what the member with the highest (term, sequence) has. That may include a last
+commit that never succeeded. The recovery must then win against members that were away, and against a
+recovery that was itself interrupted. So it first makes more than half of the members *promise* a new
+term, higher than every promise that they had made, and then writes a checkpoint of that term to all
+of them. Two recoveries never share a term, because each set of more than half has a member in common
+with every other (L. Lamport, "Paxos Made Simple", 2001: a term is a proposal number).
+
+Checkpoints. The records of an area can be replaced by others that stand for the same state. They go
+to the area that is not in use; when they are durable, a superblock makes that area the current one.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+from uuid import UUID, uuid4
+
+from vhdx import plane
+from vhdx.errors import ClosedError, InvalidArgumentError, NoSpaceError, PoisonedError, VhdxError
+from vhdx.ledger.layout import (
+    BLOCK,
+    MOST_MEMBERS,
+    SMALLEST_REGION,
+    Member,
+    Record,
+    Superblock,
+    area_length,
+    pack_groups,
+)
+from vhdx.ledger.members import Side, do_on_all, read_members
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+__all__ = ["Ledger", "Recovered"]
+
+
+class Recovered(NamedTuple):
+    """What a recovery found.
+
+    Attributes:
+        ledger: ready for new records.
+        records: everything that was committed, in order, since and including the last checkpoint.
+        out_of_step: indexes of members that are away, failed, or had missed commits. Those that are
+            there have everything again.
+    """
+
+    ledger: Ledger
+    records: list[Record]
+    out_of_step: list[int]
+
+
+class Ledger:
+    """Records on one or several devices; see the module for the rules.
+
+    Every method may be called from any thread. ``append`` is quick; ``commit`` and ``checkpoint``
+    wait for the disks. Use :meth:`create` and :meth:`recover`.
+
+    Attributes:
+        identity: the ledger's UUID.
+    """
+
+    def __init__(self, sides: list[Side], pool: plane.Pool) -> None:
+        first = sides[0].superblock
+        self.identity = first.ledger
+        self._count = len(first.members)
+        self._sides, self._pool = sides, pool
+        self._term, self._sequence, self._before, self._tail = first.term, first.first, 0, 0
+        self._lock = threading.Lock()  # the fields below; never held across I/O
+        self._changed = threading.Condition(self._lock)
+        self._pending: list[Record] = []
+        self._appended = self._durable = 0  # records
+        self._writes = False  # a commit or checkpoint is under way
+        self._ended: VhdxError | None = None
+
+    # ---- the beginning ----
+
+    @classmethod
+    def create(
+        cls,
+        members: Sequence[Member],
+        pool: plane.Pool,
+        *,
+        identity: UUID | None = None,
+        names: Sequence[UUID] | None = None,
+    ) -> Ledger:
+        """Makes a new, empty ledger; what the regions held is lost.
+
+        Args:
+            members: 1 to 251 regions on different devices.
+            pool: lends threads for I/O to several members at once.
+            identity: the ledger's UUID; random if None.
+            names: the members' UUIDs; random if None.
+
+        Raises:
+            InvalidArgumentError: a region is too small or not aligned, or there are too many.
+            VhdxError: a member cannot be written.
+        """
+        if not 1 <= len(members) <= MOST_MEMBERS:
+            raise InvalidArgumentError(f"a ledger has 1 to {MOST_MEMBERS} members")
+        for member in members:
+            if member.length < SMALLEST_REGION or member.offset % BLOCK:
+                raise InvalidArgumentError(
+                    f"the region of a ledger has at least {SMALLEST_REGION} bytes and begins at a "
+                    f"multiple of {BLOCK}",
+                    path=member.device.path,
+                )
+        uuids = tuple(names) if names is not None else tuple(uuid4() for _ in members)
+        ledger_uuid = identity or uuid4()
+        sides = [
+            Side(
+                member,
+                Superblock(ledger_uuid, uuids, index, 0, 1, 1, 0, 1, area_length(member.length)),
+            )
+            for index, member in enumerate(members)
+        ]
+        ledger = cls(sides, pool)
+        for block in range(2):
+            offsets = [side.member.offset + block * BLOCK for side in sides]
+            do_on_all(pool, sides, plane.Operation.WRITE, offsets, bytes(BLOCK))
+        ledger._write_checkpoint([], 1)
+        for side in sides:
+            if side.error is not None:
+                raise side.error
+        return ledger
+
+    @classmethod
+    def recover(
+        cls, members: Sequence[Member], pool: plane.Pool, *, identity: UUID | None = None
+    ) -> Recovered:
+        """Opens a ledger, also after a crash, and writes a checkpoint of what was found.
+
+        Args:
+            members: those that are there, in any order.
+            pool: as for :meth:`create`.
+            identity: the UUID that the ledger must have; any if None.
+
+        Raises:
+            DamagedError: no member has a ledger, they are of several ledgers, or one is there twice.
+            HostIOError: reason NO_QUORUM: half of the members or more are away.
+        """
+        found = read_members(members, identity)
+        sides = [side for side, _ in found]
+        ledger = cls(sides, pool)
+        ledger._promise(max(side.superblock.promised for side in sides) + 1)
+        best = max(
+            (groups for side, groups in found if side.in_step),
+            key=lambda groups: (groups[0].term, groups[-1].sequence),
+        )
+        behind = {
+            side.superblock.index
+            for side, groups in found
+            if (groups[0].term, groups[-1].sequence) != (best[0].term, best[-1].sequence)
+        }
+        records = [record for group in best for record in group.records]
+        ledger._sequence = best[-1].sequence + 1
+        ledger._write_checkpoint(records, sides[0].superblock.promised)
+        present = {side.superblock.index for side in sides if side.in_step}
+        out = sorted((set(range(ledger._count)) - present) | behind)
+        return Recovered(ledger, records, out)
+
+    @staticmethod
+    def read(members: Sequence[Member], *, identity: UUID | None = None) -> list[Record]:
+        """What :meth:`recover` would find; changes nothing, and raises what it raises."""
+        best = max(
+            (groups for _, groups in read_members(members, identity)),
+            key=lambda groups: (groups[0].term, groups[-1].sequence),
+        )
+        return [record for group in best for record in group.records]
+
+    # ---- records ----
+
+    @property
+    def room(self) -> int:
+        """Bytes of commits that fit before the next checkpoint; each takes a multiple of 4096."""
+        return self._capacity() - self._tail
+
+    @property
+    def out_of_step(self) -> list[int]:
+        """Indexes of members that failed, or that were away at the recovery."""
+        present = {side.superblock.index for side in self._sides if side.in_step}
+        return sorted(set(range(self._count)) - present)
+
+    def append(self, kind: int, payload: bytes) -> None:
+        """Adds a record; it is durable when a later :meth:`commit` returns.
+
+        A crash leaves the records of a commit up to one of them, each whole or not at all.
+        """
+        record = Record(kind, bytes(payload))
+        pack_groups([record], ledger=self.identity, term=0, sequence=0, before=0, is_checkpoint=False)
+        with self._lock:
+            self._check_locked()
+            self._pending.append(record)
+            self._appended += 1
+
+    def commit(self) -> None:
+        """Makes all records that were appended durable; callers that wait share a commit.
+
+        Raises:
+            NoSpaceError: they do not fit; they stay appended. Write a checkpoint.
+            PoisonedError: too few members have them. Whether they last is open until a recovery.
+        """
+        with self._lock:
+            wanted = self._appended
+            while self._writes and self._durable < wanted and self._ended is None:
+                self._changed.wait()
+            if self._durable >= wanted:
+                return
+            self._check_locked()
+            records, upto = self._pending, self._appended
+            self._pending, self._writes = [], True
+        try:
+            self._write_commit(records)
+        except BaseException:
+            with self._lock:
+                self._pending[:0] = records
+            raise
+        else:
+            with self._lock:
+                self._durable = max(self._durable, upto)
+        finally:
+            self._end_writing()
+
+    def checkpoint(self, parts: Iterable[tuple[int, bytes]]) -> None:
+        """Replaces all records by ``parts``, which stand for all records appended so far.
+
+        Raises:
+            NoSpaceError: they do not fit; nothing was changed.
+            PoisonedError: as for :meth:`commit`.
+        """
+        with self._lock:
+            while self._writes and self._ended is None:
+                self._changed.wait()
+            self._check_locked()
+            covered, upto = self._pending, self._appended
+            self._pending, self._writes = [], True
+        try:
+            self._write_checkpoint([Record(kind, payload) for kind, payload in parts], self._term)
+        except BaseException:
+            with self._lock:
+                self._pending[:0] = covered
+            raise
+        else:
+            with self._lock:
+                self._durable = max(self._durable, upto)
+        finally:
+            self._end_writing()
+
+    def close(self) -> None:
+        """Ends the ledger; what was appended and not committed is lost. The devices stay open."""
+        with self._lock:
+            while self._writes:
+                self._changed.wait()
+            self._ended = self._ended or ClosedError("the ledger was closed")
+            self._changed.notify_all()
+
+    # ---- writing; one thread at a time ----
+
+    def _check_locked(self) -> None:
+        if self._ended is not None:
+            raise type(self._ended)(self._ended.message, reason=self._ended.reason)
+
+    def _end_writing(self) -> None:
+        with self._lock:
+            self._writes = False
+            self._changed.notify_all()
+
+    def _in_step(self) -> list[Side]:
+        return [side for side in self._sides if side.in_step]
+
+    def _capacity(self) -> int:
+        return min(side.superblock.area_length for side in self._in_step() or self._sides)
+
+    def _make_durable(self, sides: list[Side], what: str) -> list[Side]:
+        """A barrier on those that are in step; returns those where it succeeded."""
+        del what  # which barrier it is, for tests
+        sides = [side for side in sides if side.in_step]
+        do_on_all(self._pool, sides, plane.Operation.FLUSH, [0] * len(sides))
+        return [side for side in sides if side.in_step]
+
+    def _need_most(self, sides: list[Side]) -> None:
+        if 2 * len(sides) > self._count:
+            return
+        errors = [side.error for side in self._sides if side.error is not None]
+        with self._lock:
+            self._ended = PoisonedError(
+                f"only {len(sides)} of {self._count} members could be written; more than half must"
+                f" be: {errors[0] if errors else 'the others are away'}"
+            )
+        raise self._ended
+
+    def _write_commit(self, records: list[Record]) -> None:
+        data, sequence, before = pack_groups(
+            records,
+            ledger=self.identity,
+            term=self._term,
+            sequence=self._sequence,
+            before=self._before,
+            is_checkpoint=False,
+        )
+        if self._tail + len(data) > self._capacity():
+            raise NoSpaceError("the ledger is full", hint="write a checkpoint")
+        sides = self._in_step()
+        offsets = [side.offset_in(side.superblock.area, self._tail) for side in sides]
+        do_on_all(self._pool, sides, plane.Operation.WRITE, offsets, data)
+        self._need_most(self._make_durable(sides, "commit"))
+        self._tail += len(data)
+        self._sequence, self._before = sequence, before
+
+    def _write_checkpoint(self, records: list[Record], term: int) -> None:
+        data, sequence, before = pack_groups(
+            records,
+            ledger=self.identity,
+            term=term,
+            sequence=self._sequence,
+            before=0,
+            is_checkpoint=True,
+        )
+        sides = [s for s in self._sides if s.member.device.state == 0]
+        if len(data) > min((s.superblock.area_length for s in sides), default=0):
+            raise NoSpaceError("the checkpoint does not fit into the ledger")
+        for side in sides:
+            side.in_step = True  # one that failed may be back
+        offsets = [side.offset_in(side.inactive, 0) for side in sides]
+        do_on_all(self._pool, sides, plane.Operation.WRITE, offsets, data)
+        sides = self._make_durable(sides, "checkpoint")
+        self._need_most(sides)
+        for side in sides:
+            side.superblock = replace(
+                side.superblock, term=term, first=self._sequence, area=side.inactive
+            )
+        self._need_most(self._write_superblocks(sides, "superblock"))
+        self._term, self._tail = term, len(data)
+        self._sequence, self._before = sequence, before
+
+    def _write_superblocks(self, sides: list[Side], what: str) -> list[Side]:
+        """Writes each over the older one of its member; returns those where it is durable."""
+        for side in sides:
+            side.superblock = replace(side.superblock, number=side.superblock.number + 1)
+            at = side.member.offset + side.superblock.number % 2 * BLOCK
+            packed = side.superblock.pack()
+            do_on_all(self._pool, [side], plane.Operation.WRITE, [at], packed)
+        return self._make_durable(sides, what)
+
+    def _promise(self, term: int) -> None:
+        for side in self._sides:
+            side.superblock = replace(side.superblock, promised=term)
+        self._need_most(self._write_superblocks(self._sides, "promise"))
