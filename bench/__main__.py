@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""``python -m bench nbd|api|stall|chain|convert|qos|start|mount [--quick]``: measures and reports.
+"""Measures and reports: ``python -m bench nbd|api|stall|chain|convert|qos|start|mount|stack``.
 
-Prints a table and writes JSON and Markdown.
+``--quick`` gives a first look. Prints a table and writes JSON and Markdown.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import api, chain, convert, mount, nbd, qos, stall, start
+from bench import api, chain, convert, mount, nbd, qos, stack, stall, start
 from bench.conditions import Places, machine
 
 HERE = Path(__file__).parent
 BENCHMARKS = {
     "nbd": nbd, "api": api, "stall": stall, "chain": chain, "convert": convert, "qos": qos,
-    "start": start, "mount": mount,
+    "start": start, "mount": mount, "stack": stack,
 }  # fmt: skip
 
 
