@@ -26,7 +26,8 @@ enum vx_kind { VX_ASK, VX_HOLE, VX_DATA, VX_SHARED, VX_MIXED, ... };
 enum vx_map_flag { VX_MAP_IN_PLACE, VX_MAP_READ_ONLY, VX_MAP_GATED, VX_MAP_TRANSPARENT,
                    VX_MAP_COMMITS_BELOW, VX_MAP_IDENTITY, ... };
 enum vx_grant_flag { VX_GRANT_FRESH, VX_GRANT_STALE, ... };
-enum vx_file_flag { VX_FILE_READ_ONLY, VX_FILE_SPARSE, VX_FILE_MEMORY, VX_FILE_ALLOCATE, ... };
+enum vx_file_flag { VX_FILE_READ_ONLY, VX_FILE_SPARSE, VX_FILE_MEMORY, VX_FILE_ALLOCATE,
+                    VX_FILE_FIXED, ... };
 enum vx_model_kind { VX_MODEL_HDD, VX_MODEL_SSD, VX_MODEL_NVME, ... };
 enum vx_limit_kind { VX_LIMIT_UNITS, VX_LIMIT_UNITS_READ, VX_LIMIT_UNITS_WRITTEN, VX_LIMIT_BYTES,
                      VX_LIMIT_BYTES_READ, VX_LIMIT_BYTES_WRITTEN, ... };

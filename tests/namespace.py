@@ -15,7 +15,7 @@ import random
 import stat
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.recording import Event, Window, apply, digest
@@ -32,18 +32,18 @@ class Change:
     event: Event | None = None
 
 
-@dataclass
-class Directory:
-    """A directory with what was done to it since recording began."""
+class Changes:
+    """What was done to the names and files of a directory since recording began.
 
-    path: Path
-    changes: list[Change] = field(default_factory=list)
-    now: int = 0
+    Args:
+        names: the inode of each name.
+        files: the content of each inode.
+    """
 
-    def __post_init__(self) -> None:
-        self.names = {p.name: p.stat().st_ino for p in self.path.iterdir()}
-        self.files = {p.stat().st_ino: p.read_bytes() for p in self.path.iterdir()}
-        self._known = set(self.files)
+    def __init__(self, names: dict[str, int], files: dict[int, bytes]) -> None:
+        self.names, self.files = names, files
+        self.changes: list[Change] = []
+        self.now = 0
         self._lock = threading.Lock()
 
     def note(self, kind: str, *names, inode: int = 0, event: Event | None = None) -> Event | None:
@@ -59,6 +59,66 @@ class Directory:
         with self._lock:
             self.now += 1
             event.end = self.now
+
+    # ---- crash states ----
+
+    def states(self, rng: random.Random, subsets: int) -> Iterator[tuple[int, dict[str, bytes]]]:
+        """The number of changes that had begun, and what is in the directory after a crash then."""
+        windows = {inode: Window(bytearray(data)) for inode, data in self.files.items()}
+        durable, pending = dict(self.names), []
+        seen: set[tuple] = set()
+        for number, change in enumerate(self.changes, 1):
+            event = change.event
+            if change.inode:  # a file may be written before it has a name
+                windows.setdefault(change.inode, Window(bytearray()))
+            if change.kind == "dirsync":
+                for each in pending:
+                    rename(durable, each)
+                pending = []
+                continue
+            if event is None:
+                pending.append(change)
+            elif event.kind == "flush":
+                windows[change.inode].pass_barrier(event)
+                continue
+            else:
+                windows[change.inode].doubtful.append(event)
+            for attempt in range(subsets + 2):
+                names = dict(durable)
+                taken = {0: 0, 1: len(pending)}.get(attempt, rng.randrange(len(pending) + 1))
+                for each in pending[:taken]:
+                    rename(names, each)
+                contents = {
+                    inode: self._content(windows[inode], rng, attempt) for inode in names.values()
+                }
+                key = tuple(sorted((n, digest(contents[i])) for n, i in names.items()))
+                if key not in seen:
+                    seen.add(key)
+                    yield number, {name: bytes(contents[i]) for name, i in names.items()}
+
+    @staticmethod
+    def _content(window: Window, rng: random.Random, attempt: int) -> bytearray:
+        data = bytearray(window.durable)
+        for event in window.doubtful:
+            whole = {0: 1.0, 1: 0.0}.get(attempt, rng.random())
+            if whole < 0.5:
+                apply(data, event)
+            elif whole < 0.75 and event.kind != "resize":
+                sectors = max(1, -(-event.length // 512))
+                apply(data, event, [rng.random() < 0.5 for _ in range(sectors)])
+        return data
+
+
+class Directory(Changes):
+    """A directory of the host."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        super().__init__(
+            {p.name: p.stat().st_ino for p in path.iterdir()},
+            {p.stat().st_ino: p.read_bytes() for p in path.iterdir()},
+        )
+        self._known = set(self.files)
 
     def mine(self, path) -> bool:
         return Path(os.path.abspath(os.fsdecode(path))).parent == self.path
@@ -112,54 +172,6 @@ class Directory:
         for event in (Event("write", 0, len(content), content), Event("flush")):
             self.note("file", inode=inode, event=event)
             self.end(event)
-
-    # ---- crash states ----
-
-    def states(self, rng: random.Random, subsets: int) -> Iterator[tuple[int, dict[str, bytes]]]:
-        """The number of changes that had begun, and what is in the directory after a crash then."""
-        windows = {inode: Window(bytearray(data)) for inode, data in self.files.items()}
-        durable, pending = dict(self.names), []
-        seen: set[tuple] = set()
-        for number, change in enumerate(self.changes, 1):
-            event = change.event
-            if change.kind == "dirsync":
-                for each in pending:
-                    rename(durable, each)
-                pending = []
-                continue
-            if event is None:
-                if change.kind == "create":
-                    windows[change.inode] = Window(bytearray())
-                pending.append(change)
-            elif event.kind == "flush":
-                windows[change.inode].pass_barrier(event)
-                continue
-            else:
-                windows[change.inode].doubtful.append(event)
-            for attempt in range(subsets + 2):
-                names = dict(durable)
-                taken = {0: 0, 1: len(pending)}.get(attempt, rng.randrange(len(pending) + 1))
-                for each in pending[:taken]:
-                    rename(names, each)
-                contents = {
-                    inode: self._content(windows[inode], rng, attempt) for inode in names.values()
-                }
-                key = tuple(sorted((n, digest(contents[i])) for n, i in names.items()))
-                if key not in seen:
-                    seen.add(key)
-                    yield number, {name: bytes(contents[i]) for name, i in names.items()}
-
-    @staticmethod
-    def _content(window: Window, rng: random.Random, attempt: int) -> bytearray:
-        data = bytearray(window.durable)
-        for event in window.doubtful:
-            whole = {0: 1.0, 1: 0.0}.get(attempt, rng.random())
-            if whole < 0.5:
-                apply(data, event)
-            elif whole < 0.75 and event.kind != "resize":
-                sectors = max(1, -(-event.length // 512))
-                apply(data, event, [rng.random() < 0.5 for _ in range(sectors)])
-        return data
 
 
 def rename(names: dict[str, int], change: Change) -> None:

@@ -279,6 +279,8 @@ static int file_resize(vx_device *device, uint64_t size)
     file_device *file = (file_device *)device;
     if (file->flags & VX_FILE_READ_ONLY)
         return VX_E_READONLY;
+    if (file->flags & VX_FILE_FIXED)
+        return size <= vx_device_size(device) ? VX_OK : VX_E_NOSPACE;
     int n;
     do
         n = ftruncate(file->fd, (off_t)size);

@@ -33,7 +33,8 @@ enum vx_file_flag {
     VX_FILE_READ_ONLY = 1,
     VX_FILE_SPARSE = 2,
     VX_FILE_MEMORY = 4,  /* a memory file system */
-    VX_FILE_ALLOCATE = 8 /* a new file that is written in bulk */
+    VX_FILE_ALLOCATE = 8, /* a new file that is written in bulk */
+    VX_FILE_FIXED = 16    /* a block device: it keeps its size; growing it finds no space */
 };
 
 /* Takes ownership of `fd`, even on failure (NULL: no memory). */

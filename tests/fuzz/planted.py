@@ -78,7 +78,7 @@ PLANTED: dict[str, list[tuple[str, str, str]]] = {
         ("vhdx/image/vhdx/checking.py", "return Overlay(leaf, log.patches_of(sequence), sequence.head.last_file_offset), sequence", "return Overlay(leaf, [], leaf.size), sequence"),
         ("vhdx/image/vhdx/checking.py", "if leaf.size < headers.HEADER_SECTION:", "if False:"),
         ("vhdx/image/vhdx/checking.py", "        if not item.is_user and item.guid in metadata.KNOWN\n", "        if item.guid in metadata.KNOWN and item.length < 8\n"),
-        ("vhdx/image/vhdx/checking.py", "host = open_host(path, write=False)", "host = open_host(path, write=True)\n    host.leaf.write(b\"v\", 520)"),
+        ("vhdx/image/vhdx/checking.py", "host = open_file(path, write=False)", "host = open_file(path, write=True)\n    host.leaf.write(b\"v\", 520)"),
     ],
     "repair": [
         ("vhdx/image/vhdx/repairing.py", "            undo_file.save(patch.offset, patch.length)\n", "            pass\n"),

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 import vhdx
+from tests import memory_place
 from tests.images import edit, edit_headers, read
 from tests.namespace import Directory, written
+from vhdx import place
 from vhdx.format import header
 from vhdx.image.vhd import image as vhd_image
 from vhdx.image.vhdx import allocator
@@ -228,6 +230,59 @@ def enumerate_states(tmp: Path, name: str, seed: int, subsets: int, every: int =
                 f"{directory.changes[number - 1]!r:.200}; {sorted(files)}"
             ) from error
     return count
+
+
+def enumerate_in_memory(tmp: Path, name: str, seed: int, subsets: int, every: int = 1) -> int:
+    """The same in a place in memory; what is there before is prepared on the host."""
+    prepare, work, after = STORIES[name]
+    host = tmp / "disks"
+    host.mkdir(parents=True)
+    story = Story(host, random.Random(seed))
+    prepare(story)
+    prepared = {p.name: p.read_bytes() for p in host.iterdir()}
+    directory = f"{memory_place.SCHEME}:/disks"
+    story.path = memory_place.PlacePath(directory)
+
+    def hold(files: dict[str, bytes]) -> memory_place.MemoryPlace:
+        made = memory_place.MemoryPlace(directory, files)
+        place.register(memory_place.SCHEME, made)
+        return made
+
+    there = hold(prepared)
+    changes = there.recording()
+    work(story)
+    hold(there.content())
+    after(story, story.path)
+    count = 0
+    for number, files in changes.states(random.Random(seed), subsets):
+        count += 1
+        if count % every:
+            continue
+        hold(files)
+        try:
+            after(story, story.path)
+        except Exception as error:
+            raise AssertionError(
+                f"{name}, seed {seed}, state {count}, after change {number}: "
+                f"{changes.changes[number - 1]!r:.200}; {sorted(files)}"
+            ) from error
+    return count
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_crash_states_of_names_in_another_place(fast_path, name):
+    every = 4 if name == "convert" else 1
+    assert enumerate_in_memory(fast_path, name, 1, subsets=1, every=every) > 4
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", STORIES)
+def test_crash_states_of_names_in_another_place_long(fast_path, name):
+    count = seed = 0
+    while count < 3000:
+        seed += 1
+        count += enumerate_in_memory(fast_path / str(seed), name, seed, subsets=12)
+    print(f"{name}: {count} states of {seed} runs")
 
 
 @pytest.mark.parametrize("name", STORIES)

@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vhdx import lazy
+from vhdx import lazy, place
 from vhdx.errors import InUseError, ProtocolError, Reason, VhdxError
 from vhdx.host.runtime import CONTROL_SUFFIX, is_alive, runtime_directories, runtime_directory
 
@@ -228,10 +229,8 @@ def servers(*, everywhere: bool = False) -> list[ServerInfo]:
 
 
 def _owners(path: str | os.PathLike[str], among: list[ServerInfo], *, by_name: bool) -> list[Owner]:
-    key: tuple[int, int] | None = None
-    with contextlib.suppress(OSError, ValueError):
-        status = os.stat(path)
-        key = status.st_dev, status.st_ino
+    importlib.import_module("vhdx.image.host")  # makes the host's files known; it takes a moment
+    key = place.key_of(path)
     name = os.path.abspath(os.fsdecode(path))
     return [
         Owner(server, export.name)

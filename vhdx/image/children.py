@@ -2,7 +2,8 @@
 """Finds the children of an image, so that a change of their parent can be refused.
 
 An image does not record its children. They are searched for in the image's own directory and at the
-paths in its hint. The hint is an extended attribute of the image's file; other programs ignore it.
+paths in its hint. The hint is the note that the place keeps with the image's file: on the host an
+extended attribute, which other programs ignore.
 What makes a file a child depends on the format; ``children.py`` of each format decides it.
 
 Hint (``user.vhdx.children``): ``vhdx children 1``, a space, the CRC-32C of the rest (8 hexadecimal
@@ -13,8 +14,6 @@ A path where no file exists is dropped when the next child is added.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib
 import logging
 import os
@@ -22,14 +21,13 @@ from pathlib import Path
 
 import google_crc32c
 
-from vhdx.image.attributes import OWN_PREFIX
+from vhdx import place
 
 __all__ = ["guard_replaced", "hinted", "note_child", "pack_hint", "parse_hint", "shown"]
 
 StrPath = str | os.PathLike[str]
 
 _log = logging.getLogger(__name__)
-_HINT = OWN_PREFIX + "children"
 _HEAD = b"vhdx children 1"
 _LARGEST_HINT = 2048  # ext4 has at most 4 KiB for all attributes of a file
 _FORMATS = ("vhdx.image.vhdx.children", "vhdx.image.vhd.children")
@@ -54,10 +52,7 @@ def parse_hint(value: bytes) -> list[str]:
 
 def hinted(path: StrPath) -> list[str]:
     """The paths in the hint of the image ``path``."""
-    try:
-        return parse_hint(os.getxattr(path, _HINT))
-    except OSError:
-        return []  # no hint, or no extended attributes
+    return parse_hint(place.of(path).note(place.spelled(path)))
 
 
 def note_child(path: StrPath, child: StrPath, *, of: StrPath | None = None) -> None:
@@ -68,18 +63,16 @@ def note_child(path: StrPath, child: StrPath, *, of: StrPath | None = None) -> N
         child: the child's path, now or later.
         of: the image's later path; ``path`` when None.
     """
-    name = os.path.realpath(child)
+    name = place.real(child)
+
+    def with_child(note: bytes) -> bytes:
+        kept = [each for each in parse_hint(note) if each != name and place.of(each).exists(each)]
+        return pack_hint([*kept, name])
+
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            with contextlib.suppress(OSError):  # some file systems do not support flock
-                fcntl.flock(fd, fcntl.LOCK_EX)
-            kept = [each for each in hinted(path) if each != name and os.path.lexists(each)]
-            os.setxattr(fd, _HINT, pack_hint([*kept, name]))
-        finally:
-            os.close(fd)
+        place.of(path).change_note(place.spelled(path), with_child)
     except OSError as error:
-        there = os.path.realpath(path if of is None else of)
+        there = place.real(path if of is None else of)
         if os.path.dirname(name) != os.path.dirname(there):
             _log.warning(
                 "%s: cannot record its child %s (%s), so changes to the parent will not be refused",
@@ -101,5 +94,5 @@ def guard_replaced(path: StrPath) -> None:
 
 def shown(child: Path, path: StrPath) -> str:
     """The path of ``child`` for messages: only its name if it is in the image's directory."""
-    beside = child.parent == Path(os.path.realpath(path)).parent
+    beside = child.parent == Path(place.real(path)).parent
     return child.name if beside else os.fspath(child)

@@ -25,6 +25,7 @@ from vhdx.image.vhdx import layout
 from vhdx.image.vhdx.engine import Engine
 from vhdx.image.vhdx.structure import read_structure
 from vhdx.interrupts import uninterruptible
+from vhdx.place import key_of, of, spelled
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def destination_format(path: StrPath, to: str | None) -> str:
             )
         return to
     found = format_of_name(path)
+    if found is None and of(path).is_device(spelled(path)):
+        return "raw"
     if found is None:
         raise InvalidArgumentError(
             "its name has no suffix of a known format", path=path, hint="specify --to"
@@ -89,7 +92,8 @@ def convert(
     Args:
         source: path of an image.
         destination: path of the new image; an existing file is refused unless ``force``.
-        to: "vhdx", "vhd" or "raw"; chosen by the destination's suffix when None.
+        to: "vhdx", "vhd" or "raw"; chosen by the destination's suffix when None, and raw on a block
+            device.
         format: format of the source, as in :func:`vhdx.open`.
         type: "dynamic" or "fixed", for VHDX and VHD.
         block_size, logical_sector_size, physical_sector_size: for VHDX; 32 MiB blocks and the
@@ -128,7 +132,10 @@ def convert(
         new_file(destination, force=force, sparse=sparse) as leaf,
     ):
         if target == "raw":
+            stale = min(leaf.size, disk.size)  # of a block device, which may hold anything
             leaf.resize(disk.size)
+            if stale > 0:
+                leaf.zero(0, disk.size)
             if not sparse:
                 reserve(leaf, 0, disk.size, sparse=True, progress=None, cancel=cancel)
             _Copy(disk, leaf, progress, cancel).run()
@@ -180,10 +187,8 @@ def convert(
 
 
 def _is_same_file(source: StrPath, destination: StrPath) -> bool:
-    try:
-        return os.path.samefile(source, destination)
-    except (OSError, ValueError):
-        return False  # one of them does not exist
+    key = key_of(source)
+    return key is not None and key == key_of(destination)
 
 
 def _fill_vhd(

@@ -10,12 +10,13 @@ from vhdx import lazy, plane
 from vhdx.errors import InvalidArgumentError, Reason, UnsupportedError, VhdxError
 from vhdx.image.disk import Disk
 from vhdx.image.formats import FORMATS, RAW_SUFFIXES
-from vhdx.image.host import HostFile, open_host
+from vhdx.image.host import open_file
 from vhdx.image.raw import RawImage
 from vhdx.image.vhd.footer import find_footer, has_footer
 from vhdx.image.vhdx.image import is_vhdx, open_vhdx
 from vhdx.image.vhdx.view import AS_SPECIFIED, View
 from vhdx.interrupts import uninterruptible
+from vhdx.place import ImageFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -78,7 +79,7 @@ def open_disk(
         raise InvalidArgumentError("a view allows only reading", path=path, hint='use "r"')
     if write:
         lazy.load_everything("vhdx.image")  # the disk may stay open across an upgrade
-    host = open_host(path, write=write, sparse=sparse)
+    host = open_file(path, write=write, sparse=sparse)
     raw = format == "raw" or (format is None and host.path.lower().endswith(RAW_SUFFIXES))
     pool = plane.shared_pool(plane.Level.IMAGE)
     if raw:
@@ -130,7 +131,7 @@ def open_disk(
     )
 
 
-def _looks(look: Callable[[plane.Device], _Found], host: HostFile) -> _Found:
+def _looks(look: Callable[[plane.Device], _Found], host: ImageFile) -> _Found:
     try:
         return look(host.leaf)
     except BaseException as error:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from vhdx import plane
+from vhdx import place, plane
 from vhdx.errors import MissingParentError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -55,12 +55,13 @@ class Missing:
 
 def existing(path: Path) -> Path | None:
     """The file of that name; if there is none, the only one that differs just in letter case."""
+    there = place.of(path)
     try:
-        if path.is_file():
+        if there.is_file(os.fspath(path)):
             return path
-        names = os.listdir(path.parent)
-    except (OSError, ValueError):  # names that this host cannot have
+        names = there.names(os.fspath(path.parent))
+    except (OSError, ValueError):  # names that this place cannot have
         return None
     same = [name for name in names if name.casefold() == path.name.casefold()]
     found = path.with_name(same[0]) if len(same) == 1 else None
-    return found if found is not None and found.is_file() else None
+    return found if found is not None and there.is_file(os.fspath(found)) else None

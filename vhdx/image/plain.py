@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from vhdx.image.contract import Compacted
-    from vhdx.image.host import HostFile
     from vhdx.interrupts import Progress
+    from vhdx.place import ImageFile
 
 __all__ = ["PlainImage"]
 
@@ -34,7 +34,7 @@ class PlainImage:
     physical_sector_size = 4096
     device: plane.Map
 
-    def __init__(self, host: HostFile, *, write: bool) -> None:
+    def __init__(self, host: ImageFile, *, write: bool) -> None:
         self.host = host
         self.path = host.path
         self.read_only = not write

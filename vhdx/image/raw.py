@@ -16,7 +16,7 @@ from vhdx.image.plain import PlainImage
 from vhdx.units import GIB
 
 if TYPE_CHECKING:
-    from vhdx.image.host import HostFile
+    from vhdx.place import ImageFile
 
 __all__ = ["RawImage"]
 
@@ -36,7 +36,7 @@ class RawImage(PlainImage):
     name = "raw"
 
     def __init__(
-        self, host: HostFile, *, write: bool, pool: plane.Pool, size: int | None = None
+        self, host: ImageFile, *, write: bool, pool: plane.Pool, size: int | None = None
     ) -> None:
         super().__init__(host, write=write)
         size = host.leaf.size if size is None else size

@@ -8,28 +8,25 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vhdx import plane
+from vhdx import place, plane
 from vhdx.errors import (
     ExistsError,
     HostIOError,
     InUseError,
     InvalidArgumentError,
-    NoSpaceError,
     NotFoundError,
     Reason,
     VhdxError,
 )
-from vhdx.image import lock
-from vhdx.image.attributes import check_owner, copy_attributes
 from vhdx.image.children import guard_replaced
-from vhdx.image.partial import create_partial
+from vhdx.image.names import host_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     StrPath = str | os.PathLike[str]
 
-__all__ = ["new_file", "rename_new", "sync_directory"]
+__all__ = ["new_file"]
 
 
 @contextlib.contextmanager
@@ -37,141 +34,86 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
     """A leaf over a new file that gets the name ``path`` when the block ends without an exception.
 
     The content and the name are durable afterwards. After an exception nothing is left behind. With
-    ``force`` an existing file is replaced; if ``path`` is a symbolic link, its target is replaced.
+    ``force`` an existing file is replaced; if ``path`` is a symbolic link, its target is replaced. A
+    block device cannot be replaced: with ``force`` its content is written over, and it is lost after
+    an exception.
 
     Raises:
         ExistsError: ``path`` exists already and ``force`` is not set.
         InUseError: the existing file is open, or another image is based on it.
         NotFoundError, NoSpaceError, HostIOError: the file cannot be made.
     """
-    guard: int | None = None
-    try:
-        _refuse_deleted(path)
-        target = Path(os.path.realpath(path)) if force else Path(path)
-        guard = _guard_target(target, force=force)
-        temporary, fd = create_partial(target)
-    except BaseException as error:
-        if guard is not None:
-            os.close(guard)
-        if isinstance(error, VhdxError):
+    there, name = place.of(path), place.spelled(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            _refuse_deleted(there, name)
+            target = there.real(name) if force else name
+            replaces = there.exists(target)
+            if replaces:
+                stack.enter_context(_guarded(there, target, force=force))
+            draft = (
+                there.overwrite(target, sparse=sparse)
+                if replaces and there.is_device(target)
+                else there.draft(target, sparse=sparse, bulk=True)
+            )
+        except VhdxError:
             raise
-        if isinstance(error, FileNotFoundError):
+        except FileNotFoundError as error:
             raise NotFoundError("there is no such directory", path=path) from error
-        if isinstance(error, ValueError):
+        except ValueError as error:
             raise InvalidArgumentError("no file can have this name", path=path) from error
-        if isinstance(error, OSError):
-            raise _host_error(error, path) from error
-        raise
-    try:
-        leaf = plane.File(fd, 0, read_only=False, sparse=sparse, bulk=True, path=os.fspath(path))
-    except BaseException:
-        os.close(fd)
-        temporary.unlink()
-        if guard is not None:
-            os.close(guard)
-        raise
-    try:
-        if guard is not None:
-            copy_attributes(target, fd)
+        except OSError as error:
+            raise host_error(error, path) from error
+        stack.callback(draft.file.close)
+        stack.callback(draft.discard)
+        leaf = draft.file.leaf
+        leaf.path = os.fspath(path)
+        if replaces:
+            draft.keep_attributes(target)
         yield leaf
         leaf.flush()
         try:
-            if force:
-                temporary.replace(target)
-            else:
-                rename_new(temporary, target)
-            sync_directory(target.parent)
+            draft.take(target, replace=force)
+            there.sync(os.fspath(Path(target).parent))
         except FileExistsError as error:
             raise _exists(path) from error
         except OSError as error:
-            raise error if isinstance(error, VhdxError) else _host_error(error, path) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        leaf.close()
-        if guard is not None:
-            os.close(guard)
+            raise error if isinstance(error, VhdxError) else host_error(error, path) from error
 
 
-def _refuse_deleted(path: StrPath) -> None:
+def _refuse_deleted(there: place.Place, name: str) -> None:
     """Refuses a deleted file, which a path such as /proc/self/fd/N can still lead to."""
     try:
-        links = os.stat(path).st_nlink
+        links = there.links(name)
     except (OSError, ValueError):
         return  # no such file exists, or the name is impossible
     if links == 0:
         raise InvalidArgumentError(
-            "the file was deleted, so there is no name that a new one could take", path=path
+            "the file was deleted, so there is no name that a new one could take", path=name
         )
 
 
-def _guard_target(target: Path, *, force: bool) -> int | None:
-    """Locks the file to be replaced, so that no open image is lost; returns its descriptor."""
-    if not os.path.lexists(target):
-        return None
+@contextlib.contextmanager
+def _guarded(there: place.Place, target: str, *, force: bool) -> Iterator[None]:
+    """Locks the file to be replaced, so that no open image is lost."""
+    if not force and there.is_device(target):
+        raise ExistsError(
+            "it is a block device", path=target, hint="--force (force=True) writes over its content"
+        )
     if not force:
         raise _exists(target)
-    if target.exists() and not target.is_file():
+    if place.key_of(target) is not None and not there.is_file(target):
         raise HostIOError("it is not a regular file", reason=Reason.NOT_A_FILE, path=target)
-    check_owner(target)
-    try:
-        fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
-    except PermissionError:
-        fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)  # the directory decides who replaces it
-    try:
+    there.check_replaceable(target)
+    with contextlib.ExitStack() as stack:
         try:
-            lock.acquire(fd, os.fspath(target), write=True)
+            stack.enter_context(there.guard(target))
         except InUseError:
             guard_replaced(target)  # if a child has it open, name the child
             raise
         guard_replaced(target)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def rename_new(temporary: Path, target: Path) -> None:
-    """Gives a file the name ``target``, which must be free; the temporary name may remain.
-
-    Raises:
-        FileExistsError: the name is taken.
-    """
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        raise
-    except OSError:
-        # A file system without hard links: a file that gets this name after the check is replaced.
-        # An incomplete file never has the name.
-        if os.path.lexists(target):
-            raise FileExistsError(target) from None
-        temporary.rename(target)
+        yield
 
 
 def _exists(path: StrPath) -> ExistsError:
     return ExistsError("it exists already", path=path, hint="remove it, or use --force (force=True)")
-
-
-def _host_error(error: OSError, path: StrPath) -> HostIOError | NoSpaceError:
-    """The exception for a failure that the host reported on ``path``."""
-    if error.errno == NoSpaceError.error_number:
-        return NoSpaceError("no space left on the host", path=path)
-    reason = Reason.PERMISSION if isinstance(error, PermissionError) else Reason.IO
-    return HostIOError((error.strerror or str(error)).lower(), reason=reason, path=path)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes the names in a directory durable.
-
-    Raises:
-        HostIOError: the sync failed, so it is unknown which names are durable.
-    """
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        raise _host_error(error, path) from error

@@ -67,6 +67,7 @@ class _Lib:
     VX_FILE_SPARSE: int
     VX_FILE_MEMORY: int
     VX_FILE_ALLOCATE: int
+    VX_FILE_FIXED: int
     VX_MODEL_HDD: int
     VX_MODEL_SSD: int
     VX_MODEL_NVME: int

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import threading
 import weakref
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vhdx.errors import HostIOError, RangeError, Reason, VhdxError
+from vhdx.errors import HostIOError, NoSpaceError, RangeError, Reason, VhdxError
 from vhdx.plane import failures, gil
 from vhdx.plane._native import ffi, lib
 
@@ -387,6 +388,9 @@ class File(Device):
         sparse: give trimmed and zeroed space back to the host.
         bulk: a new file that large writes will fill.
         path: the name in errors.
+
+    Attributes:
+        is_block_device: whether its size is fixed; then it may hold any data from the start.
     """
 
     def __init__(
@@ -404,9 +408,25 @@ class File(Device):
         flags |= lib.VX_FILE_SPARSE if sparse else 0
         flags |= lib.VX_FILE_MEMORY if memory else 0
         flags |= lib.VX_FILE_ALLOCATE if bulk and not memory else 0
+        self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+        flags |= lib.VX_FILE_FIXED if self.is_block_device else 0
         identity = failures.new_identity()
         super().__init__(lib.vx_file_create(fd, size, flags, identity), path)
         failures.register(identity, self)  # errors name this file
+
+    def resize(self, size: int) -> None:
+        """Changes the size to ``size`` bytes; a block device that is larger keeps its size.
+
+        Raises:
+            NoSpaceError: the block device is smaller.
+        """
+        if self.is_block_device and size > self.size:
+            raise NoSpaceError(
+                f"the block device has {self.size} bytes, and {size} are needed; it cannot grow",
+                path=self.path,
+                hint="use a larger device, or a file",
+            )
+        super().resize(size)
 
     @property
     def barriers(self) -> int:

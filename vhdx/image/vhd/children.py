@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 from vhdx.errors import DamagedError, InUseError, UnsupportedError, VhdxError
 from vhdx.format import vhd
-from vhdx.image.host import HostFile, open_host
+from vhdx.image.host import open_file
 from vhdx.image.vhd.footer import find_footer, known_footer
+from vhdx.place import ImageFile, of, real
 
 if TYPE_CHECKING:
     StrPath = str | os.PathLike[str]
@@ -19,18 +20,20 @@ if TYPE_CHECKING:
 __all__ = ["guard_parent", "guard_replaced"]
 
 
-def guard_parent(host: HostFile, footer: vhd.Footer) -> None:
+def guard_parent(host: ImageFile, footer: vhd.Footer) -> None:
     """Refuses to change an image that has a differencing child in its directory.
 
     Raises:
         InUseError: naming the child.
     """
-    here = Path(os.path.realpath(host.path)).parent
-    for path in sorted(here.iterdir()):
-        if path.suffix.lower() not in {".vhd", ".avhd"} or not path.is_file():
+    here = Path(real(host.path)).parent
+    there = of(host.path)
+    for name in sorted(there.names(os.fspath(here))):
+        path = here / name
+        if path.suffix.lower() not in {".vhd", ".avhd"} or not there.is_file(os.fspath(path)):
             continue
         try:
-            other = open_host(path, write=False, locked=False)
+            other = open_file(path, write=False, locked=False)
         except VhdxError:
             continue
         try:
@@ -60,7 +63,7 @@ def guard_replaced(path: StrPath) -> None:
         InUseError: naming the child.
     """
     try:
-        host = open_host(path, write=False, locked=False)
+        host = open_file(path, write=False, locked=False)
     except VhdxError:
         return
     try:

@@ -22,12 +22,12 @@ from vhdx.errors import (
     UnsupportedError,
 )
 from vhdx.format import vhd
-from vhdx.image.host import HostFile
 from vhdx.image.parents import Missing
 from vhdx.image.plain import PlainImage
 from vhdx.image.raw import RawImage
 from vhdx.image.reclaim import flush_soon
 from vhdx.image.vhd.table import ALIGNMENT, BlockTable, Survey
+from vhdx.place import ImageFile
 from vhdx.units import GIB, MIB, round_up
 
 __all__ = ["FixedVhd", "VhdImage"]
@@ -45,7 +45,7 @@ class FixedVhd(RawImage):
     name = "vhd"
     physical_sector_size = 512
 
-    def __init__(self, host: HostFile, footer: vhd.Footer, *, write: bool, pool: plane.Pool) -> None:
+    def __init__(self, host: ImageFile, footer: vhd.Footer, *, write: bool, pool: plane.Pool) -> None:
         size = footer.virtual_size
         if size + vhd.FOOTER_SIZE > host.leaf.size:
             raise DamagedError(
@@ -113,7 +113,7 @@ class VhdImage(PlainImage):
 
     def __init__(
         self,
-        host: HostFile,
+        host: ImageFile,
         footer: vhd.Footer,
         header: vhd.DynamicHeader,
         parent: PlainImage | None,

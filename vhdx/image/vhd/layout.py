@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from uuid import UUID, uuid4
 
-from vhdx.errors import InvalidArgumentError
+from vhdx.errors import InvalidArgumentError, UnsupportedError
 from vhdx.format import vhd
 from vhdx.image.replacing import new_file
 from vhdx.image.reserving import reserve
@@ -107,7 +107,16 @@ def write_vhd(
         allocate: allocate the space of a fixed image.
         disk_id: random when None.
         progress, cancel: called while a fixed image is allocated.
+
+    Raises:
+        UnsupportedError: the leaf is a block device.
     """
+    if leaf.size > 0:
+        raise UnsupportedError(
+            "a VHD ends with its footer, and a block device does not end there",
+            path=leaf.path,
+            hint="write a raw disk or a VHDX to the device, or the VHD to a file",
+        )
     footer = vhd.new_footer(size, _TYPES[type], uuid4() if disk_id is None else disk_id).pack()
     if type == "fixed":
         leaf.resize(size + vhd.FOOTER_SIZE)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +16,13 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.format import vhd
-from vhdx.image.host import HostFile, open_host
+from vhdx.image.host import open_file
 from vhdx.image.parents import existing
 from vhdx.image.plain import PlainImage
 from vhdx.image.vhd.children import guard_parent
 from vhdx.image.vhd.footer import known_footer
 from vhdx.image.vhd.image import FixedVhd, VhdImage
+from vhdx.place import ImageFile, real
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ _MOST_BLOCKS = 1 << 24
 
 
 def open_vhd(
-    host: HostFile,
+    host: ImageFile,
     footer: vhd.Footer,
     *,
     write: bool,
@@ -63,7 +63,7 @@ def open_vhd(
 
 
 def _open(
-    host: HostFile,
+    host: ImageFile,
     footer: vhd.Footer,
     write: bool,
     chain: bool,
@@ -140,8 +140,10 @@ def _refuse_disagreement(leaf: plane.Device, footer: vhd.Footer) -> None:
             )
 
 
-def _candidates(host: HostFile, header: vhd.DynamicHeader, search: tuple[str, ...]) -> Iterator[Path]:
-    here = Path(os.path.realpath(host.path)).parent
+def _candidates(
+    host: ImageFile, header: vhd.DynamicHeader, search: tuple[str, ...]
+) -> Iterator[Path]:
+    here = Path(real(host.path)).parent
     names = []
     for code, offset, length in header.locators:
         if offset + length > host.leaf.size:
@@ -159,7 +161,7 @@ def _candidates(host: HostFile, header: vhd.DynamicHeader, search: tuple[str, ..
 
 
 def _open_parent(
-    host: HostFile,
+    host: ImageFile,
     header: vhd.DynamicHeader,
     search: tuple[str, ...],
     pool: plane.Pool,
@@ -175,7 +177,7 @@ def _open_parent(
         if path is None:
             continue
         try:
-            below = open_host(path, write=False)
+            below = open_file(path, write=False)
         except NotFoundError:
             continue
         if below.key in seen:

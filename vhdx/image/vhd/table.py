@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from vhdx.image.host import HostFile
+    from vhdx.place import ImageFile
 
 __all__ = ["ALIGNMENT", "BlockTable", "Survey"]
 
@@ -61,7 +61,7 @@ class BlockTable:
         DamagedError: the table lies outside the file.
     """
 
-    def __init__(self, host: HostFile, footer: vhd.Footer, header: vhd.DynamicHeader) -> None:
+    def __init__(self, host: ImageFile, footer: vhd.Footer, header: vhd.DynamicHeader) -> None:
         self._path, self._leaf = host.path, host.leaf
         self._footer, self._header = footer, header
         self.block_size, self.size = header.block_size, footer.virtual_size

@@ -17,7 +17,7 @@ from vhdx.errors import DamagedError, Reason, UnsupportedError, VhdxError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.format.bat import BitmapState, BlockState, Geometry
-from vhdx.image.host import HostFile, open_host
+from vhdx.image.host import open_file
 from vhdx.image.vhdx.allocation import Taken, bat_runs, check_entries, is_payload, survey
 from vhdx.image.vhdx.image import open_vhdx
 from vhdx.image.vhdx.overlay import Overlay
@@ -25,6 +25,7 @@ from vhdx.image.vhdx.qemu_shifted_bat import find_shifted_pages
 from vhdx.image.vhdx.structure import Structure, active_sequence, find_refusals, read_structure
 from vhdx.image.vhdx.view import View
 from vhdx.interrupts import uninterruptible
+from vhdx.place import ImageFile
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ def check(path: str | PathLike[str]) -> Report:
         InUseError: it is open for writing.
         VhdxError: it cannot be read.
     """
-    host = open_host(path, write=False)
+    host = open_file(path, write=False)
     try:
         report = examine(host)
         if not report.errors:
@@ -122,11 +123,11 @@ def check(path: str | PathLike[str]) -> Report:
         host.close()
 
 
-def _parents(report: Report, host: HostFile) -> None:
+def _parents(report: Report, host: ImageFile) -> None:
     """Reports parents that are missing or do not fit."""
     try:
         open_vhdx(
-            open_host(host.path, write=False, locked=False),
+            open_file(host.path, write=False, locked=False),
             write=False,
             chain=True,
             parent_search=(),
@@ -139,7 +140,7 @@ def _parents(report: Report, host: HostFile) -> None:
             report.add(str(error.reason), WARNING, error.offset, error.message)
 
 
-def examine(host: HostFile) -> Report:
+def examine(host: ImageFile) -> Report:
     """Checks the image in ``host``."""
     report = Report(host.path)
     leaf = host.leaf
@@ -162,7 +163,7 @@ def examine(host: HostFile) -> Report:
     return report
 
 
-def _as_opened(report: Report, host: HostFile, structure: Structure) -> None:
+def _as_opened(report: Report, host: ImageFile, structure: Structure) -> None:
     """Reports errors that an open would raise and that were not found yet."""
     header = structure.header
     codes = {f.code for f in report.findings if f.severity == ERROR}
@@ -197,7 +198,7 @@ def _attempt(report: Report, read: Callable[[], _Result]) -> _Result | None:
         return None
 
 
-def _headers(report: Report, host: HostFile) -> headers.Header | None:
+def _headers(report: Report, host: ImageFile) -> headers.Header | None:
     copies = [
         headers.parse_header(host.leaf.read(headers.HEADER_SIZE, at), slot)
         for slot, at in enumerate(headers.HEADER_OFFSETS)
@@ -218,7 +219,7 @@ def _headers(report: Report, host: HostFile) -> headers.Header | None:
 
 
 def _log(
-    report: Report, host: HostFile, header: headers.Header
+    report: Report, host: ImageFile, header: headers.Header
 ) -> tuple[Overlay, log.Sequence | None]:
     leaf = host.leaf
     try:
@@ -327,7 +328,7 @@ def _metadata(
     )  # fmt: skip
 
 
-def _entries(report: Report, host: HostFile, structure: Structure) -> None:
+def _entries(report: Report, host: ImageFile, structure: Structure) -> None:
     size = structure.overlay.size
     taken, geometry = Taken(structure, size), structure.geometry
     shifted = _shifted(report, host, structure)
@@ -366,7 +367,7 @@ def _entries(report: Report, host: HostFile, structure: Structure) -> None:
         )
 
 
-def _shifted(report: Report, host: HostFile, structure: Structure) -> bool:
+def _shifted(report: Report, host: ImageFile, structure: Structure) -> bool:
     """Reports pages whose entries QEMU's bug 727 moved; returns whether there are any."""
     pages = find_shifted_pages(structure, host.leaf)
     for page in pages:

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING
 from vhdx.errors import InUseError, VhdxError
 from vhdx.format.header import SIGNATURE
 from vhdx.image.children import hinted, shown
-from vhdx.image.host import open_host
+from vhdx.image.host import open_file
 from vhdx.image.parents import existing
 from vhdx.image.partial import is_partial
 from vhdx.image.vhdx.parents import candidates
 from vhdx.image.vhdx.structure import Structure, read_structure
+from vhdx.place import key_of, of, real
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,18 +34,18 @@ _MOST_NEIGHBOURS = 4096
 
 def children_of(path: StrPath, structure: Structure) -> Iterator[Path]:
     """Images that are based on the image ``path``, whose structure is ``structure``."""
-    here = Path(os.path.realpath(path))
+    here = Path(real(path))
     try:
-        beside = sorted(os.listdir(here.parent))[:_MOST_NEIGHBOURS]
+        beside = sorted(of(here).names(os.fspath(here.parent)))[:_MOST_NEIGHBOURS]
     except OSError:
         beside = []
     places = [here.with_name(name) for name in beside if not is_partial(name)]
     seen = {os.fspath(here)}
     for place in [*places, *map(Path, hinted(here))]:
-        real = os.path.realpath(place)
-        if real in seen or not _looks_like_vhdx(place):
+        resolved = real(place)
+        if resolved in seen or not _looks_like_vhdx(place):
             continue
-        seen.add(real)
+        seen.add(resolved)
         if _is_based_on(place, here, structure):
             yield place
 
@@ -56,9 +57,9 @@ def _is_based_on(place: Path, here: Path, structure: Structure) -> bool:
         return False
     for candidate in candidates(str(place), found.parent, ()):
         parent = existing(candidate)
-        if parent is None or os.path.samefile(parent, place):
+        if parent is None or key_of(parent) == key_of(place):
             continue
-        if os.path.samefile(parent, here):
+        if key_of(parent) == key_of(here):
             return True
         other = _structure_of(parent)
         if other is not None and other.header.data_write_guid in found.parent.linkages:
@@ -68,7 +69,7 @@ def _is_based_on(place: Path, here: Path, structure: Structure) -> bool:
 
 def _structure_of(path: Path) -> Structure | None:
     try:
-        host = open_host(path, write=False, locked=False)
+        host = open_file(path, write=False, locked=False)
     except VhdxError:
         return None
     try:
@@ -81,10 +82,8 @@ def _structure_of(path: Path) -> Structure | None:
 
 def _looks_like_vhdx(path: Path) -> bool:
     try:
-        if not path.is_file():
-            return False
-        with path.open("rb") as file:
-            return file.read(len(SIGNATURE)) == SIGNATURE
+        there, name = of(path), os.fspath(path)
+        return there.is_file(name) and there.peek(name, len(SIGNATURE)) == SIGNATURE
     except (OSError, ValueError):
         return False
 

@@ -11,12 +11,13 @@ from vhdx.errors import InvalidArgumentError
 from vhdx.format import locator, metadata
 from vhdx.format.header import NIL
 from vhdx.image.children import note_child
-from vhdx.image.host import open_host
+from vhdx.image.host import open_file
 from vhdx.image.parents import existing
 from vhdx.image.replacing import new_file
 from vhdx.image.vhdx import layout
 from vhdx.image.vhdx.parents import candidates
 from vhdx.image.vhdx.structure import Structure, read_structure
+from vhdx.place import key_of, real
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -31,8 +32,8 @@ _LONGEST_CHAIN = 256
 
 def relative_windows_path(parent: StrPath, child: StrPath) -> str:
     r"""The parent's path seen from the child's directory, as Windows writes it (``.\\a.vhdx``)."""
-    here = Path(os.path.realpath(child)).parent
-    relative = Path(os.path.relpath(os.path.realpath(parent), here))
+    here = Path(real(child)).parent
+    relative = Path(os.path.relpath(real(parent), here))
     text = str(PureWindowsPath(*relative.parts))
     return text if text.startswith("..") else f".\\{text}"
 
@@ -64,7 +65,7 @@ def locator_for(
         again = None
     places = [] if again is None else candidates(os.fspath(child), again, ())
     # Readers parse the path as a Windows path, where backslash and colon have a special meaning.
-    if not places or os.path.realpath(places[0]) != os.path.realpath(parent):
+    if not places or real(places[0]) != real(parent):
         raise InvalidArgumentError(
             "this parent's name cannot be written into an image",
             path=parent,
@@ -105,7 +106,7 @@ def create_child(
         force: replace an existing file.
         windows_path: the parent's absolute path on a Windows host.
     """
-    host = open_host(parent, write=False)
+    host = open_file(parent, write=False)
     try:
         structure = read_structure(host)
         parameters = structure.parameters
@@ -124,7 +125,7 @@ def create_child(
             physical_sector_size=parameters.physical_sector_size,
             disk_id=parameters.disk_id,
         )
-        if os.path.exists(path):
+        if key_of(path) is not None:
             _check_not_in_chain(path, parent, structure)
         link = locator_for(parent, path, structure.header.data_write_guid, windows_path)
         items = inherited_items(structure)
@@ -139,7 +140,7 @@ def _check_not_in_chain(path: StrPath, parent: StrPath, structure: Structure) ->
     """Refuses to replace the parent, or an image that the parent is based on."""
     layer, below, depth = os.fspath(parent), structure, 0
     while layer is not None:
-        if os.path.samefile(path, layer):
+        if key_of(path) == key_of(layer):
             raise InvalidArgumentError("it would be its own parent", path=path)
         depth += 1
         if below.parent is None or depth > _LONGEST_CHAIN:
@@ -148,7 +149,7 @@ def _check_not_in_chain(path: StrPath, parent: StrPath, structure: Structure) ->
         here = next((str(place) for place in found if place is not None), None)
         if here is None:
             return
-        host = open_host(here, write=False, locked=False)
+        host = open_file(here, write=False, locked=False)
         try:
             layer, below = here, read_structure(host)
         finally:

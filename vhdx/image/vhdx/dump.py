@@ -10,9 +10,10 @@ from vhdx.arrays import np
 from vhdx.errors import InvalidArgumentError, UnsupportedError
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
-from vhdx.image.host import HostFile, open_host
+from vhdx.image.host import open_file
 from vhdx.image.vhdx.structure import Structure, read_structure
 from vhdx.image.vhdx.view import AS_SPECIFIED, View
+from vhdx.place import ImageFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -43,7 +44,7 @@ def dump(
         raise InvalidArgumentError(
             f"the section {section!r} is unknown", hint=f"choose {', '.join(SECTIONS)}"
         )
-    host = open_host(path, write=False, locked=False)
+    host = open_file(path, write=False, locked=False)
     try:
         if host.leaf.size < 8 or host.leaf.read(8, 0) != headers.SIGNATURE:
             raise UnsupportedError("it is not a VHDX file", path=path)
@@ -52,11 +53,11 @@ def dump(
         host.close()
 
 
-def _piece(host: HostFile, offset: int, length: int) -> bytes:
+def _piece(host: ImageFile, offset: int, length: int) -> bytes:
     return host.leaf.read(max(0, min(length, host.leaf.size - offset)), min(offset, host.leaf.size))
 
 
-def _headers(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
+def _headers(host: ImageFile, view: View) -> Iterator[dict[str, Any]]:
     del view  # both are shown
     identifier = _piece(host, 0, headers.IDENTIFIER_SIZE)
     yield {"structure": "identifier", "offset": 0, "creator": headers.parse_creator(identifier)}
@@ -79,7 +80,7 @@ def _headers(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
         }
 
 
-def _regions(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
+def _regions(host: ImageFile, view: View) -> Iterator[dict[str, Any]]:
     del view  # both are shown
     for number, offset in enumerate(region.TABLE_OFFSETS, 1):
         found = region.parse_table(_piece(host, offset, region.TABLE_SIZE))
@@ -99,7 +100,7 @@ def _regions(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
             }
 
 
-def _metadata(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
+def _metadata(host: ImageFile, view: View) -> Iterator[dict[str, Any]]:
     structure = read_structure(host, view)
     known = {
         value: name.lower()
@@ -128,7 +129,7 @@ def _entry_names(structure: Structure) -> tuple[dict[int, str], int]:
     return {state.value: state.name for state in bat.BlockState}, structure.geometry.chunk_ratio
 
 
-def _bat(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
+def _bat(host: ImageFile, view: View) -> Iterator[dict[str, Any]]:
     structure = read_structure(host, view)
     names, ratio = _entry_names(structure)
     total = structure.geometry.entries
@@ -153,7 +154,7 @@ def _bat(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
             }
 
 
-def _log(host: HostFile, view: View) -> Iterator[dict[str, Any]]:
+def _log(host: ImageFile, view: View) -> Iterator[dict[str, Any]]:
     copies = [
         headers.parse_header(_piece(host, offset, headers.HEADER_SIZE), slot)
         for slot, offset in enumerate(headers.HEADER_OFFSETS)

@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 
     from vhdx.format import bat, region
     from vhdx.format.header import Header
-    from vhdx.image.host import HostFile
     from vhdx.image.vhdx.structure import Structure
+    from vhdx.place import ImageFile
 
 __all__ = ["Engine"]
 
@@ -71,7 +71,7 @@ class Engine:
 
     def __init__(
         self,
-        host: HostFile,
+        host: ImageFile,
         structure: Structure,
         parent: plane.Device | None,
         *,

@@ -23,7 +23,7 @@ from vhdx.errors import (
 from vhdx.format import header as headers
 from vhdx.format import region
 from vhdx.image.children import note_child
-from vhdx.image.host import HostFile, open_host
+from vhdx.image.host import open_file
 from vhdx.image.parents import Missing, existing
 from vhdx.image.partitions import read_partitions
 from vhdx.image.vhdx import journal
@@ -37,6 +37,7 @@ from vhdx.image.vhdx.qemu_shifted_bat import refuse_shifted_pages
 from vhdx.image.vhdx.structure import Structure, read_structure
 from vhdx.image.vhdx.view import AS_SPECIFIED, View
 from vhdx.interrupts import caller
+from vhdx.place import ImageFile, real
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,7 @@ class VhdxImage:
         self._pool = pool
         self._changing = threading.Lock()
         self._changer: object = None  # the caller that holds _changing
-        self._real_path = os.path.realpath(engine.host.path)
+        self._real_path = real(engine.host.path)
         fixed = frozen or engine.host.read_only
         self._switch = (
             None if fixed else plane.Switch(engine.map, plane.shared_pool(plane.Level.DISK))
@@ -346,7 +347,7 @@ class VhdxImage:
 
 
 def open_vhdx(
-    host: HostFile,
+    host: ImageFile,
     *,
     write: bool,
     chain: bool,
@@ -373,7 +374,7 @@ def open_vhdx(
 
 
 def _open(
-    host: HostFile,
+    host: ImageFile,
     write: bool,
     chain: bool,
     search: tuple[str, ...],
@@ -426,7 +427,7 @@ def _open(
     return VhdxImage(engine, parent, info, log_was_dirty=dirty and not write, pool=pool)
 
 
-def _replayed(host: HostFile, structure: Structure, pool: plane.Pool) -> plane.Device | None:
+def _replayed(host: ImageFile, structure: Structure, pool: plane.Pool) -> plane.Device | None:
     """The file with its log replayed in memory; None if only BAT or metadata change."""
     if structure.sequence is None:
         return None
@@ -437,7 +438,7 @@ def _replayed(host: HostFile, structure: Structure, pool: plane.Pool) -> plane.D
     return replayed.device
 
 
-def open_layer(host: HostFile, *, search: Sequence[str], data_write_guid: UUID) -> VhdxImage:
+def open_layer(host: ImageFile, *, search: Sequence[str], data_write_guid: UUID) -> VhdxImage:
     """Opens an image for writing, even if other images are based on it.
 
     Its first change sets the DataWriteGuid to ``data_write_guid``. The image takes ownership of
@@ -449,7 +450,7 @@ def open_layer(host: HostFile, *, search: Sequence[str], data_write_guid: UUID) 
     )
 
 
-def prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
+def prepare_for_writing(host: ImageFile, structure: Structure) -> Structure:
     """Replays the log into the file; returns the resulting structure.
 
     Raises:
@@ -479,7 +480,7 @@ def prepare_for_writing(host: HostFile, structure: Structure) -> Structure:
     return structure
 
 
-def _mend_region_table(host: HostFile, structure: Structure) -> bool:
+def _mend_region_table(host: ImageFile, structure: Structure) -> bool:
     """Overwrites a damaged copy of the region table with the valid one ([MS-VHDX] 2.2.3).
 
     The content of the disk does not change, so the DataWriteGuid stays.
@@ -495,7 +496,7 @@ def _mend_region_table(host: HostFile, structure: Structure) -> bool:
 
 
 def _open_parent(
-    host: HostFile,
+    host: ImageFile,
     structure: Structure,
     search: tuple[str, ...],
     pool: plane.Pool,
@@ -514,7 +515,7 @@ def _open_parent(
         if path is None:
             continue
         try:
-            below = open_host(path, write=False)
+            below = open_file(path, write=False)
         except NotFoundError:
             continue
         if below.key == host.key:

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from vhdx.image.host import HostFile
     from vhdx.image.vhdx.bitmaps import SectorBitmaps
     from vhdx.image.vhdx.structure import Structure
+    from vhdx.place import ImageFile
 
 __all__ = ["Loader"]
 
@@ -41,7 +41,7 @@ class Loader:
 
     def __init__(
         self,
-        host: HostFile,
+        host: ImageFile,
         structure: Structure,
         device: plane.Map,
         bitmaps: SectorBitmaps,

@@ -16,7 +16,7 @@ import struct
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vhdx import plane
+from vhdx import place, plane
 from vhdx.errors import (
     HostIOError,
     InUseError,
@@ -28,10 +28,8 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.format import locator, metadata
-from vhdx.image.attributes import check_owner, copy_attributes
 from vhdx.image.children import note_child
-from vhdx.image.host import open_host
-from vhdx.image.replacing import sync_directory
+from vhdx.image.host import open_file
 from vhdx.image.vhdx import resizing
 from vhdx.image.vhdx.children import children_of
 from vhdx.image.vhdx.differencing import locator_for
@@ -45,11 +43,11 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from vhdx.image.contract import Compacted
-    from vhdx.image.host import HostFile
     from vhdx.image.vhdx.image import VhdxImage
     from vhdx.image.vhdx.layout import StrPath
     from vhdx.image.vhdx.structure import Structure
     from vhdx.interrupts import Cancel, Progress
+    from vhdx.place import ImageFile
 
 __all__ = ["compact", "merge", "rebase"]
 
@@ -87,22 +85,22 @@ def merge(
         InUseError: one of the two is in use, or another image is based on the parent.
         VhdxError: as :func:`vhdx.open`; reason CANCELLED when cancelled.
     """
-    name = os.path.realpath(os.fsdecode(path))
+    name, there = place.real(path), place.of(path)
     search = [os.fsdecode(each) for each in parent_search]
     with contextlib.ExitStack() as stack:
         # The lock keeps other writers out from the first check to the rename.
-        guard = open_host(name, write=True)
+        guard = open_file(name, write=True)
         stack.callback(guard.close)
         parent_path = _parent_of(name, search)
         _check_names(name, parent_path)
-        check_owner(name)
+        there.check_replaceable(name)
         if not force:
             _check_links(name, parent_path)
             _check_siblings(name, parent_path)
             if keep_parent_name:
                 _check_children(name)
         guid = _accept_own_guid(name, parent_path)
-        base = open_layer(open_host(parent_path, write=True), search=search, data_write_guid=guid)
+        base = open_layer(open_file(parent_path, write=True), search=search, data_write_guid=guid)
         stack.callback(base.close)
         if not force:
             _check_siblings(name, parent_path)  # again: its lock now prevents new children
@@ -111,13 +109,13 @@ def merge(
             _remove_child(name, parent_path)
         else:
             _take_name(base, name, parent_path)
-        sync_directory(Path(name).parent)
+        there.sync(os.path.dirname(name))
 
 
 def _remove_child(name: str, parent_path: str) -> None:
     """Removes the image, whose content the parent has by now."""
     try:
-        os.unlink(name)
+        place.of(name).remove(name)
     except OSError as error:
         raise HostIOError(
             f"it is merged into {parent_path}, but it cannot be removed: {error.strerror}",
@@ -132,9 +130,10 @@ def _take_name(base: VhdxImage, name: str, parent_path: str) -> None:
         note_child(parent_path, other)
     if base.parent is not None:
         note_child(base.parent.engine.host.path, name)
+    there = place.of(name)
     try:
-        _keep_attributes(name, parent_path)
-        os.replace(parent_path, name)
+        there.keep_attributes(name, parent_path)
+        there.rename(parent_path, name)
     except OSError as error:
         if isinstance(error, VhdxError):
             raise
@@ -146,19 +145,9 @@ def _take_name(base: VhdxImage, name: str, parent_path: str) -> None:
         ) from error
 
 
-def _keep_attributes(name: str, parent_path: str) -> None:
-    """Gives the parent's file the owner, mode and attributes of the file that it replaces."""
-    fd = os.open(parent_path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        copy_attributes(name, fd)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _others_based_on(path: str) -> list[Path]:
     """Images that are based on the image at ``path``."""
-    host = open_host(path, write=False, locked=False)
+    host = open_file(path, write=False, locked=False)
     try:
         return list(children_of(path, read_structure(host)))
     finally:
@@ -171,7 +160,7 @@ def _merge_into(
     progress: Progress | None,
     cancel: Callable[[], bool] | None,
 ) -> None:
-    child = open_host(name, write=False, locked=False)
+    child = open_file(name, write=False, locked=False)
     try:
         structure = read_structure(child)
         size = structure.parameters.virtual_size
@@ -196,7 +185,7 @@ def _merge_into(
 def _parent_of(name: str, search: list[str]) -> str:
     """The real path of the parent, whose linkage fits."""
     probe = open_vhdx(
-        open_host(name, write=False, locked=False),
+        open_file(name, write=False, locked=False),
         write=False,
         chain=True,
         parent_search=search,
@@ -205,19 +194,19 @@ def _parent_of(name: str, search: list[str]) -> str:
     try:
         if probe.parent is None:
             raise InvalidArgumentError("it has no parent to merge into", path=name)
-        return os.path.realpath(probe.parent.path)
+        return place.real(probe.parent.path)
     finally:
         probe.close()
 
 
 def _accept_own_guid(name: str, parent_path: str) -> UUID:
     """Makes the child accept its own DataWriteGuid, besides the parent's, as parent linkage."""
-    host = open_host(name, write=True, locked=False)
+    host = open_file(name, write=True, locked=False)
     try:
         structure = prepare_for_writing(host, read_structure(host))
         assert structure.parent is not None
         guid = structure.header.data_write_guid
-        parent = open_host(parent_path, write=False)
+        parent = open_file(parent_path, write=False)
         try:
             now = read_structure(parent).header.data_write_guid
         finally:
@@ -235,7 +224,7 @@ def _accept_own_guid(name: str, parent_path: str) -> UUID:
         host.close()
 
 
-def _alone(host: HostFile, structure: Structure) -> Engine:
+def _alone(host: ImageFile, structure: Structure) -> Engine:
     """An engine without the parent, for changes of metadata that keep the content and the GUID."""
     nothing = plane.Memory(0, 0)
     return Engine(
@@ -267,16 +256,24 @@ def _set_locator(engine: Engine, new: locator.ParentLocator) -> None:
 
 
 def _check_names(name: str, parent_path: str) -> None:
-    child, parent = os.stat(name), os.stat(parent_path)
-    if child.st_dev != parent.st_dev:
+    there = place.of(name)
+    for each in (name, parent_path):
+        if place.of(each).is_device(each):
+            raise UnsupportedError(
+                f"{each} is a block device, which cannot be renamed",
+                path=name,
+                hint="convert the image instead",
+            )
+    apart = place.of(parent_path) is not there
+    if apart or there.key(name)[0] != there.key(parent_path)[0]:  # of another device
         raise UnsupportedError(
             f"its parent {parent_path} is in another file system",
             path=name,
             hint="convert it instead, or move the parent beside it",
         )
-    here, there = (Path(os.path.realpath(p)).parent for p in (name, parent_path))
-    if here != there:
-        host = open_host(parent_path, write=False)
+    directories = {Path(place.real(p)).parent for p in (name, parent_path)}
+    if len(directories) > 1:
+        host = open_file(parent_path, write=False)
         try:
             differencing = read_structure(host).parent is not None
         finally:
@@ -292,7 +289,7 @@ def _check_names(name: str, parent_path: str) -> None:
 def _check_links(name: str, parent_path: str) -> None:
     """Refuses a merge after which a second hard link would show other content, or not open."""
     for each in (name, parent_path):
-        if os.stat(each).st_nlink > 1:
+        if place.of(each).links(each) > 1:
             raise UnsupportedError(
                 f"{each} has a second name (a hard link), which the merge would leave behind",
                 path=name,
@@ -302,7 +299,7 @@ def _check_links(name: str, parent_path: str) -> None:
 
 def _check_siblings(name: str, parent_path: str) -> None:
     for other in _others_based_on(parent_path):
-        if not os.path.samefile(other, name):
+        if place.key_of(other) != place.key_of(name):
             raise InUseError(
                 f"{other} is based on the same parent and would be lost",
                 path=name,
@@ -392,19 +389,20 @@ def rebase(
     name = os.fsdecode(path)
     search = [os.fsdecode(each) for each in parent_search]
     pool = plane.shared_pool(plane.Level.IMAGE)
-    if os.path.exists(name) and os.path.exists(parent) and os.path.samefile(name, parent):
+    own = place.key_of(name)
+    if own is not None and own == place.key_of(parent):
         raise InvalidArgumentError("it would be its own parent", path=name)
     with contextlib.ExitStack() as stack:
-        host = open_host(name, write=True)
+        host = open_file(name, write=True)
         stack.callback(host.close)
         structure = prepare_for_writing(host, read_structure(host))
         if structure.parent is None:
             raise InvalidArgumentError("it has no parent", path=name)
         new = open_vhdx(
-            open_host(parent, write=False), write=False, chain=True, parent_search=search, pool=pool
+            open_file(parent, write=False), write=False, chain=True, parent_search=search, pool=pool
         )
         stack.callback(new.close)
-        if any(os.path.samefile(layer["path"], name) for layer in new.chain()):
+        if any(place.key_of(layer["path"]) == own for layer in new.chain()):
             raise InvalidArgumentError("it would be its own parent", path=name)
         parameters = new.engine.structure.parameters
         if parameters.logical_sector_size != structure.parameters.logical_sector_size:
@@ -419,7 +417,7 @@ def rebase(
             engine = _alone(host, structure)
         else:
             old = open_vhdx(
-                open_host(name, write=False, locked=False),
+                open_file(name, write=False, locked=False),
                 write=False,
                 chain=True,
                 parent_search=search,
@@ -512,7 +510,7 @@ def compact(
 
     Its content does not change, so images based on it stay valid.
     """
-    host = open_host(path, write=True)
+    host = open_file(path, write=True)
     try:
         guid = read_structure(host).header.data_write_guid
     except BaseException:

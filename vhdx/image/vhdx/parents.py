@@ -3,18 +3,18 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from vhdx.errors import MissingParentError, Reason
+from vhdx.place import real
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vhdx.format.locator import ParentLocator
-    from vhdx.image.host import HostFile
     from vhdx.image.vhdx.structure import Structure
+    from vhdx.place import ImageFile
 
 __all__ = ["candidates", "mismatch", "parent_info"]
 
@@ -38,7 +38,7 @@ def candidates(child: str, locator: ParentLocator, search: Sequence[str]) -> lis
         locator: of the image.
         search: further directories.
     """
-    here = Path(os.path.realpath(child)).parent
+    here = Path(real(child)).parent
     found: list[Path] = []
     for kind, value in locator.paths:
         windows = PureWindowsPath(value)
@@ -49,7 +49,7 @@ def candidates(child: str, locator: ParentLocator, search: Sequence[str]) -> lis
 
 
 def mismatch(
-    host: HostFile, structure: Structure, path: str, found: Structure
+    host: ImageFile, structure: Structure, path: str, found: Structure
 ) -> MissingParentError | None:
     """Why ``found``, the structure of ``path``, is not the parent; None where it is."""
     assert structure.parent is not None

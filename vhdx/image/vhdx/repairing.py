@@ -10,7 +10,6 @@ a crash in a repair or an undo, undo can be run again.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import struct
@@ -21,7 +20,7 @@ from uuid import uuid4
 
 import google_crc32c
 
-from vhdx import plane
+from vhdx import place, plane
 from vhdx.errors import (
     DamagedError,
     ExistsError,
@@ -30,19 +29,19 @@ from vhdx.errors import (
     NoSpaceError,
     NotFoundError,
     Reason,
+    UnsupportedError,
     VhdxError,
 )
 from vhdx.format import bat, log, metadata, region
 from vhdx.format import header as headers
 from vhdx.format.bat import BlockState
-from vhdx.image.host import HostFile, open_host
-from vhdx.image.partial import create_partial
-from vhdx.image.replacing import rename_new, sync_directory
+from vhdx.image.host import open_file
 from vhdx.image.vhdx import journal
 from vhdx.image.vhdx.checking import Report, examine
 from vhdx.image.vhdx.qemu_shifted_bat import find_shifted_pages
 from vhdx.image.vhdx.structure import active_sequence, read_structure
 from vhdx.interrupts import uninterruptible
+from vhdx.place import ImageFile
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -61,7 +60,7 @@ _LEAVE_ALLOCATED = 1
 
 def undo_path(path: str | PathLike[str]) -> Path:
     """Path of the undo file: beside the image's file, with symbolic links resolved."""
-    return Path(os.path.realpath(os.fsdecode(path)) + ".undo")
+    return Path(place.real(path) + ".undo")
 
 
 def _active(undo_file: Path) -> Path:
@@ -72,31 +71,31 @@ def _active(undo_file: Path) -> Path:
 class _Undo:
     """The undo file of one repair."""
 
-    def __init__(self, host: HostFile, before: UUID) -> None:
+    def __init__(self, host: ImageFile, before: UUID) -> None:
         self.guid = uuid4()  # the FileWriteGuid that the repair gives the image
         self._path, self._leaf = undo_path(host.path), host.leaf
+        self._place = place.of(self._path)
         self._size = host.leaf.size
         self._named = False  # once True, the image may have been changed
         try:
-            if os.path.lexists(_active(self._path)):
+            if self._place.exists(os.fspath(_active(self._path))):
                 raise ExistsError(
                     "an undo of an earlier repair was interrupted",
                     path=_active(self._path),
                     hint="finish it with check --undo",
                 )
-            if os.path.lexists(self._path):
+            if self._place.exists(os.fspath(self._path)):
                 if not _never_used(self._path, before):
                     raise self._exists()
-                self._path.unlink()
-            self._temporary, fd = create_partial(self._path)
-            self._file = open(fd, "wb")  # noqa: SIM115 - closed by close()
+                self._place.remove(os.fspath(self._path))
+            self._draft = self._place.draft(os.fspath(self._path))
         except OSError as error:
             if isinstance(error, VhdxError):
                 raise
             raise HostIOError(str(error.strerror), path=self._path) from error
         rest = (self._size, before.bytes_le, self.guid.bytes_le)
         checksum = google_crc32c.value(_HEADER.pack(_SIGNATURE, _VERSION, 0, *rest))
-        self._checksum = 0  # of the file so far
+        self._checksum, self._end = 0, 0  # of the file so far
         try:
             self._write(_HEADER.pack(_SIGNATURE, _VERSION, checksum, *rest))
         except OSError as error:
@@ -122,10 +121,10 @@ class _Undo:
             raise self._failed(error) from error
 
     def _failed(self, error: OSError) -> VhdxError:
+        if isinstance(error, NoSpaceError) or error.errno == errno.ENOSPC:
+            return NoSpaceError("no space left for the undo file", path=self._path)
         if isinstance(error, VhdxError):
             return error
-        if error.errno == errno.ENOSPC:
-            return NoSpaceError("no space left for the undo file", path=self._path)
         return HostIOError(str(error.strerror).lower(), path=self._path)
 
     def _save(self, offset: int, length: int) -> None:
@@ -135,19 +134,21 @@ class _Undo:
             self._write(_RECORD.pack(at, len(data), google_crc32c.value(data)) + data)
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        leaf = self._draft.file.leaf
+        leaf.resize(self._end + len(data))
+        leaf.write(data, self._end)
+        self._end += len(data)
         self._checksum = google_crc32c.extend(self._checksum, data)
 
     def sync(self) -> None:
         """Makes the undo file and its name durable; only then may the image be changed."""
         try:
             self._write(_RECORD.pack(_END, 0, self._checksum))
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self._draft.file.leaf.flush()
             if not self._named:
-                rename_new(self._temporary, self._path)
+                self._draft.take(os.fspath(self._path), replace=False)
                 self._named = True
-            sync_directory(self._path.parent)
+            self._place.sync(os.fspath(self._path.parent))
         except FileExistsError as error:
             raise self._exists() from error
         except OSError as error:
@@ -155,17 +156,14 @@ class _Undo:
 
     def close(self) -> None:
         """Closes the undo file; removes it unless the image may have been changed."""
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
-        with contextlib.suppress(OSError):
-            self._file.close()
+        self._draft.discard()
+        self._draft.file.close()
 
 
 def _never_used(kept: Path, now: UUID) -> bool:
     """Whether the undo file is from a repair that ended before it changed the image."""
     try:
-        with kept.open("rb") as file:
-            head = file.read(_HEADER.size)
+        head = place.of(kept).peek(os.fspath(kept), _HEADER.size)
     except OSError:
         return False
     if len(head) < _HEADER.size:
@@ -187,11 +185,18 @@ def repair(path: str | PathLike[str]) -> Report:
         UnsupportedError, InUseError, ReadOnlyError: as :func:`vhdx.open`.
         ExistsError: an earlier repair was not undone.
     """
-    host = open_host(path, write=True)
+    host = open_file(path, write=True)
     try:
         before = examine(host)
         if not any(finding.repair for finding in before.findings):
             return before
+        if place.of(host.path).is_device(place.spelled(host.path)):
+            raise UnsupportedError(
+                "a repair keeps what it overwrites beside the image, and nothing lasts beside a"
+                " block device",
+                path=host.path,
+                hint="copy the image to a file and repair that",
+            )
         undo_file = _Undo(host, _current(host).file_write_guid)
         try:
             _mend(host, before, undo_file)
@@ -205,7 +210,7 @@ def repair(path: str | PathLike[str]) -> Report:
         host.close()
 
 
-def _current(host: HostFile) -> headers.Header:
+def _current(host: ImageFile) -> headers.Header:
     copies = [
         headers.parse_header(host.leaf.read(headers.HEADER_SIZE, at), slot)
         for slot, at in enumerate(headers.HEADER_OFFSETS)
@@ -213,7 +218,7 @@ def _current(host: HostFile) -> headers.Header:
     return headers.choose_header(copies[0], copies[1])
 
 
-def _mend(host: HostFile, report: Report, undo_file: _Undo) -> bool:
+def _mend(host: ImageFile, report: Report, undo_file: _Undo) -> bool:
     leaf, codes = host.leaf, {f.code for f in report.findings if f.repair}
     header = _current(host)
     for at in headers.HEADER_OFFSETS:
@@ -237,7 +242,7 @@ def _mend(host: HostFile, report: Report, undo_file: _Undo) -> bool:
 
 
 def _mend_rest(
-    host: HostFile,
+    host: ImageFile,
     header: headers.Header,
     undo_file: _Undo,
     *,
@@ -295,7 +300,7 @@ def _region_steps(leaf: plane.Device, header: headers.Header) -> list[plane.Step
     return [plane.Step(plane.Operation.WRITE, at, buffer=table) for at in region.TABLE_OFFSETS]
 
 
-def _table_steps(host: HostFile) -> list[plane.Step]:
+def _table_steps(host: ImageFile) -> list[plane.Step]:
     """Steps that repair BAT entries, and the flag of a fixed image that is not allocated."""
     report, steps = examine(host), []
     for finding in report.findings:
@@ -316,7 +321,7 @@ def _table_steps(host: HostFile) -> list[plane.Step]:
     return steps
 
 
-def _page_steps(host: HostFile) -> list[plane.Step]:
+def _page_steps(host: ImageFile) -> list[plane.Step]:
     """Steps that restore pages of the BAT whose entries moved (QEMU's bug 727)."""
     try:
         structure = read_structure(host)
@@ -337,7 +342,7 @@ def _entry_step(at: int, value: int) -> plane.Step:
     return plane.Step(plane.Operation.WRITE, at, buffer=value.to_bytes(8, "little"))
 
 
-def _file_parameters(host: HostFile) -> int:
+def _file_parameters(host: ImageFile) -> int:
     """Where the file parameters item stands, bytes."""
     for at in region.TABLE_OFFSETS:
         regions = region.parse_table(host.leaf.read(region.TABLE_SIZE, at))
@@ -360,18 +365,14 @@ def undo(path: str | PathLike[str]) -> None:
         InvalidArgumentError: the image was changed since the repair; nothing is changed.
     """
     kept = undo_path(path)
-    under_way = _active(kept)
-    again = under_way.exists()
+    under_way, there = _active(kept), place.of(kept)
+    again = there.exists(os.fspath(under_way))
     try:
-        data = (under_way if again else kept).read_bytes()
-    except FileNotFoundError as error:
+        data = _read_whole(under_way if again else kept)
+    except NotFoundError as error:
         raise NotFoundError("there is nothing to undo", path=kept) from error
-    except ValueError as error:
-        raise InvalidArgumentError("no file can have this name", path=kept) from error
-    except OSError as error:
-        raise HostIOError(str(error.strerror), path=kept) from error
     size, guids, records = _parse(kept, data)
-    host = open_host(path, write=True)
+    host = open_file(path, write=True)
     try:
         if not _fits(host, size, guids, records, again=again):
             raise InvalidArgumentError(
@@ -380,19 +381,27 @@ def undo(path: str | PathLike[str]) -> None:
                 hint=f"remove {under_way if again else kept}",
             )
         if not again:  # from here on, an undo may start again in any state of the image
-            kept.rename(under_way)
-            sync_directory(kept.resolve().parent)
+            there.rename(os.fspath(kept), os.fspath(under_way))
+            there.sync(os.fspath(kept.parent))
         _restore(host.leaf, size, records)
     finally:
         host.close()
-    under_way.unlink()
-    sync_directory(kept.resolve().parent)
+    there.remove(os.fspath(under_way))
+    there.sync(os.fspath(kept.parent))
+
+
+def _read_whole(path: Path) -> bytes:
+    file = open_file(path, write=False, locked=False)
+    try:
+        return file.leaf.read(file.leaf.size, 0)
+    finally:
+        file.close()
 
 
 _Records = list[tuple[int, bytes]]
 
 
-def _fits(host: HostFile, size: int, guids: set[bytes], records: _Records, *, again: bool) -> bool:
+def _fits(host: ImageFile, size: int, guids: set[bytes], records: _Records, *, again: bool) -> bool:
     """Whether the image is as the repair, or an interrupted undo, has left it."""
     try:
         now = _current(host).file_write_guid

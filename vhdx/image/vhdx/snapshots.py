@@ -16,19 +16,16 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vhdx import plane
+from vhdx import place, plane
 from vhdx.errors import (
     ExistsError,
     HostIOError,
     InvalidArgumentError,
     ReadOnlyError,
+    UnsupportedError,
     VhdxError,
 )
 from vhdx.format import metadata
-from vhdx.image.attributes import check_owner, copy_attributes
-from vhdx.image.host import HostFile
-from vhdx.image.partial import create_partial
-from vhdx.image.replacing import sync_directory
 from vhdx.image.vhdx import layout
 from vhdx.image.vhdx.differencing import DEFAULT_CHILD_BLOCK_SIZE, inherited_items, locator_for
 from vhdx.image.vhdx.engine import Engine
@@ -50,12 +47,14 @@ def checkpoint_path(path: str, wanted: str | os.PathLike[str] | None) -> Path:
         name = os.fsdecode(wanted)
         if "\0" in name:
             raise InvalidArgumentError("no file can have this name", path=path)
-        return Path(os.path.abspath(name))
+        return Path(
+            place.spelled(name) if place.of(name) is not place.of("") else os.path.abspath(name)
+        )
     here = Path(path)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
     base, suffix, number = f"{here.stem}-{stamp}", here.suffix or ".vhdx", 1
     found = here.with_name(base + suffix)
-    while os.path.lexists(found):
+    while place.of(found).exists(os.fspath(found)):
         number += 1
         found = here.with_name(f"{base}-{number}{suffix}")
     return found
@@ -72,18 +71,28 @@ def check_place(path: str, checkpoint: Path, base: Engine) -> None:
         HostIOError: ``path`` no longer leads to the open file, or its owner cannot be kept.
         ExistsError: another file has the checkpoint's name.
         InvalidArgumentError: the name cannot be used, or the checkpoint would not find its parent.
+        UnsupportedError: the image lies on a block device.
     """
+    there, name = place.of(path), os.fspath(checkpoint)
+    if there.is_device(path):
+        raise UnsupportedError(
+            "a snapshot gives names to files, and a block device keeps its own",
+            path=path,
+            hint="create a differencing image in a file with vhdx create --parent",
+        )
+    if place.of(name) is not there:
+        raise InvalidArgumentError("the checkpoint would be in another place", path=checkpoint)
     try:
-        status = os.stat(path)
+        key = there.key(path)
     except OSError as error:
         raise HostIOError(f"it has lost its name: {error.strerror}", path=path) from error
-    if base.host.key not in {(status.st_dev, status.st_ino), (0, 0)}:
+    if base.host.key not in {key, (0, 0)}:
         raise HostIOError("another file has its name now", path=path)
-    if _is_same_name(path, checkpoint):
+    if there.is_same_name(path, name):
         raise InvalidArgumentError(
             "the checkpoint would have the disk's own name", path=checkpoint, hint="choose another"
         )
-    if os.path.lexists(checkpoint) and not _is_second_name(path, checkpoint):
+    if there.exists(name) and not _is_second_name(path, checkpoint):
         raise _exists(checkpoint)
     if checkpoint.suffix.lower() in {".raw", ".img"}:
         raise InvalidArgumentError(
@@ -91,44 +100,30 @@ def check_place(path: str, checkpoint: Path, base: Engine) -> None:
             path=checkpoint,
             hint="name it .vhdx",
         )
-    away = os.path.realpath(checkpoint.parent) != os.path.dirname(path)
+    away = there.real(os.fspath(checkpoint.parent)) != os.path.dirname(path)
     if away and base.structure.parent is not None:
         raise InvalidArgumentError(
             "a checkpoint in another directory would not find its own parent",
             path=checkpoint,
             hint="keep it in the directory of the image",
         )
-    check_owner(path)
+    there.check_replaceable(path)
     locator_for(checkpoint, path, base.header.data_write_guid)  # refuses an unusable name
-
-
-def _is_same_name(path: str, checkpoint: Path) -> bool:
-    """Whether both paths lead to the same directory entry."""
-    if os.path.realpath(path) == os.path.realpath(checkpoint):
-        return True
-    try:
-        if not os.path.samefile(path, checkpoint):
-            return False
-        if os.stat(path).st_nlink == 1:
-            # The file has one name, so both paths lead to it: through a bind mount, or in a
-            # case-insensitive directory.
-            return True
-        beside = os.path.samefile(os.path.dirname(path), checkpoint.parent)
-    except OSError:
-        return False
-    return beside and os.path.basename(path).casefold() == checkpoint.name.casefold()
 
 
 def _is_second_name(path: str, checkpoint: Path) -> bool:
     """Whether the checkpoint is a hard link to the disk's file, left by a killed snapshot."""
-    return not checkpoint.is_symlink() and os.path.samefile(path, checkpoint)
+    there, name = place.of(path), os.fspath(checkpoint)
+    beside = os.path.join(there.real(os.fspath(checkpoint.parent)), checkpoint.name)
+    return there.real(name) == beside and place.key_of(name) == there.key(path)
 
 
 @contextlib.contextmanager
 def second_name(path: str, checkpoint: Path) -> Iterator[None]:
     """Gives the file the second name ``checkpoint``; removes it again after an exception."""
+    there, name = place.of(path), os.fspath(checkpoint)
     try:
-        os.link(path, checkpoint)
+        there.link(path, name)
     except FileExistsError as error:
         if not _is_second_name(path, checkpoint):
             raise _exists(checkpoint) from error
@@ -139,12 +134,12 @@ def second_name(path: str, checkpoint: Path) -> Iterator[None]:
     except ValueError as error:
         raise InvalidArgumentError("no file can have this name", path=checkpoint) from error
     try:
-        sync_directory(checkpoint.parent)
+        there.sync(os.fspath(checkpoint.parent))
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            if os.path.samefile(path, checkpoint):  # else it is the file's only name
-                checkpoint.unlink()
+            if there.key(path) == there.key(name):  # else it is the file's only name
+                there.remove(name)
         raise
 
 
@@ -156,7 +151,7 @@ class FreshChild:
     """
 
     def __init__(self, path: str, checkpoint: Path, base: Engine, pool: plane.Pool) -> None:
-        self._target = Path(path)
+        self._target, self._place = path, place.of(path)
         parameters = base.structure.parameters
         child = metadata.DiskParameters(
             virtual_size=parameters.virtual_size,
@@ -169,30 +164,21 @@ class FreshChild:
         )
         link = locator_for(checkpoint, self._target, base.header.data_write_guid)
         items = inherited_items(base.structure)
-        self._temporary, fd = create_partial(self._target)
-        sparse = base.host.sparse
+        self._draft = self._place.draft(path, sparse=base.host.sparse)
+        host = self._draft.file
         try:
-            leaf = plane.File(fd, 0, read_only=False, sparse=sparse, path=path)
-        except BaseException:  # fd is closed
-            self.discard()
-            raise
-        try:
-            copy_attributes(self._target, fd)
-            layout.write_image(leaf, child, sparse=sparse, parent=link, items=items)
-            status = os.fstat(fd)
-            host = HostFile(
-                path, leaf, read_only=False, sparse=sparse, key=(status.st_dev, status.st_ino), fd=fd
-            )
+            self._draft.keep_attributes(path)
+            layout.write_image(host.leaf, child, sparse=host.sparse, parent=link, items=items)
             self.engine = Engine(host, read_structure(host), base.map, write=True, pool=pool)
         except BaseException:
-            leaf.close()
+            host.close()
             self.discard()
             raise
 
     def take_name(self) -> None:
         """Renames the child to the image's name; :meth:`settle` makes the rename durable."""
         try:
-            self._temporary.replace(self._target)
+            self._draft.take(self._target, replace=True)
         except OSError as error:
             raise HostIOError(
                 f"the child cannot take the name: {error.strerror}", path=self._target
@@ -205,7 +191,7 @@ class FreshChild:
         """
         failure: BaseException | None = None
         try:
-            sync_directory(self._target.parent)
+            self._place.sync(os.path.dirname(self._target))
             base.freeze(os.fspath(checkpoint))
         except BaseException as error:
             self.engine.map.poison()
@@ -215,8 +201,7 @@ class FreshChild:
 
     def discard(self) -> None:
         """Removes the file, unless it took the name."""
-        with contextlib.suppress(OSError):
-            self._temporary.unlink()
+        self._draft.discard()
 
 
 @contextlib.contextmanager

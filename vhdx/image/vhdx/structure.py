@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from uuid import UUID
 
-    from vhdx.image.host import HostFile
+    from vhdx.place import ImageFile
 
 __all__ = ["Structure", "active_sequence", "find_refusals", "read_structure"]
 
@@ -57,7 +57,7 @@ class Structure:
     refusals: tuple[DamagedError, ...] = ()
 
 
-def read_structure(host: HostFile, view: View = AS_SPECIFIED) -> Structure:
+def read_structure(host: ImageFile, view: View = AS_SPECIFIED) -> Structure:
     """Reads the structure without changing the file; the log is replayed in memory.
 
     Args:
@@ -76,7 +76,7 @@ def read_structure(host: HostFile, view: View = AS_SPECIFIED) -> Structure:
         raise
 
 
-def _read(host: HostFile, view: View) -> Structure:
+def _read(host: ImageFile, view: View) -> Structure:
     leaf = host.leaf
     if leaf.size < 8 or leaf.read(8, 0) != headers.SIGNATURE:
         raise UnsupportedError(
@@ -208,7 +208,7 @@ def _difference(first: list[region.Region], second: list[region.Region]) -> str:
 
 
 def active_sequence(
-    host: HostFile, header: headers.Header, view: View = AS_SPECIFIED
+    host: ImageFile, header: headers.Header, view: View = AS_SPECIFIED
 ) -> log.Sequence | None:
     """The log sequence to replay; None if the LogGuid is nil or the view skips the log.
 

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: MIT
+"""Block devices as a place: source and destination of every command, and what they cannot be."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+
+import pytest
+
+import vhdx
+from vhdx.errors import ExistsError, InUseError, NoSpaceError, UnsupportedError
+from vhdx.units import MIB
+
+SIZE = 160 * MIB
+
+
+@pytest.fixture
+def device(tmp_path):
+    """A loop device full of old data; gone at the end."""
+    backing = tmp_path / "backing"
+    with backing.open("wb") as file:
+        for _ in range(SIZE // MIB):
+            file.write(random.Random(5).randbytes(MIB))
+    run = subprocess.run(
+        ["losetup", "--find", "--show", backing], capture_output=True, text=True, check=False
+    )
+    if run.returncode != 0:
+        pytest.skip(f"no loop device: {run.stderr.strip()}")
+    path = run.stdout.strip()
+    yield path
+    subprocess.run(["losetup", "--detach", path], check=True)
+
+
+def content(path, format=None):
+    with vhdx.open(path, format=format) as disk:
+        return disk.pread(disk.size, 0)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "fixed"])
+def test_an_image_on_a_device_shows_nothing_of_what_the_device_held(device, kind):
+    size = 100 * MIB
+    vhdx.create(device, size, type=kind, block_size=MIB, force=True)
+    assert content(device) == bytes(size)
+    expected = bytearray(size)
+    rng = random.Random(1)
+    with vhdx.open(device, "r+") as disk:
+        for _ in range(200):
+            offset, data = rng.randrange(size // 512 - 8) * 512, rng.randbytes(4096)
+            disk.pwrite(data, offset)
+            expected[offset : offset + 4096] = data
+        disk.trim(0, 20 * MIB)
+        expected[: 20 * MIB] = disk.pread(20 * MIB, 0)  # a trim may do nothing
+        disk.flush()
+        disk.compact()
+    assert content(device) == expected
+    assert not vhdx.check(device).errors
+    with vhdx.open(device, "r+") as disk:
+        disk.pwrite(b"again", 50 * MIB)
+    assert content(device)[50 * MIB :][:5] == b"again"
+
+
+def fill(disk) -> int:
+    """Bytes that are written until the device is full."""
+    for done in range(0, 2 * SIZE, MIB):
+        try:
+            disk.pwrite(b"x" * MIB, done)
+        except NoSpaceError as error:
+            assert "block device has" in str(error)
+            return done
+    return 2 * SIZE
+
+
+def test_a_device_that_is_full_refuses_and_keeps_what_it_has(device):
+    vhdx.create(device, 400 * MIB, block_size=MIB, force=True)
+    with vhdx.open(device, "r+") as disk:
+        done = fill(disk)
+        assert 100 * MIB < done < SIZE
+        disk.flush()
+        assert disk.pread(done, 0) == b"x" * done
+        with pytest.raises(NoSpaceError):
+            disk.pwrite(b"y", done)
+        disk.trim(0, 10 * MIB)
+        disk.flush()
+        disk.pwrite(b"y" * MIB, done)  # what was trimmed is used again
+    assert content(device)[10 * MIB : done + MIB] == b"x" * (done - 10 * MIB) + b"y" * MIB
+
+
+def test_conversions_to_and_from_a_device(device, tmp_path):
+    raw = tmp_path / "disk.raw"
+    data = bytearray(100 * MIB)
+    data[MIB : 3 * MIB] = os.urandom(2 * MIB)
+    raw.write_bytes(data)
+    with pytest.raises(ExistsError, match="block device"):
+        vhdx.convert(raw, device)
+    vhdx.convert(raw, device, force=True)  # a device gets a raw disk
+    assert content(device, "raw")[: len(data)] == data
+    vhdx.convert(device, tmp_path / "back.vhdx", format="raw")
+    assert content(tmp_path / "back.vhdx")[: len(data)] == data
+    vhdx.convert(raw, device, to="vhdx", block_size=MIB, force=True)
+    assert content(device) == data
+    vhdx.convert(device, tmp_path / "again.raw")
+    assert (tmp_path / "again.raw").read_bytes() == data
+
+
+def test_what_cannot_be_done_on_a_device_changes_nothing(device, tmp_path):
+    raw = tmp_path / "large.raw"
+    raw.touch()
+    os.truncate(raw, 2 * SIZE)
+    vhdx.create(device, 400 * MIB, block_size=MIB, force=True)
+    with vhdx.open(device, "r+") as disk:
+        disk.pwrite(b"kept", 0)
+    with open(device, "rb") as file:
+        before = file.read()
+    with pytest.raises(NoSpaceError, match="cannot grow"):
+        vhdx.convert(raw, device, force=True)
+    with pytest.raises(NoSpaceError, match="cannot grow"):
+        vhdx.create(device, 400 * MIB, type="fixed", force=True)
+    with pytest.raises(UnsupportedError, match="footer"):
+        vhdx.convert(raw, device, to="vhd", force=True)
+    with vhdx.open(device, "r+") as disk, pytest.raises(UnsupportedError, match="block device"):
+        disk.snapshot(tmp_path / "checkpoint.vhdx")
+    with vhdx.open(device, "r+") as disk, pytest.raises(InUseError):
+        vhdx.create(device, 100 * MIB, force=True)
+    with open(device, "rb") as file:
+        now = file.read()
+    assert now[MIB:] == before[MIB:]  # the opens for writing changed headers
+    assert content(device)[:4] == b"kept"
+    child = tmp_path / "child.vhdx"
+    vhdx.create(child, parent=device)
+    with vhdx.open(child, "r+") as disk:
+        disk.pwrite(b"new", 1)
+    with pytest.raises(UnsupportedError, match="block device"):
+        vhdx.merge(child)
+    assert content(child)[:5] == b"knew\0"
+
+
+def test_two_nodes_of_a_device_are_one_file(device, tmp_path):
+    vhdx.create(device, 100 * MIB, force=True)
+    other = tmp_path / "node"
+    os.mknod(other, 0o600 | 0o060000, os.stat(device).st_rdev)
+    with pytest.raises(vhdx.InvalidArgumentError, match="same file"):
+        vhdx.convert(device, other, force=True)
