@@ -182,9 +182,6 @@ class MemoryPlace:
     def draft(self, path: str, *, sparse: bool = True, bulk: bool = False) -> MemoryDraft:
         return MemoryDraft(self, path)
 
-    def is_device(self, path: str) -> bool:
-        return False
-
     def overwrite(self, path: str, *, sparse: bool = True) -> MemoryDraft:
         raise AssertionError("there are no devices here")
 
@@ -205,7 +202,8 @@ class MemoryPlace:
     def exists(self, path: str) -> bool:
         return path in self.inodes
 
-    is_file = exists
+    def kind(self, path: str) -> str | None:
+        return "file" if path in self.inodes else None
 
     def is_same_name(self, path: str, other: str) -> bool:
         return path == other

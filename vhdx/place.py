@@ -103,9 +103,6 @@ class Place(Protocol):
     def draft(self, path: str, *, sparse: bool = True, bulk: bool = False) -> Draft:
         """A new, empty file that will be named ``path`` or replace it."""
 
-    def is_device(self, path: str) -> bool:
-        """Whether it is a block device: it keeps its name and size, and cannot be replaced."""
-
     def overwrite(self, path: str, *, sparse: bool = True) -> Draft:
         """A draft over a block device: its leaf has the device's size and holds any data."""
 
@@ -121,8 +118,11 @@ class Place(Protocol):
     def exists(self, path: str) -> bool:
         """Whether the name is taken, also by a link that leads nowhere."""
 
-    def is_file(self, path: str) -> bool:
-        """Whether the path leads to something that can hold an image."""
+    def kind(self, path: str) -> str | None:
+        """What the path leads to: "file", "device", or None for nothing that can hold an image.
+
+        A block device keeps its name and size, and cannot be replaced.
+        """
 
     def is_same_name(self, path: str, other: str) -> bool:
         """Whether both are one name, and not two names of one file."""

@@ -114,7 +114,7 @@ void vx_request_child(vx_request *child, const vx_request *parent, uint32_t oper
     child->not_before_ns = 0;
     child->starts_ns = parent->starts_ns;
     child->virtual_time = parent->virtual_time;
-    child->waits_for = 0;
+    atomic_init(&child->waits_for, 0);
     child->queued_ns = 0;
     child->initiator = parent->initiator;
     memset(child->frames, 0, sizeof child->frames);

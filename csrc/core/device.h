@@ -173,7 +173,7 @@ struct vx_request {
     uint64_t not_before_ns; /* when it is done, by the clock of a delay below; 0: no delay */
     uint64_t starts_ns;     /* a delay counts from here, if that is later than now */
     bool virtual_time;      /* not_before_ns and starts_ns are times of a virtual clock */
-    uint8_t waits_for;      /* the level of the pool that completes it while it is parked; 0: unknown */
+    _Atomic uint8_t waits_for; /* the level of the pool that completes it while it is parked; 0: unknown */
     uint64_t queued_ns;     /* time spent in queues of throttles and schedulers so far */
 
     vx_extent *extents; /* EXTENTS: room for extent_capacity; READ: holes, see above; or NULL */

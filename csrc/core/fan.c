@@ -94,7 +94,7 @@ void vx_fan_end(vx_fan *fan)
 
 void vx_fan_run(vx_fan *fan, vx_pool *pool, uint32_t helpers)
 {
-    if (helpers + 1 > fan->count)
+    if (helpers >= fan->count)
         helpers = fan->count == 0 ? 0 : fan->count - 1;
     if (pool != NULL && helpers > 0)
         fan->helpers = calloc(helpers, sizeof *fan->helpers);
@@ -148,7 +148,7 @@ int vx_transfer_together(vx_pool *pool, uint32_t count, vx_device *const *device
         return VX_E_NOMEM;
     for (uint32_t i = 0; i < count; i++)
         vx_fan_add(fan, &parent, devices[i], operation, offsets[i], length, buffer);
-    vx_fan_run(fan, pool, count - 1);
+    vx_fan_run(fan, pool, count);
     vx_fan_adopt(fan, &parent);
     for (uint32_t i = 0; i < count; i++)
         failures[i] = fan->children[i].request.result == 0 ? (vx_failure){0}

@@ -2,9 +2,9 @@
  *
  * A fan: several requests to lower devices at once, from straight-line code.
  *
- * The caller adds its requests, the children, and runs them. Helpers are jobs of a pool; the caller's
- * thread takes children like any helper, so a fan ends although no thread of the pool is free; a helper
- * is only asked for where a thread is. A child
+ * The caller adds its requests, the children, and runs them. Helpers are jobs of a pool. The caller's
+ * thread works too, so a fan ends even if the pool has no free thread. A helper is queued only when a
+ * thread is free. A child
  * is carried to its end by the thread that takes it: that thread answers its faults, and waits if it is
  * parked. So the caller must hold no lock or epoch that a fault handler or a parked child may need, and
  * `pool` must be of a higher level than the pools of the lower devices (pool.h). Nobody waits until a

@@ -104,7 +104,7 @@ static int drive(vx_device *device, vx_request *request, int (*submit)(vx_device
     waiter waiting = {.lock = PTHREAD_MUTEX_INITIALIZER,
                       .changed = PTHREAD_COND_INITIALIZER,
                       .finished = false};
-    request->waits_for = 0;
+    atomic_init(&request->waits_for, 0);
     request->complete = finish_wait;
     request->context = &waiting;
     int answer = submit(device, request);

@@ -20,11 +20,15 @@ typedef struct file_device {
     _Atomic bool nowait_refused; /* the file system does not support RWF_NOWAIT */
     _Atomic uint64_t barriers;
 
-    _Atomic uint64_t changes; /* that have ended, failed ones included; 1 at first: the past of the file */
+    /* How many changes have ended, failed ones too. It starts at 1, so the first flush covers what was
+     * written before the open. */
+    _Atomic uint64_t changes;
+    pthread_rwlock_t errors; /* held for reading by FUA writes: a lost write is reported once, to either */
     pthread_mutex_t lock;
     pthread_cond_t synchronised;
     uint64_t durable; /* under lock: the changes that a finished barrier covers */
     bool in_barrier;  /* under lock */
+    uint64_t finished; /* under lock: barriers that have ended */
 } file_device;
 
 #define ZERO_PIECE 65536u
@@ -122,6 +126,27 @@ static int allocate(file_device *file, int mode, vx_request *request)
     return n;
 }
 
+/* A write that is a barrier for its data. The kernel reports a lost write once for each open file: to
+ * this write or to a barrier that runs beside it. So neither succeeds before the other has said
+ * whether it failed. */
+static int put_durably(file_device *file, vx_request *request)
+{
+    pthread_rwlock_rdlock(&file->errors);
+    int code = put(file, request, request->buffer, request->length, request->offset, RWF_DSYNC);
+    pthread_rwlock_unlock(&file->errors);
+    atomic_fetch_add(&file->barriers, 1);
+    if (code != VX_OK)
+        return code;
+    pthread_mutex_lock(&file->lock);
+    for (uint64_t finished = file->finished; file->in_barrier && file->finished == finished;)
+        pthread_cond_wait(&file->synchronised, &file->lock);
+    pthread_mutex_unlock(&file->lock);
+    int state = vx_device_state(&file->device);
+    if (state != 0)
+        vx_fail(&file->device, request, state, 0, request->offset);
+    return state;
+}
+
 static int file_write(file_device *file, vx_request *request)
 {
     bool fua = request->flags & VX_FUA, nowait = request->flags & VX_NOWAIT;
@@ -141,12 +166,10 @@ static int file_write(file_device *file, vx_request *request)
     /* FUA writes twice. The first write allocates the space, so a failure of the second is a failed
      * barrier. */
     int code = put(file, request, request->buffer, request->length, request->offset, 0);
-    if (code == VX_OK && fua) {
-        code = put(file, request, request->buffer, request->length, request->offset, RWF_DSYNC);
-        atomic_fetch_add(&file->barriers, 1);
-    } else {
+    if (code == VX_OK && fua)
+        code = put_durably(file, request);
+    else
         changed(file);
-    }
     if (code != VX_OK)
         return VX_DONE;
     if (nowait && vx_now_ns() - began > VX_SLOW_WRITE_NS)
@@ -184,13 +207,19 @@ static int file_barrier(file_device *file, vx_request *request)
     bool succeeded = synchronise(file);
     if (!succeeded)
         fail_barrier(file, request, 0); /* before anybody who waits looks at the state */
+    pthread_rwlock_wrlock(&file->errors); /* a FUA write may have been told of a loss in its place */
+    pthread_rwlock_unlock(&file->errors);
+    state = vx_device_state(&file->device);
     pthread_mutex_lock(&file->lock);
     file->in_barrier = false;
-    if (succeeded)
+    file->finished++;
+    if (state == 0)
         file->durable = covered;
     pthread_cond_broadcast(&file->synchronised);
     pthread_mutex_unlock(&file->lock);
-    return succeeded ? vx_succeed(request) : VX_DONE;
+    if (!succeeded)
+        return VX_DONE;
+    return state != 0 ? vx_fail(&file->device, request, state, 0, 0) : vx_succeed(request);
 }
 
 static int file_zero(file_device *file, vx_request *request)
@@ -298,6 +327,7 @@ static void file_destroy(vx_device *device)
     file_device *file = (file_device *)device;
     vx_file_close(device);
     pthread_mutex_destroy(&file->lock);
+    pthread_rwlock_destroy(&file->errors);
     pthread_cond_destroy(&file->synchronised);
     free(file);
 }
@@ -318,6 +348,11 @@ vx_device *vx_file_create(int fd, uint64_t size, uint32_t flags, uint64_t identi
     file->flags = flags;
     atomic_init(&file->changes, 1);
     pthread_mutex_init(&file->lock, NULL);
+    pthread_rwlockattr_t barriers_first;
+    pthread_rwlockattr_init(&barriers_first);
+    pthread_rwlockattr_setkind_np(&barriers_first, PTHREAD_RWLOCK_PREFER_WRITER_NONRECURSIVE_NP);
+    pthread_rwlock_init(&file->errors, &barriers_first);
+    pthread_rwlockattr_destroy(&barriers_first);
     pthread_cond_init(&file->synchronised, NULL);
     return &file->device;
 }

@@ -13,13 +13,13 @@
  *           failure poisons the device. It is a barrier for its own data only
  *   ZERO    punches a hole in a sparse file, else FALLOC_FL_ZERO_RANGE, else writes zeros
  *   TRIM    punches a hole in a sparse file, else nothing
- *   FLUSH   a barrier (fdatasync, or fsync when the file's size changed since the last one), unless
- *           nothing was changed since a barrier that began later than every change that had ended
- *           when this flush arrived. Flushes that arrive during a barrier share the next one
+ *   FLUSH   a barrier (fdatasync, or fsync when the file's size changed since the last one). None is
+ *           made if a finished one began after the last change that had ended when this flush
+ *           arrived. Flushes that arrive during a barrier share the next one
  *
  * A failed barrier fails with IO and poisons the device: the kernel reports a lost write only once, so
- * a second fsync would wrongly succeed. The flushes that waited for the barrier find the device
- * poisoned and fail as well.
+ * a second fsync would wrongly succeed. The flushes and FUA writes that ran beside it or waited for it
+ * find the device poisoned and fail as well.
  */
 #ifndef VX_FILE_H
 #define VX_FILE_H

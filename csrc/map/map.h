@@ -84,8 +84,9 @@ vx_device *vx_map_create(uint64_t size, uint64_t largest_size, uint32_t page_shi
 /* Sets the lower device of an index that has none; at any time. The map keeps a reference. */
 int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower);
 /* Takes the lower device of `index` out of the map, in use: commits, waits for accesses, and releases
- * the device. INVALID if an entry or a grant still names it, if it is the parent, or while another one
- * is being taken out. From the call on no new entry may name it. The caller holds no lock that a commit
+ * the device. INVALID if an entry of the table or a grant still names it, if it is the parent, or while
+ * another one is being taken out. Meanwhile vx_map_replace and vx_map_grant refuse to name it. Pages
+ * whose entries are not loaded (ASK) are the owner's concern. The caller holds no lock that a commit
  * needs. */
 int vx_map_clear_lower(vx_device *device, uint32_t index);
 /* Before first use only. Sets the lower device that supplies, at the same offset, the sectors of
@@ -129,7 +130,8 @@ void vx_map_take_accesses(vx_device *device, uint64_t first, uint64_t count, vx_
  * hold old data, which the map never exposes. */
 int vx_map_grant(vx_device *device, uint32_t lower, uint64_t count, const uint64_t *offsets,
                  uint32_t tag, int flag);
-/* Takes back up to `capacity` pages of the stock and stores their offsets; returns how many. */
+/* Takes back up to `capacity` pages of the stock and stores their offsets; returns how many. For owners
+ * that grant on one lower device: the offsets do not say on which. */
 uint64_t vx_map_revoke(vx_device *device, uint64_t capacity, uint64_t *offsets);
 void vx_map_gate(vx_device *device, bool open);
 

@@ -44,6 +44,13 @@ bool vx_map_is_busy_locked(const vx_map *map, uint64_t page)
     return false;
 }
 
+static void install_locked(vx_map *map, uint64_t page, uint64_t entry)
+{
+    if (vx_entry_is_placed(entry) && vx_entry_lower(entry) == map->leaving)
+        map->leaving_is_named = true; /* so it cannot leave */
+    atomic_store(&map->table.entries[page], entry);
+}
+
 int vx_map_install(vx_device *device, uint64_t first, uint64_t count, const uint64_t *entries)
 {
     vx_map *map = (vx_map *)device;
@@ -51,13 +58,13 @@ int vx_map_install(vx_device *device, uint64_t first, uint64_t count, const uint
         return VX_E_RANGE;
     pthread_mutex_lock(&map->lock);
     for (uint64_t i = 0; i < count; i++)
-        if (!vx_map_may_name_locked(map, entries[i])) {
+        if (!vx_map_knows_lower_locked(map, entries[i])) {
             pthread_mutex_unlock(&map->lock);
             return VX_E_INVALID;
         }
     for (uint64_t i = 0; i < count; i++)
         if (vx_entry_kind(vx_map_entry(map, first + i)) == VX_ASK)
-            atomic_store(&map->table.entries[first + i], entries[i]);
+            install_locked(map, first + i, entries[i]);
     progressed(map);
     pthread_mutex_unlock(&map->lock);
     return VX_OK;

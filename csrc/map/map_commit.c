@@ -192,8 +192,10 @@ static void run_round_locked(vx_map *map)
 {
     round r;
     begin_round_locked(map, &r);
+    /* Before the barrier, which then covers the data of every bit. Under the lock, because a page may
+     * move: a bit that is set later belongs to a place that this round does not commit. */
+    vx_map_copy_bitmaps(&r.bitmaps);
     pthread_mutex_unlock(&map->lock);
-    vx_map_copy_bitmaps(&r.bitmaps); /* before the barrier, which then covers the data of every bit */
     make_durable(map, &r);
     pthread_mutex_lock(&map->lock);
     end_round_locked(map, &r);

@@ -63,6 +63,7 @@ typedef struct vx_map {
     uint32_t lower_count;
     _Atomic(vx_device *) *lowers;
     uint32_t leaving; /* under lock: the lower device that is being taken out; UINT32_MAX: none */
+    bool leaving_is_named; /* under lock: an entry that names it was installed since */
     uint32_t parent;
     uint32_t flags;
     _Atomic bool gate_open;
@@ -83,6 +84,7 @@ typedef struct vx_map {
 
     /* under lock */
     uint64_t busy[VX_BUSY_PAGES];
+    uint32_t busy_lowers[VX_BUSY_PAGES]; /* the lower device that each will be placed on */
     uint32_t busy_count;
     vx_grant_entry *grants; /* ring */
     uint64_t grant_head, grant_count, grant_capacity, grant_low;
@@ -144,7 +146,9 @@ static inline uint64_t vx_page_size(const vx_map *map)
     return (uint64_t)1 << map->page_shift;
 }
 
-/* Whether an entry may be stored: it is not placed, or its lower device exists and stays. Under lock. */
+/* Under lock. Whether an entry may be installed: it is not placed, or its lower device exists; and
+ * whether it may be stored anew: that device does not leave, either. */
+bool vx_map_knows_lower_locked(const vx_map *map, uint64_t entry);
 bool vx_map_may_name_locked(const vx_map *map, uint64_t entry);
 /* Must be called inside an epoch. False if the map is closed; the request has then failed. The
  * close waits for every epoch, so a request that passes may use the lower devices until it leaves
@@ -196,7 +200,7 @@ static inline void vx_map_note_change(vx_map *map, uint64_t page, uint64_t withi
 {
     if (__builtin_expect(atomic_load(&map->tracked) != page, 1))
         return;
-    uint32_t shift = map->page_shift < 6 ? 0 : map->page_shift - 6;
+    uint32_t shift = map->page_shift - 6;
     uint64_t first = within >> shift, last = (within + length - 1) >> shift;
     uint64_t upto_last = last >= 63 ? UINT64_MAX : ((uint64_t)1 << (last + 1)) - 1;
     atomic_fetch_or(&map->tracked_changes, upto_last & (UINT64_MAX << first));

@@ -2,12 +2,17 @@
 #include "core/run.h"
 #include "map/map_internal.h"
 
-bool vx_map_may_name_locked(const vx_map *map, uint64_t entry)
+bool vx_map_knows_lower_locked(const vx_map *map, uint64_t entry)
 {
     uint32_t lower = vx_entry_lower(entry);
     return !vx_entry_is_placed(entry) ||
-           (lower < map->lower_count && lower != map->leaving &&
-            vx_map_lower_device(map, lower) != NULL);
+           (lower < map->lower_count && vx_map_lower_device(map, lower) != NULL);
+}
+
+bool vx_map_may_name_locked(const vx_map *map, uint64_t entry)
+{
+    return vx_map_knows_lower_locked(map, entry) &&
+           !(vx_entry_is_placed(entry) && vx_entry_lower(entry) == map->leaving);
 }
 
 int vx_map_set_lower(vx_device *device, uint32_t index, vx_device *lower)
@@ -43,6 +48,15 @@ static bool is_named(vx_map *map, uint32_t index)
     return false;
 }
 
+/* Whether a page is about to be published on the device. */
+static bool is_awaited_locked(const vx_map *map, uint32_t index)
+{
+    for (uint32_t i = 0; i < map->busy_count; i++)
+        if (map->busy_lowers[i] == index)
+            return true;
+    return false;
+}
+
 /* Lets no new entry name the device, and waits for pages that are about to get one that does. */
 static bool begin_leaving(vx_map *map, uint32_t index)
 {
@@ -50,9 +64,11 @@ static bool begin_leaving(vx_map *map, uint32_t index)
     bool may = map->leaving == UINT32_MAX && index < map->lower_count && index != map->parent &&
                !((map->flags & VX_MAP_IDENTITY) && index == 0) && !map->closing &&
                vx_map_lower_device(map, index) != NULL;
-    if (may)
+    if (may) {
         map->leaving = index;
-    while (may && map->busy_count > 0)
+        map->leaving_is_named = false;
+    }
+    while (may && is_awaited_locked(map, index))
         pthread_cond_wait(&map->changed, &map->lock);
     if (may && is_granted_locked(map, index)) {
         map->leaving = UINT32_MAX;
@@ -69,19 +85,19 @@ int vx_map_clear_lower(vx_device *device, uint32_t index)
     vx_failure failure;
     if (!begin_leaving(map, index))
         return VX_E_INVALID;
-    /* Entries on disk may still name the device until the changes of the table are committed. */
-    int code = map->device.read_only ? VX_OK
-                                     : vx_transfer(device, VX_FLUSH, 0, NULL, 0, 0, &failure);
-    if (code == VX_OK && is_named(map, index))
-        code = VX_E_INVALID;
+    int code = is_named(map, index) ? VX_E_INVALID : VX_OK;
+    /* Entries on disk may name the device until the last change away from it is committed. */
+    if (code == VX_OK && !map->device.read_only)
+        code = vx_transfer(device, VX_FLUSH, 0, NULL, 0, 0, &failure);
+    if (code == VX_OK)
+        vx_epoch_quiesce(&map->epochs); /* accesses that began under entries of before */
     pthread_mutex_lock(&map->lock);
+    if (code == VX_OK && map->leaving_is_named) /* an entry was loaded meanwhile */
+        code = VX_E_INVALID;
     if (code == VX_OK)
         left = atomic_exchange(&map->lowers[index], NULL);
     map->leaving = UINT32_MAX;
     pthread_mutex_unlock(&map->lock);
-    if (left != NULL) {
-        vx_epoch_quiesce(&map->epochs); /* accesses that began under entries of before */
-        vx_device_release(left);
-    }
+    vx_device_release(left);
     return code;
 }

@@ -39,7 +39,9 @@ static int fill_page(vx_map *map, vx_request *request, uint64_t old, uint64_t fr
     uint64_t size = vx_page_size(map), piece = size < COPY_PIECE ? size : COPY_PIECE;
     uint32_t flags = request->flags & ~(uint32_t)(VX_FUA | VX_NO_HOLE | VX_FAST);
     uint32_t target = vx_entry_lower(fresh);
-    uint64_t to = vx_entry_offset(fresh);
+    uint64_t to = vx_entry_offset(fresh), room = vx_device_size(vx_map_lower_device(map, target));
+    if (map->flags & VX_MAP_IDENTITY && size > room - to)
+        size = room - to; /* the last page, of a device that is as large as the map */
     if (vx_entry_kind(old) != VX_SHARED)
         return vx_map_lower(map, request, VX_ZERO, flags, target, to, size, NULL);
     uint8_t *buffer = malloc(piece);
@@ -50,13 +52,15 @@ static int fill_page(vx_map *map, vx_request *request, uint64_t old, uint64_t fr
     int answer = VX_DONE;
     for (uint64_t at = 0; at < size && answer == VX_DONE && request->result == 0; at += piece) {
         uint64_t n = from + at >= end ? 0 : end - from - at < piece ? end - from - at : piece;
+        uint64_t written = size - at < piece ? size - at : piece;
         memset(buffer + n, 0, piece - n);
         if (n > 0)
             answer = vx_map_lower(map, request, VX_READ, flags, vx_entry_lower(old), from + at,
                                      n, buffer);
         vx_request_follow(request);
         if (answer == VX_DONE && request->result == 0)
-            answer = vx_map_lower(map, request, VX_WRITE, flags, target, to + at, piece, buffer);
+            answer = vx_map_lower(map, request, VX_WRITE, flags, target, to + at, written,
+                                  buffer);
         vx_request_follow(request);
     }
     free(buffer);
@@ -67,6 +71,8 @@ static int fill_page(vx_map *map, vx_request *request, uint64_t old, uint64_t fr
 static bool next_grant_locked(const vx_map *map, uint64_t page, vx_grant_entry *grant)
 {
     if (map->flags & VX_MAP_IDENTITY) {
+        if (!vx_map_may_name_locked(map, vx_entry(VX_DATA, 0, 0, 0)))
+            return false;
         *grant = (vx_grant_entry){vx_entry(VX_DATA, 0, page << map->page_shift, 0), true};
         return true;
     }
@@ -100,6 +106,7 @@ static void clear_busy_locked(vx_map *map, uint64_t page)
     for (uint32_t i = 0; i < map->busy_count; i++)
         if (map->busy[i] == page) {
             map->busy[i] = map->busy[--map->busy_count];
+            map->busy_lowers[i] = map->busy_lowers[map->busy_count];
             break;
         }
     pthread_cond_broadcast(&map->changed);
@@ -109,6 +116,7 @@ static void clear_busy_locked(vx_map *map, uint64_t page)
 static enum step fill_and_publish_locked(vx_map *map, vx_request *request, uint64_t page,
                                          uint64_t old, vx_grant_entry grant, int *answer)
 {
+    map->busy_lowers[map->busy_count] = vx_entry_lower(grant.entry);
     map->busy[map->busy_count++] = page;
     pthread_mutex_unlock(&map->lock);
     request->result = VX_OK;

@@ -7,6 +7,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -19,10 +20,12 @@
 static vx_device *file;
 static int descriptor;
 static _Atomic uint64_t durable[THREADS]; /* what a finished barrier found in the file */
-static _Atomic bool failing, stop;
+static _Atomic bool lost, failing, stop; /* lost: from now on; failing: nobody was told */
 static _Atomic uint64_t flushes, barriers, failed;
 
 int __wrap_fdatasync(int fd);
+ssize_t __real_pwritev2(int fd, const struct iovec *pieces, int count, off_t offset, int flags);
+ssize_t __wrap_pwritev2(int fd, const struct iovec *pieces, int count, off_t offset, int flags);
 
 static uint64_t value_of(uint32_t thread)
 {
@@ -31,25 +34,43 @@ static uint64_t value_of(uint32_t thread)
     return value;
 }
 
-/* In place of the kernel's: it makes durable what is there when it begins, and takes a while. A failed
- * one is reported once; later ones succeed, and have lost what it was to write. */
+/* In place of the kernel's: it makes durable what is there when it begins, and takes a while. When
+ * writes are lost, the first barrier that looks is told, at its end; others succeed. */
 int __wrap_fdatasync(int fd)
 {
     uint64_t found[THREADS];
     CHECK_EQ(fd, descriptor);
-    bool fails = atomic_exchange(&failing, false);
     for (uint32_t i = 0; i < THREADS; i++)
         found[i] = value_of(i);
     usleep(300);
     atomic_fetch_add(&barriers, 1);
-    if (fails) {
+    if (atomic_exchange(&failing, false)) {
         atomic_store(&failed, 1);
         return -1;
     }
+    if (atomic_load(&lost))
+        return 0;
     for (uint32_t i = 0; i < THREADS; i++)
         if (found[i] > atomic_load(&durable[i]))
             atomic_store(&durable[i], found[i]);
     return 0;
+}
+
+ssize_t __wrap_pwritev2(int fd, const struct iovec *pieces, int count, off_t offset, int flags)
+{
+    ssize_t n = __real_pwritev2(fd, pieces, count, offset, flags & ~RWF_DSYNC);
+    if (!(flags & RWF_DSYNC))
+        return n;
+    usleep(100);
+    if (atomic_exchange(&failing, false)) {
+        usleep(500); /* the other barrier is quicker to say that all is well */
+        atomic_store(&failed, 1);
+        return -1;
+    }
+    uint64_t thread = (uint64_t)offset / SECTOR, value = value_of((uint32_t)thread);
+    if (!atomic_load(&lost) && value > atomic_load(&durable[thread]))
+        atomic_store(&durable[thread], value);
+    return n;
 }
 
 static void *work(void *argument)
@@ -57,13 +78,13 @@ static void *work(void *argument)
     uint32_t thread = (uint32_t)(uintptr_t)argument;
     vx_failure failure;
     for (uint64_t value = 1; !atomic_load(&stop); value++) {
-        bool lost = atomic_load(&failed);
-        int code = vx_transfer(file, VX_WRITE, 0, (uint8_t *)&value, sizeof value, thread * SECTOR,
-                               &failure);
-        if (code == 0)
+        bool told = atomic_load(&failed), fua = thread % 3 == 2;
+        int code = vx_transfer(file, VX_WRITE, fua ? VX_FUA : 0, (uint8_t *)&value, sizeof value,
+                               thread * SECTOR, &failure);
+        if (code == 0 && !fua)
             code = vx_transfer(file, VX_FLUSH, 0, NULL, 0, 0, &failure);
-        CHECK(code == 0 || atomic_load(&failed));
-        CHECK(!(lost && code == 0));
+        CHECK(code == 0 || atomic_load(&lost));
+        CHECK(!(told && code == 0));
         if (code != 0)
             break;
         CHECK_GE(atomic_load(&durable[thread]), value);
@@ -85,10 +106,12 @@ static void once(int milliseconds)
     file = vx_file_create(descriptor, 1 << 20, 0, 9);
     memset((void *)durable, 0, sizeof durable);
     atomic_store(&failed, 0);
+    atomic_store(&lost, false);
     atomic_store(&stop, false);
     for (uint32_t i = 0; i < THREADS; i++)
         pthread_create(&threads[i], NULL, work, (void *)(uintptr_t)i);
     usleep((useconds_t)milliseconds * 1000);
+    atomic_store(&lost, true);
     atomic_store(&failing, true);
     for (int tenth = 0; tenth < 50 && !atomic_load(&failed); tenth++)
         usleep(100000);

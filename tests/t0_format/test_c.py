@@ -120,6 +120,8 @@ WITHOUT = [
     ("changes are noted late", "moves", "    if (taken != 0)\n        vx_epoch_quiesce(&map->epochs);", "    "),
     ("notes are reset when changes are noted already", "moves", "    vx_epoch_quiesce(&map->epochs); /* changes that have not seen it */\n", "    vx_epoch_quiesce(&map->epochs);\n    atomic_store(&map->tracked_changes, 0);\n"),
     ("tracking begins without a quiesce", "moves", "    vx_epoch_quiesce(&map->epochs); /* changes that have not", "    /* changes that have not"),
+    ("a barrier does not wait for FUA writes", "leaf", "pthread_rwlock_wrlock(&file->errors);", "pthread_rwlock_rdlock(&file->errors);"),
+    ("a FUA write does not wait for a barrier", "leaf", "file->in_barrier && file->finished == finished;)", "file->in_barrier && file->finished == finished && false;)"),
     ("a failed barrier does not poison", "leaf", "fail_barrier(file, request, 0); /*", "fail_here(file, request, 0); /*"),
 ]  # fmt: skip
 FILES = {

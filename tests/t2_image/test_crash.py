@@ -257,6 +257,31 @@ def compacting(run: Run, steps: int) -> None:
     run.close()
 
 
+def compacting_a_child(run: Run, steps: int) -> None:
+    """Partly present blocks move while threads write sectors that were the parent's."""
+    disk = run.open()
+    blocks = SIZE // BLOCK
+    for block in range(blocks):
+        run.write(run.rng, block * BLOCK + 512 * (block % 7), 512, block + 1)
+    run.flush()
+    work = mixed_work(run, steps, {"write": 6, "fua": 1, "flush": 2}, sizes=(512, 1024))
+    writers = [
+        threading.Thread(target=work, args=(random.Random(run.rng.random()), mine))
+        for mine in (list(range(2, blocks, 2)), list(range(3, blocks, 2)))
+    ]
+    for writer in writers:
+        writer.start()
+    for step in range(4):
+        run.blank(step % 2, trim=True)  # its place is free after a commit, and others move there
+        run.flush()
+        disk.compact()
+        run.write(run.rng, step % 2 * BLOCK + 1024, 512, 99)
+    for writer in writers:
+        writer.join()
+    disk.compact()
+    run.close()
+
+
 def growing(run: Run, steps: int) -> None:
     disk = run.open()
     size = SIZE
@@ -295,6 +320,7 @@ WORKLOADS = {
     "resizing": (resizing, "empty"),
     "shrinking": (shrinking, "empty"),
     "compacting": (compacting, "empty"),
+    "compacting a child": (compacting_a_child, "child"),
 }
 
 

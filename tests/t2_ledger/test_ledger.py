@@ -22,6 +22,7 @@ from vhdx.errors import (
     NoSpaceError,
     PoisonedError,
     Reason,
+    UnsupportedError,
 )
 from vhdx.format.checksum import seal
 from vhdx.ledger import Ledger, Member, Record
@@ -290,8 +291,9 @@ def test_hostile_members_are_refused():
         bad[start : start + BLOCK] = block
         copy = plane.Memory(REGION)
         copy.write(bytes(bad), 0)
-        with contextlib.suppress(DamagedError, HostIOError):
+        with contextlib.suppress(DamagedError, HostIOError, UnsupportedError):
             assert len(Ledger.read(members([copy]))) <= 4
+            Ledger.recover(members([copy]), POOL).ledger.close()
 
 
 def test_bad_arguments():
@@ -303,11 +305,148 @@ def test_bad_arguments():
         Ledger.create(members([plane.Memory(REGION)], REGION - BLOCK, 512), POOL)
     with pytest.raises(InvalidArgumentError):
         Ledger.create(members(memories(1) * (MOST_MEMBERS + 1)), POOL)
+    with pytest.raises(InvalidArgumentError, match="name"):
+        Ledger.create(members(memories(2)), POOL, names=[UUID(int=1)])
+    with pytest.raises(InvalidArgumentError, match="name"):
+        Ledger.create(members(memories(2)), POOL, names=[UUID(int=1)] * 2)
     ledger = Ledger.create(members(memories(1)), POOL)
     ledger.close()
     for call in (lambda: ledger.append(1, b""), lambda: ledger.checkpoint([])):
         with pytest.raises(ClosedError):
             call()
+
+
+def test_a_member_of_a_newer_version_stops_the_recovery():
+    devices = memories(3)
+    ledger = Ledger.create(members(devices), POOL)
+    fill(ledger, b"x")
+    ledger.checkpoint([(1, b"y")])
+    ledger.close()
+    newest = devices[1].read(BLOCK, 0)  # superblock number 2
+    block = bytearray(newest)
+    block[8:12] = struct.pack("<I", 2)
+    seal(block)
+    devices[1].write(bytes(block), 0)
+    with pytest.raises(UnsupportedError, match="version 2"):
+        Ledger.recover(members(devices), POOL)
+
+
+def test_a_member_that_cannot_be_read_is_not_taken_for_blank():
+    (device,) = memories(1)
+    ledger = Ledger.create(members([device]), POOL)
+    ledger.close()
+    (hold,) = injectors([device])
+    hold.set(fail=[plane.Operation.READ])
+    with pytest.raises(HostIOError):
+        Ledger.recover(members([hold]), POOL)
+
+
+@pytest.mark.parametrize("what", ["commit", "checkpoint", "superblock"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_write_that_is_interrupted_ends_the_ledger(count, what):
+    """Whatever it left behind, nothing is acknowledged afterwards that a recovery does not find."""
+
+    class Interrupted(Ledger):
+        now = ""
+
+        def _make_durable(self, sides, name):
+            if name == self.now:
+                raise MemoryError
+            return super()._make_durable(sides, name)
+
+    devices = memories(count)
+    ledger = Interrupted.create(members(devices), POOL)
+    fill(ledger, b"one", b"two")
+    Interrupted.now = what
+    ledger.append(7, b"three")
+    with pytest.raises(MemoryError):
+        ledger.commit() if what == "commit" else ledger.checkpoint([(7, b"all three")])
+    Interrupted.now = ""
+    for call in (ledger.commit, lambda: ledger.append(7, b"x"), lambda: ledger.checkpoint([])):
+        with pytest.raises(PoisonedError):
+            call()
+    ledger.close()
+    found = payloads(Ledger.recover(members(devices), POOL).records)
+    assert found in ([b"one", b"two"], [b"one", b"two", b"three"], [b"all three"])
+
+
+def test_what_fails_before_the_first_write_can_be_tried_again():
+    devices = memories(1)
+    ledger = Ledger.create(members(devices), POOL)
+
+    def parts():
+        yield 1, b"x"
+        raise ValueError("no more")
+
+    ledger.append(1, b"kept")
+    with pytest.raises(ValueError, match="no more"):
+        ledger.checkpoint(parts())
+    with pytest.raises(InvalidArgumentError):
+        ledger.checkpoint([(1, bytes(LARGEST_RECORD + 1))])
+    ledger.commit()
+    ledger.close()
+    assert payloads(Ledger.recover(members(devices), POOL).records) == [b"kept"]
+
+
+def test_a_small_member_that_comes_back_is_left_out():
+    large = memories(2, 4 * REGION)
+    (small,) = memories(1)
+    everyone = [*members(large, 4 * REGION), Member(small, 0, REGION)]
+    ledger = Ledger.create(everyone, POOL)
+    fill(ledger, b"one")
+    ledger.close()
+    away = Ledger.recover(everyone[:2], POOL).ledger
+    fill(away, bytes(2 * REGION // 3), bytes(2 * REGION // 3))
+    away.close()
+    found = Ledger.recover(everyone, POOL)
+    assert [len(each) for each in payloads(found.records)] == [3, 2 * REGION // 3, 2 * REGION // 3]
+    assert found.out_of_step == [2]
+    fill(found.ledger, b"more")
+    found.ledger.close()
+    assert payloads(Ledger.recover(everyone[:2], POOL).records)[-1] == b"more"
+
+
+def test_a_full_ledger_of_large_records_is_recovered():
+    rng = random.Random(3)
+    for _ in range(20):
+        size = rng.randrange(600, 1200) * BLOCK * 2
+        devices = memories(1, size)
+        ledger = Ledger.create(members(devices, size), POOL)
+        expected = []
+        while True:
+            ledger.append(1, rng.randbytes(rng.choice([100, 700_000, 1_000_000, LARGEST_RECORD])))
+            record = ledger._pending[-1].payload
+            try:
+                ledger.commit()
+            except NoSpaceError:
+                break
+            expected.append(record)
+        ledger.close()
+        found = Ledger.recover(members(devices, size), POOL)
+        found.ledger.close()
+        assert payloads(found.records) == expected
+
+
+def test_a_checkpoint_covers_what_was_appended_before_it():
+    devices = memories(2)
+    holds = injectors(devices)
+    ledger = Ledger.create(members(holds), POOL)
+    for hold in holds:
+        hold.set(park=[plane.Operation.FLUSH], park_ns=100_000_000)
+    ledger.append(1, b"first")
+    thread = threading.Thread(target=ledger.commit)
+    thread.start()
+    while not ledger._writes:
+        pass
+    ledger.append(1, b"second")
+    later = threading.Timer(0.03, lambda: ledger.append(1, b"third"))
+    later.start()
+    ledger.checkpoint([(2, b"first and second")])  # waits for the commit; meanwhile comes the third
+    thread.join()
+    later.join()
+    ledger.commit()
+    ledger.close()
+    assert payloads(Ledger.recover(members(devices), POOL).records) == [b"first and second", b"third"]
 
 
 def test_a_region_of_a_device_is_respected():

@@ -55,7 +55,7 @@ def destination_format(path: StrPath, to: str | None) -> str:
             )
         return to
     found = format_of_name(path)
-    if found is None and of(path).is_device(spelled(path)):
+    if found is None and of(path).kind(spelled(path)) == "device":
         return "raw"
     if found is None:
         raise InvalidArgumentError(

@@ -177,9 +177,6 @@ class HostPlace:
     def draft(self, path: str, *, sparse: bool = True, bulk: bool = False) -> _HostDraft:
         return _HostDraft(path, sparse=sparse, bulk=bulk)
 
-    def is_device(self, path: str) -> bool:
-        return Path(path).is_block_device()
-
     def overwrite(self, path: str, *, sparse: bool = True) -> _DeviceDraft:
         return _DeviceDraft(path, sparse=sparse)
 
@@ -204,9 +201,9 @@ class HostPlace:
     def exists(self, path: str) -> bool:
         return os.path.lexists(path)
 
-    def is_file(self, path: str) -> bool:
+    def kind(self, path: str) -> str | None:
         found = Path(path)
-        return found.is_file() or found.is_block_device()
+        return "device" if found.is_block_device() else "file" if found.is_file() else None
 
     def is_same_name(self, path: str, other: str) -> bool:
         if os.path.realpath(path) == os.path.realpath(other):

@@ -57,11 +57,11 @@ def existing(path: Path) -> Path | None:
     """The file of that name; if there is none, the only one that differs just in letter case."""
     there = place.of(path)
     try:
-        if there.is_file(os.fspath(path)):
+        if there.kind(os.fspath(path)):
             return path
         names = there.names(os.fspath(path.parent))
     except (OSError, ValueError):  # names that this place cannot have
         return None
     same = [name for name in names if name.casefold() == path.name.casefold()]
     found = path.with_name(same[0]) if len(same) == 1 else None
-    return found if found is not None and there.is_file(os.fspath(found)) else None
+    return found if found is not None and there.kind(os.fspath(found)) else None

@@ -53,7 +53,7 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
                 stack.enter_context(_guarded(there, target, force=force))
             draft = (
                 there.overwrite(target, sparse=sparse)
-                if replaces and there.is_device(target)
+                if replaces and there.kind(target) == "device"
                 else there.draft(target, sparse=sparse, bulk=True)
             )
         except VhdxError:
@@ -96,13 +96,13 @@ def _refuse_deleted(there: place.Place, name: str) -> None:
 @contextlib.contextmanager
 def _guarded(there: place.Place, target: str, *, force: bool) -> Iterator[None]:
     """Locks the file to be replaced, so that no open image is lost."""
-    if not force and there.is_device(target):
+    if not force and there.kind(target) == "device":
         raise ExistsError(
             "it is a block device", path=target, hint="--force (force=True) writes over its content"
         )
     if not force:
         raise _exists(target)
-    if place.key_of(target) is not None and not there.is_file(target):
+    if place.key_of(target) is not None and there.kind(target) is None:
         raise HostIOError("it is not a regular file", reason=Reason.NOT_A_FILE, path=target)
     there.check_replaceable(target)
     with contextlib.ExitStack() as stack:

@@ -41,7 +41,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from vhdx import plane
-from vhdx.errors import InvalidArgumentError
+from vhdx.errors import InvalidArgumentError, UnsupportedError
 from vhdx.format.checksum import seal, verify
 from vhdx.units import MIB, round_up
 
@@ -50,14 +50,15 @@ __all__ = [
     "LARGEST_RECORD",
     "MOST_MEMBERS",
     "SMALLEST_REGION",
-    "Group",
+    "Area",
     "Member",
     "Record",
     "Superblock",
     "area_length",
     "area_offset",
+    "check_record",
     "pack_groups",
-    "parse_groups",
+    "parse_area",
     "parse_superblock",
 ]
 
@@ -67,6 +68,7 @@ LARGEST_RECORD = MIB
 MOST_MEMBERS = (BLOCK - 80) // 16
 _LARGEST_GROUP = 2 * MIB
 _VERSION = 1
+_LARGEST_NUMBER = 1 << 62  # of a superblock, term or group: no real ledger comes near
 _SUPERBLOCK = struct.Struct("<4sIII16sQQQQQII")
 _GROUP = struct.Struct("<4sIII16sQQII")
 _RECORD = struct.Struct("<II")
@@ -101,7 +103,7 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Superblock:
-    """Where a member's records are, and which term it has promised to wait for."""
+    """Where a member's records are, and the highest term that a recovery has claimed here."""
 
     ledger: UUID
     members: tuple[UUID, ...]
@@ -126,15 +128,22 @@ class Superblock:
 
 
 def parse_superblock(block: bytes, region: int) -> Superblock | None:
-    """The superblock, or None if this is none, or one that this version cannot use.
+    """The superblock, or None if this is none.
 
     Args:
         block: 4096 bytes.
         region: bytes of the member's region.
+
+    Raises:
+        UnsupportedError: it was written by a newer version.
     """
     fields = _SUPERBLOCK.unpack_from(block)
     signature, _, version, index, ledger, number, promised, term, first, length, area, count = fields
-    if signature != b"vlsb" or version != _VERSION or not verify(block):
+    if signature != b"vlsb" or not verify(block):
+        return None
+    if version > _VERSION:  # to fall back on an older superblock would undo what came after it
+        raise UnsupportedError(f"the ledger has version {version}, and this program knows {_VERSION}")
+    if version != _VERSION or max(number, promised, term, first) >= _LARGEST_NUMBER:
         return None
     if area > 1 or not 1 <= count <= MOST_MEMBERS or index >= count or length != area_length(region):
         return None
@@ -154,19 +163,42 @@ def area_offset(area: int, length: int) -> int:
 
 
 @dataclass(frozen=True)
-class Group:
+class _Group:
     """Records that became durable together."""
 
-    term: int
     sequence: int
-    records: tuple[Record, ...]
-    ends_checkpoint: bool
+    flags: int
     checksum: int
     length: int
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Area:
+    """The groups of an area that count.
+
+    Attributes:
+        position: term, and sequence of the last group.
+        length: bytes of the groups.
+    """
+
+    position: tuple[int, int]
+    length: int
+    _groups: tuple[_Group, ...]
+
+    def batches(self) -> list[list[Record]]:
+        """The records, group by group."""
+        return [list(_parse_records(group.body)) for group in self._groups]
+
+
+def check_record(record: Record) -> None:
+    """Raises InvalidArgumentError for a record that cannot be stored."""
+    if not 0 <= record.kind < 1 << 32 or len(record.payload) > LARGEST_RECORD:
+        raise InvalidArgumentError("a record has a kind of 32 bits and at most 1 MiB")
 
 
 def pack_groups(
-    records: Iterable[Record],
+    batches: Iterable[Iterable[Record]],
     *,
     ledger: UUID,
     term: int,
@@ -177,7 +209,7 @@ def pack_groups(
     """Groups that hold the records; one without records for an empty checkpoint.
 
     Args:
-        records: in order.
+        batches: records, in order; a group holds records of one batch.
         ledger: its UUID.
         term: of the area.
         sequence: of the first group.
@@ -187,7 +219,9 @@ def pack_groups(
     Returns:
         Their bytes, the sequence after them, and the checksum of the last.
     """
-    bodies = list(_bodies(records)) or ([b""] if is_checkpoint else [])
+    bodies = [body for records in batches for body in _bodies(records)]
+    if not bodies and is_checkpoint:
+        bodies.append(b"")
     parts = []
     for number, body in enumerate(bodies):
         flags = (_CHECKPOINT if is_checkpoint else 0) | (
@@ -217,25 +251,26 @@ def _bodies(records: Iterable[Record]) -> Iterator[bytes]:
 
 
 def _pack_record(record: Record) -> bytes:
-    if not 0 <= record.kind < 1 << 32 or len(record.payload) > LARGEST_RECORD:
-        raise InvalidArgumentError("a record has a kind of 32 bits and at most 1 MiB")
+    check_record(record)
     head = _RECORD.pack(record.kind, len(record.payload))
     return head + record.payload + bytes(-len(record.payload) % 8)
 
 
-def parse_groups(area: bytes, superblock: Superblock) -> list[Group]:
-    """The groups of an area that count. Empty if its checkpoint is not whole."""
-    found: list[Group] = []
+def parse_area(area: bytes, superblock: Superblock) -> Area | None:
+    """The groups of an area that count. None if its checkpoint is not whole."""
+    found: list[_Group] = []
     at, before, sequence = 0, 0, superblock.first
     while (group := _parse_group(area, at, superblock, sequence, before)) is not None:
         found.append(group)
         at, before, sequence = at + group.length, group.checksum, sequence + 1
-    return found if any(group.ends_checkpoint for group in found) else []
+    if not any(group.flags & _END for group in found):
+        return None
+    return Area((superblock.term, sequence - 1), at, tuple(found))
 
 
 def _parse_group(
     area: bytes, at: int, superblock: Superblock, sequence: int, before: int
-) -> Group | None:
+) -> _Group | None:
     if at + BLOCK > len(area):
         return None
     signature, checksum, length, used, ledger, term, number, flags, previous = _GROUP.unpack_from(
@@ -243,26 +278,29 @@ def _parse_group(
     )
     if signature != b"vlgr" or ledger != superblock.ledger.bytes or term != superblock.term:
         return None
-    if number != sequence or previous != before or length % BLOCK or not 0 < length <= len(area) - at:
+    if number != sequence or previous != before or length % BLOCK:
         return None
-    if used > length - _GROUP.size or not verify(area[at : at + length]):
+    if not 0 < length <= min(len(area) - at, _LARGEST_GROUP + BLOCK) or used > length - _GROUP.size:
         return None
-    records = _parse_records(area[at + _GROUP.size : at + _GROUP.size + used])
-    return (
-        None
-        if records is None
-        else Group(term, sequence, records, bool(flags & _END), checksum, length)
-    )
+    if not verify(area[at : at + length]):
+        return None
+    body = area[at + _GROUP.size : at + _GROUP.size + used]
+    return _Group(sequence, flags, checksum, length, body) if _is_whole(body) else None
 
 
-def _parse_records(body: bytes) -> tuple[Record, ...] | None:
-    found, at = [], 0
+def _is_whole(body: bytes) -> bool:
+    """Whether the body is a series of records."""
+    at = 0
     while at < len(body):
         if len(body) - at < _RECORD.size:
-            return None
+            return False
+        at = round_up(at + _RECORD.size + _RECORD.unpack_from(body, at)[1], 8)
+    return at == len(body)
+
+
+def _parse_records(body: bytes) -> Iterator[Record]:
+    at = 0
+    while at < len(body):
         kind, length = _RECORD.unpack_from(body, at)
         start, at = at + _RECORD.size, round_up(at + _RECORD.size + length, 8)
-        if at > len(body):
-            return None
-        found.append(Record(kind, body[start : start + length]))
-    return tuple(found)
+        yield Record(kind, body[start : start + length])

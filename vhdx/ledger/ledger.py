@@ -9,8 +9,13 @@ Terms. A recovery takes what the member with the highest (term, sequence) has. T
 commit that never succeeded. The recovery must then win against members that were away, and against a
 recovery that was itself interrupted. So it first makes more than half of the members *promise* a new
 term, higher than every promise that they had made, and then writes a checkpoint of that term to all
-of them. Two recoveries never share a term, because each set of more than half has a member in common
-with every other (L. Lamport, "Paxos Made Simple", 2001: a term is a proposal number).
+of them. Two recoveries that write a checkpoint never share a term, because each set of more than
+half has a member in common with every other (L. Lamport, "Paxos Made Simple", 2001: a term is a
+proposal number).
+
+Failures. What went wrong before the first write changes nothing, and can be tried again. After any
+other failure this object refuses everything, because it does not know what is on the members. A
+recovery finds out.
 
 Checkpoints. The records of an area can be replaced by others that stand for the same state. They go
 to the area that is not in use; when they are durable, a superblock makes that area the current one.
@@ -18,6 +23,7 @@ to the area that is not in use; when they are durable, a superblock makes that a
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +31,7 @@ from uuid import UUID, uuid4
 
 from vhdx import plane
 from vhdx.errors import ClosedError, InvalidArgumentError, NoSpaceError, PoisonedError, VhdxError
+from vhdx.interrupts import uninterruptible
 from vhdx.ledger.layout import (
     BLOCK,
     MOST_MEMBERS,
@@ -33,12 +40,13 @@ from vhdx.ledger.layout import (
     Record,
     Superblock,
     area_length,
+    check_record,
     pack_groups,
 )
 from vhdx.ledger.members import Side, do_on_all, read_members
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 __all__ = ["Ledger", "Recovered"]
 
@@ -49,8 +57,8 @@ class Recovered(NamedTuple):
     Attributes:
         ledger: ready for new records.
         records: everything that was committed, in order, since and including the last checkpoint.
-        out_of_step: indexes of members that are away, failed, or had missed commits. Those that are
-            there have everything again.
+        out_of_step: indexes of members that are away, failed, or had missed commits. A member that
+            had missed commits and did not fail has everything again.
     """
 
     ledger: Ledger
@@ -79,6 +87,7 @@ class Ledger:
         self._pending: list[Record] = []
         self._appended = self._durable = 0  # records
         self._writes = False  # a commit or checkpoint is under way
+        self._touched = False  # it has begun to write; of the thread that writes
         self._ended: VhdxError | None = None
 
     # ---- the beginning ----
@@ -101,7 +110,8 @@ class Ledger:
             names: the members' UUIDs; random if None.
 
         Raises:
-            InvalidArgumentError: a region is too small or not aligned, or there are too many.
+            InvalidArgumentError: a region is too small or not aligned, or there are too many, or
+                the names do not fit.
             VhdxError: a member cannot be written.
         """
         if not 1 <= len(members) <= MOST_MEMBERS:
@@ -114,6 +124,8 @@ class Ledger:
                     path=member.device.path,
                 )
         uuids = tuple(names) if names is not None else tuple(uuid4() for _ in members)
+        if len(set(uuids)) != len(members):
+            raise InvalidArgumentError("each member needs a name of its own")
         ledger_uuid = identity or uuid4()
         sides = [
             Side(
@@ -125,8 +137,8 @@ class Ledger:
         ledger = cls(sides, pool)
         for block in range(2):
             offsets = [side.member.offset + block * BLOCK for side in sides]
-            do_on_all(pool, sides, plane.Operation.WRITE, offsets, bytes(BLOCK))
-        ledger._write_checkpoint([], 1)
+            ledger._write(sides, offsets, bytes(BLOCK))
+        ledger._write_checkpoint([[]], 1)
         for side in sides:
             if side.error is not None:
                 raise side.error
@@ -145,36 +157,32 @@ class Ledger:
 
         Raises:
             DamagedError: no member has a ledger, they are of several ledgers, or one is there twice.
+            UnsupportedError: a member was written by a newer version.
             HostIOError: reason NO_QUORUM: half of the members or more are away.
+            NoSpaceError: half of the members or more are too small for what the others hold.
         """
         found = read_members(members, identity)
         sides = [side for side, _ in found]
         ledger = cls(sides, pool)
         ledger._promise(max(side.superblock.promised for side in sides) + 1)
-        best = max(
-            (groups for side, groups in found if side.in_step),
-            key=lambda groups: (groups[0].term, groups[-1].sequence),
-        )
-        behind = {
-            side.superblock.index
-            for side, groups in found
-            if (groups[0].term, groups[-1].sequence) != (best[0].term, best[-1].sequence)
-        }
-        records = [record for group in best for record in group.records]
-        ledger._sequence = best[-1].sequence + 1
-        ledger._write_checkpoint(records, sides[0].superblock.promised)
-        present = {side.superblock.index for side in sides if side.in_step}
-        out = sorted((set(range(ledger._count)) - present) | behind)
-        return Recovered(ledger, records, out)
+        in_step = [area for side, area in found if side.in_step]
+        best = max(in_step, key=lambda area: area.position)
+        behind = {side.superblock.index for side, area in found if area.position != best.position}
+        batches = [[record for batch in best.batches() for record in batch]]
+        if ledger._packed_length(batches) > best.length:
+            batches = best.batches()  # as they are, they fit where they were
+        ledger._sequence = best.position[1] + 1
+        ledger._write_checkpoint(batches, max(side.superblock.promised for side in sides))
+        out = sorted(set(ledger.out_of_step) | behind)
+        return Recovered(ledger, [record for batch in batches for record in batch], out)
 
     @staticmethod
     def read(members: Sequence[Member], *, identity: UUID | None = None) -> list[Record]:
         """What :meth:`recover` would find; changes nothing, and raises what it raises."""
         best = max(
-            (groups for _, groups in read_members(members, identity)),
-            key=lambda groups: (groups[0].term, groups[-1].sequence),
+            (area for _, area in read_members(members, identity)), key=lambda area: area.position
         )
-        return [record for group in best for record in group.records]
+        return [record for batch in best.batches() for record in batch]
 
     # ---- records ----
 
@@ -192,15 +200,17 @@ class Ledger:
     def append(self, kind: int, payload: bytes) -> None:
         """Adds a record; it is durable when a later :meth:`commit` returns.
 
-        A crash leaves the records of a commit up to one of them, each whole or not at all.
+        After a crash during a commit its first records may be there and the rest missing; none is
+        there in part.
         """
         record = Record(kind, bytes(payload))
-        pack_groups([record], ledger=self.identity, term=0, sequence=0, before=0, is_checkpoint=False)
+        check_record(record)
         with self._lock:
             self._check_locked()
             self._pending.append(record)
             self._appended += 1
 
+    @uninterruptible
     def commit(self) -> None:
         """Makes all records that were appended durable; callers that wait share a commit.
 
@@ -217,42 +227,30 @@ class Ledger:
             self._check_locked()
             records, upto = self._pending, self._appended
             self._pending, self._writes = [], True
-        try:
+        with self._writing(records, upto):
             self._write_commit(records)
-        except BaseException:
-            with self._lock:
-                self._pending[:0] = records
-            raise
-        else:
-            with self._lock:
-                self._durable = max(self._durable, upto)
-        finally:
-            self._end_writing()
 
+    @uninterruptible
     def checkpoint(self, parts: Iterable[tuple[int, bytes]]) -> None:
-        """Replaces all records by ``parts``, which stand for all records appended so far.
+        """Replaces all records by ``parts``, which stand for all records appended before the call.
+
+        The caller lets nobody append between the building of the parts and the call.
 
         Raises:
             NoSpaceError: they do not fit; nothing was changed.
             PoisonedError: as for :meth:`commit`.
         """
+        records = [Record(kind, payload) for kind, payload in parts]
         with self._lock:
+            upto = self._appended
             while self._writes and self._ended is None:
                 self._changed.wait()
             self._check_locked()
-            covered, upto = self._pending, self._appended
-            self._pending, self._writes = [], True
-        try:
-            self._write_checkpoint([Record(kind, payload) for kind, payload in parts], self._term)
-        except BaseException:
-            with self._lock:
-                self._pending[:0] = covered
-            raise
-        else:
-            with self._lock:
-                self._durable = max(self._durable, upto)
-        finally:
-            self._end_writing()
+            later = min(self._appended - upto, len(self._pending))
+            covered = self._pending[: len(self._pending) - later]
+            self._pending, self._writes = self._pending[len(covered) :], True
+        with self._writing(covered, upto):
+            self._write_checkpoint([records], self._term)
 
     def close(self) -> None:
         """Ends the ledger; what was appended and not committed is lost. The devices stay open."""
@@ -268,10 +266,24 @@ class Ledger:
         if self._ended is not None:
             raise type(self._ended)(self._ended.message, reason=self._ended.reason)
 
-    def _end_writing(self) -> None:
-        with self._lock:
-            self._writes = False
-            self._changed.notify_all()
+    @contextlib.contextmanager
+    def _writing(self, records: list[Record], upto: int) -> Iterator[None]:
+        """Around the one write that is under way: its ``records`` make the first ``upto`` durable."""
+        self._touched = False
+        try:
+            yield
+            with self._lock:
+                self._durable = max(self._durable, upto)
+        except BaseException as error:
+            with self._lock:
+                self._pending[:0] = records
+                if self._touched and self._ended is None:
+                    self._ended = PoisonedError(f"a write to the ledger failed: {error}")
+            raise
+        finally:
+            with self._lock:
+                self._writes = False
+                self._changed.notify_all()
 
     def _in_step(self) -> list[Side]:
         return [side for side in self._sides if side.in_step]
@@ -297,9 +309,13 @@ class Ledger:
             )
         raise self._ended
 
+    def _write(self, sides: list[Side], offsets: list[int], data: bytes) -> None:
+        self._touched = True
+        do_on_all(self._pool, sides, plane.Operation.WRITE, offsets, data)
+
     def _write_commit(self, records: list[Record]) -> None:
         data, sequence, before = pack_groups(
-            records,
+            [records],
             ledger=self.identity,
             term=self._term,
             sequence=self._sequence,
@@ -310,47 +326,62 @@ class Ledger:
             raise NoSpaceError("the ledger is full", hint="write a checkpoint")
         sides = self._in_step()
         offsets = [side.offset_in(side.superblock.area, self._tail) for side in sides]
-        do_on_all(self._pool, sides, plane.Operation.WRITE, offsets, data)
+        self._write(sides, offsets, data)
         self._need_most(self._make_durable(sides, "commit"))
         self._tail += len(data)
         self._sequence, self._before = sequence, before
 
-    def _write_checkpoint(self, records: list[Record], term: int) -> None:
-        data, sequence, before = pack_groups(
-            records,
+    def _packed_length(self, batches: list[list[Record]]) -> int:
+        return len(self._pack_checkpoint(batches, 0)[0])
+
+    def _pack_checkpoint(self, batches: list[list[Record]], term: int) -> tuple[bytes, int, int]:
+        return pack_groups(
+            batches,
             ledger=self.identity,
             term=term,
             sequence=self._sequence,
             before=0,
             is_checkpoint=True,
         )
-        sides = [s for s in self._sides if s.member.device.state == 0]
-        if len(data) > min((s.superblock.area_length for s in sides), default=0):
-            raise NoSpaceError("the checkpoint does not fit into the ledger")
-        for side in sides:
-            side.in_step = True  # one that failed may be back
-        offsets = [side.offset_in(side.inactive, 0) for side in sides]
-        do_on_all(self._pool, sides, plane.Operation.WRITE, offsets, data)
+
+    def _write_checkpoint(self, batches: list[list[Record]], term: int) -> None:
+        data, sequence, before = self._pack_checkpoint(batches, term)
+        sides = [side for side in self._sides if side.in_step or side.read_again()]
+        if 2 * len(sides) > self._count:
+            sides = [side for side in sides if side.superblock.area_length >= len(data)]
+            if 2 * len(sides) <= self._count:
+                raise NoSpaceError("the checkpoint does not fit into the ledger")
+        for side in self._sides:
+            side.in_step = side in sides
+        self._write(sides, [side.offset_in(side.inactive, 0) for side in sides], data)
         sides = self._make_durable(sides, "checkpoint")
         self._need_most(sides)
-        for side in sides:
-            side.superblock = replace(
-                side.superblock, term=term, first=self._sequence, area=side.inactive
-            )
-        self._need_most(self._write_superblocks(sides, "superblock"))
+        self._write_superblocks(
+            {
+                side.superblock.index: replace(
+                    side.superblock, term=term, first=self._sequence, area=side.inactive
+                )
+                for side in sides
+            },
+            "superblock",
+        )
         self._term, self._tail = term, len(data)
         self._sequence, self._before = sequence, before
 
-    def _write_superblocks(self, sides: list[Side], what: str) -> list[Side]:
-        """Writes each over the older one of its member; returns those where it is durable."""
-        for side in sides:
-            side.superblock = replace(side.superblock, number=side.superblock.number + 1)
-            at = side.member.offset + side.superblock.number % 2 * BLOCK
-            packed = side.superblock.pack()
-            do_on_all(self._pool, [side], plane.Operation.WRITE, [at], packed)
-        return self._make_durable(sides, what)
-
     def _promise(self, term: int) -> None:
-        for side in self._sides:
-            side.superblock = replace(side.superblock, promised=term)
-        self._need_most(self._write_superblocks(self._sides, "promise"))
+        promises = {
+            side.superblock.index: replace(side.superblock, promised=term) for side in self._sides
+        }
+        self._write_superblocks(promises, "promise")
+
+    def _write_superblocks(self, wanted: dict[int, Superblock], what: str) -> None:
+        """Writes each over the older one of its member, and makes them durable on more than half."""
+        sides = [side for side in self._sides if side.superblock.index in wanted]
+        for side in sides:
+            new = wanted[side.superblock.index]
+            new = wanted[new.index] = replace(new, number=new.number + 1)
+            self._write([side], [side.member.offset + new.number % 2 * BLOCK], new.pack())
+        sides = self._make_durable(sides, what)
+        for side in sides:  # what one that failed holds is read again before it is used
+            side.superblock = wanted[side.superblock.index]
+        self._need_most(sides)

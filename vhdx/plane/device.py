@@ -14,6 +14,7 @@ import stat
 import threading
 import weakref
 from enum import IntEnum
+from time import monotonic_ns, sleep
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vhdx.errors import HostIOError, NoSpaceError, RangeError, Reason, VhdxError
@@ -368,6 +369,8 @@ def together(
         found,
     )
     failures.raise_for(code)
+    if _thread.time == ffi.NULL and time.ns and not time.is_virtual:  # a delay below
+        sleep(max(0, time.ns - monotonic_ns()) / 1e9)
     return [failures.error_of(found[i], device.path) for i, (device, _) in enumerate(targets)]
 
 

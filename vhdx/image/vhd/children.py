@@ -30,7 +30,7 @@ def guard_parent(host: ImageFile, footer: vhd.Footer) -> None:
     there = of(host.path)
     for name in sorted(there.names(os.fspath(here))):
         path = here / name
-        if path.suffix.lower() not in {".vhd", ".avhd"} or not there.is_file(os.fspath(path)):
+        if path.suffix.lower() not in {".vhd", ".avhd"} or there.kind(os.fspath(path)) is None:
             continue
         try:
             other = open_file(path, write=False, locked=False)

@@ -83,7 +83,7 @@ def _structure_of(path: Path) -> Structure | None:
 def _looks_like_vhdx(path: Path) -> bool:
     try:
         there, name = of(path), os.fspath(path)
-        return there.is_file(name) and there.peek(name, len(SIGNATURE)) == SIGNATURE
+        return there.kind(name) is not None and there.peek(name, len(SIGNATURE)) == SIGNATURE
     except (OSError, ValueError):
         return False
 

@@ -96,19 +96,21 @@ class Committer:
             end = int(offsets.max()) + self._structure.geometry.block_size
             self.referenced_end = max(self.referenced_end, end)
         # Bitmaps come before the BAT entries that make them effective.
-        self._commit_bitmaps(changes, blocks[kinds != plane.Kind.MIXED])
+        logged = self._commit_bitmaps(changes, blocks[kinds != plane.Kind.MIXED])
+        if not logged and not len(blocks):
+            self._leaf.flush()  # the data flush before it may have kept the order only
         values = bat.pack_entries(tags & np.uint64(7), offsets)
         anchors = self._commit_entries(blocks, values)
         self._allocator.settle(changes.generation, anchors)
 
-    def _commit_bitmaps(self, changes: plane.Changes, others: npt.NDArray[np.uint64]) -> None:
-        """Logs and applies the bitmaps of blocks that stay partially present."""
+    def _commit_bitmaps(self, changes: plane.Changes, others: npt.NDArray[np.uint64]) -> bool:
+        """Logs and applies the bitmaps of blocks that stay partially present; whether it did."""
         if not len(changes.bitmap_pages):
-            return
+            return False
         wanted = ~np.isin(changes.bitmap_pages, others)
         blocks = changes.bitmap_pages[wanted]
         if not len(blocks):
-            return
+            return False
         order = np.argsort(blocks)
         blocks, bitmaps = blocks[order], changes.bitmaps[wanted][order]
         with self._lock:
@@ -123,9 +125,12 @@ class Committer:
             self._commit_sectors(positions, bat.pack_entries(states, np.array(places, np.uint64)))
             with self._lock:
                 self._bitmaps.place(chunks, places)
+        logged = bool(chunks)
         for offsets, pages in self._bitmaps.pages(blocks, bitmaps, self.journal.read):
             if len(offsets):
                 self.journal.commit(offsets, pages, self.referenced_end)
+                logged = True
+        return logged
 
     def _commit_entries(
         self, blocks: npt.NDArray[np.uint64], values: npt.NDArray[np.uint64]

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Compacts an open VHDX image: releases zero blocks, moves blocks down, truncates the file.
 
-Works while the disk is in use, and no request waits for it. A block is copied while it may be
+Works while the disk is in use. Reads and writes do not wait for it; a trim of whole blocks waits
+while one block is copied. A block is copied while it may be
 written, and the map notes which parts of it are changed meanwhile; those are copied again. Then the
 entry of the block is *watched*: the first write clears that mark. The last parts are copied, and the
 entry is replaced only if it still has the mark. So the copy is complete when it becomes the block,
@@ -193,24 +194,30 @@ class _Compaction:
             self._engine.allocator.return_place(target)
             return False
         new = plane.entries(kind, 0, target, tag)
-        with (
-            self._map.tracking(page) as take_changes,
-            _Watch(self._engine, page, entry) as watch,
-        ):
-            self._copy(offset, target)
-            changes = take_changes()
-            for _ in range(_MOST_TRIES):
-                if len(changes) > _FEW_PARTS:
-                    self._copy_parts(changes, offset, target)
-                    changes = take_changes()
-                if not watch.begin():
-                    break  # the block was given up meanwhile
-                self._copy_parts(changes + take_changes(), offset, target)
-                if watch.end(new, offset):
-                    return True
+        published: bool | None = False  # None: unknown, so the place must not be used again
+        try:
+            with (
+                self._map.tracking(page) as take_changes,
+                _Watch(self._engine, page, entry) as watch,
+            ):
+                self._copy(offset, target)
                 changes = take_changes()
-        self._engine.allocator.return_place(target)
-        return False
+                for _ in range(_MOST_TRIES):
+                    if len(changes) > _FEW_PARTS:
+                        self._copy_parts(changes, offset, target)
+                        changes = take_changes()
+                    if not watch.begin():
+                        break  # the block was given up meanwhile
+                    self._copy_parts(changes + take_changes(), offset, target)
+                    published = None
+                    published = watch.end(new, offset)
+                    if published:
+                        break
+                    changes = take_changes()
+        finally:
+            if published is False:
+                self._engine.allocator.return_place(target)
+        return bool(published)
 
     def _copy_parts(self, parts: Iterable[int], source: int, target: int) -> None:
         """Copies these 64ths of a block."""

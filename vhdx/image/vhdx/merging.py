@@ -258,7 +258,7 @@ def _set_locator(engine: Engine, new: locator.ParentLocator) -> None:
 def _check_names(name: str, parent_path: str) -> None:
     there = place.of(name)
     for each in (name, parent_path):
-        if place.of(each).is_device(each):
+        if place.of(each).kind(each) == "device":
             raise UnsupportedError(
                 f"{each} is a block device, which cannot be renamed",
                 path=name,

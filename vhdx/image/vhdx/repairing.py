@@ -190,7 +190,7 @@ def repair(path: str | PathLike[str]) -> Report:
         before = examine(host)
         if not any(finding.repair for finding in before.findings):
             return before
-        if place.of(host.path).is_device(place.spelled(host.path)):
+        if place.of(host.path).kind(place.spelled(host.path)) == "device":
             raise UnsupportedError(
                 "a repair keeps what it overwrites beside the image, and nothing lasts beside a"
                 " block device",

@@ -74,7 +74,7 @@ def check_place(path: str, checkpoint: Path, base: Engine) -> None:
         UnsupportedError: the image lies on a block device.
     """
     there, name = place.of(path), os.fspath(checkpoint)
-    if there.is_device(path):
+    if there.kind(path) == "device":
         raise UnsupportedError(
             "a snapshot gives names to files, and a block device keeps its own",
             path=path,
