@@ -27,6 +27,7 @@ from vhdx.errors import (
 from vhdx.format.checksum import seal
 from vhdx.ledger import Ledger, Member, Record
 from vhdx.ledger.layout import BLOCK, LARGEST_RECORD, MOST_MEMBERS, SMALLEST_REGION
+from vhdx.ledger.writing import Writer
 
 REGION = 64 * BLOCK
 POOL = plane.shared_pool(plane.Level.SPACE)
@@ -346,22 +347,25 @@ def test_a_member_that_cannot_be_read_is_not_taken_for_blank():
 def test_a_write_that_is_interrupted_ends_the_ledger(count, what):
     """Whatever it left behind, nothing is acknowledged afterwards that a recovery does not find."""
 
-    class Interrupted(Ledger):
+    class Stopped(Writer):
         now = ""
 
-        def _make_durable(self, sides, name):
+        def make_durable(self, sides, name):
             if name == self.now:
                 raise MemoryError
-            return super()._make_durable(sides, name)
+            return super().make_durable(sides, name)
+
+    class Interrupted(Ledger):
+        writer_type = Stopped
 
     devices = memories(count)
     ledger = Interrupted.create(members(devices), POOL)
     fill(ledger, b"one", b"two")
-    Interrupted.now = what
+    Stopped.now = what
     ledger.append(7, b"three")
     with pytest.raises(MemoryError):
         ledger.commit() if what == "commit" else ledger.checkpoint([(7, b"all three")])
-    Interrupted.now = ""
+    Stopped.now = ""
     for call in (ledger.commit, lambda: ledger.append(7, b"x"), lambda: ledger.checkpoint([])):
         with pytest.raises(PoisonedError):
             call()

@@ -21,6 +21,7 @@ from vhdx import plane
 from vhdx.errors import DamagedError, HostIOError, PoisonedError
 from vhdx.ledger import Ledger, Member, Record
 from vhdx.ledger.layout import BLOCK
+from vhdx.ledger.writing import Writer
 
 REGION = 18 * BLOCK
 POOL = plane.shared_pool(plane.Level.SPACE)
@@ -68,14 +69,17 @@ class Run:
         self._lock = threading.Lock()
         log = self.log
 
-        class Named(Ledger):
+        class Named(Writer):
             """Says which barrier it makes."""
 
-            def _make_durable(self, sides, what):
+            def make_durable(self, sides, what):
                 log.site = what
-                return super()._make_durable(sides, what)
+                return super().make_durable(sides, what)
 
-        self.named = Named
+        class NamedLedger(Ledger):
+            writer_type = Named
+
+        self.named = NamedLedger
 
     def create(self) -> None:
         self.ledger = self.named.create(members(self.leaves), POOL, identity=IDENTITY)
@@ -297,12 +301,15 @@ def interrupted_recovery(*, promise_lasts: bool) -> list[bool]:
         ledger.commit()
     kept = {i: leaves[i].read(REGION, 0) for i in (1, 2)}
 
-    class Interrupted(Ledger):
-        def _make_durable(self, sides, what):
-            done = super()._make_durable(sides, what)
+    class Seen(Writer):
+        def make_durable(self, sides, what):
+            done = super().make_durable(sides, what)
             if what == "promise" and promise_lasts:
                 kept.update({i: leaves[i].read(REGION, 0) for i in (1, 2)})
             return done
+
+    class Interrupted(Ledger):
+        writer_type = Seen
 
     Interrupted.recover(members(leaves), POOL).ledger.close()
     for i in (1, 2):

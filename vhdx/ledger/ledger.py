@@ -25,12 +25,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID, uuid4
 
 from vhdx import plane
-from vhdx.errors import ClosedError, InvalidArgumentError, NoSpaceError, PoisonedError, VhdxError
+from vhdx.errors import ClosedError, InvalidArgumentError, PoisonedError, VhdxError
 from vhdx.interrupts import uninterruptible
 from vhdx.ledger.layout import (
     BLOCK,
@@ -41,9 +40,9 @@ from vhdx.ledger.layout import (
     Superblock,
     area_length,
     check_record,
-    pack_groups,
 )
-from vhdx.ledger.members import Side, do_on_all, read_members
+from vhdx.ledger.members import Side, read_members
+from vhdx.ledger.writing import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -76,18 +75,16 @@ class Ledger:
         identity: the ledger's UUID.
     """
 
-    def __init__(self, sides: list[Side], pool: plane.Pool) -> None:
-        first = sides[0].superblock
-        self.identity = first.ledger
-        self._count = len(first.members)
-        self._sides, self._pool = sides, pool
-        self._term, self._sequence, self._before, self._tail = first.term, first.first, 0, 0
+    writer_type = Writer
+
+    def __init__(self, writer: Writer) -> None:
+        self.identity = writer.identity
+        self._writer = writer
         self._lock = threading.Lock()  # the fields below; never held across I/O
         self._changed = threading.Condition(self._lock)
         self._pending: list[Record] = []
         self._appended = self._durable = 0  # records
         self._writes = False  # a commit or checkpoint is under way
-        self._touched = False  # it has begun to write; of the thread that writes
         self._ended: VhdxError | None = None
 
     # ---- the beginning ----
@@ -134,15 +131,15 @@ class Ledger:
             )
             for index, member in enumerate(members)
         ]
-        ledger = cls(sides, pool)
+        writer = cls.writer_type(sides, pool)
         for block in range(2):
             offsets = [side.member.offset + block * BLOCK for side in sides]
-            ledger._write(sides, offsets, bytes(BLOCK))
-        ledger._write_checkpoint([[]], 1)
+            writer.write(sides, offsets, bytes(BLOCK))
+        writer.write_checkpoint([[]], 1)
         for side in sides:
             if side.error is not None:
                 raise side.error
-        return ledger
+        return cls(writer)
 
     @classmethod
     def recover(
@@ -163,18 +160,18 @@ class Ledger:
         """
         found = read_members(members, identity)
         sides = [side for side, _ in found]
-        ledger = cls(sides, pool)
-        ledger._promise(max(side.superblock.promised for side in sides) + 1)
+        writer = cls.writer_type(sides, pool)
+        writer.promise(max(side.superblock.promised for side in sides) + 1)
         in_step = [area for side, area in found if side.in_step]
         best = max(in_step, key=lambda area: area.position)
         behind = {side.superblock.index for side, area in found if area.position != best.position}
         batches = [[record for batch in best.batches() for record in batch]]
-        if ledger._packed_length(batches) > best.length:
+        if writer.packed_length(batches) > best.length:
             batches = best.batches()  # as they are, they fit where they were
-        ledger._sequence = best.position[1] + 1
-        ledger._write_checkpoint(batches, max(side.superblock.promised for side in sides))
-        out = sorted(set(ledger.out_of_step) | behind)
-        return Recovered(ledger, [record for batch in batches for record in batch], out)
+        writer.sequence = best.position[1] + 1
+        writer.write_checkpoint(batches, max(side.superblock.promised for side in sides))
+        out = sorted(set(writer.out_of_step) | behind)
+        return Recovered(cls(writer), [record for batch in batches for record in batch], out)
 
     @staticmethod
     def read(members: Sequence[Member], *, identity: UUID | None = None) -> list[Record]:
@@ -189,13 +186,12 @@ class Ledger:
     @property
     def room(self) -> int:
         """Bytes of commits that fit before the next checkpoint; each takes a multiple of 4096."""
-        return self._capacity() - self._tail
+        return self._writer.room
 
     @property
     def out_of_step(self) -> list[int]:
         """Indexes of members that failed, or that were away at the recovery."""
-        present = {side.superblock.index for side in self._sides if side.in_step}
-        return sorted(set(range(self._count)) - present)
+        return self._writer.out_of_step
 
     def append(self, kind: int, payload: bytes) -> None:
         """Adds a record; it is durable when a later :meth:`commit` returns.
@@ -228,7 +224,7 @@ class Ledger:
             records, upto = self._pending, self._appended
             self._pending, self._writes = [], True
         with self._writing(records, upto):
-            self._write_commit(records)
+            self._writer.write_commit(records)
 
     @uninterruptible
     def checkpoint(self, parts: Iterable[tuple[int, bytes]]) -> None:
@@ -250,7 +246,7 @@ class Ledger:
             covered = self._pending[: len(self._pending) - later]
             self._pending, self._writes = self._pending[len(covered) :], True
         with self._writing(covered, upto):
-            self._write_checkpoint([records], self._term)
+            self._writer.write_checkpoint([records], self._writer.term)
 
     def close(self) -> None:
         """Ends the ledger; what was appended and not committed is lost. The devices stay open."""
@@ -269,7 +265,7 @@ class Ledger:
     @contextlib.contextmanager
     def _writing(self, records: list[Record], upto: int) -> Iterator[None]:
         """Around the one write that is under way: its ``records`` make the first ``upto`` durable."""
-        self._touched = False
+        self._writer.touched = False
         try:
             yield
             with self._lock:
@@ -277,111 +273,12 @@ class Ledger:
         except BaseException as error:
             with self._lock:
                 self._pending[:0] = records
-                if self._touched and self._ended is None:
-                    self._ended = PoisonedError(f"a write to the ledger failed: {error}")
+                if self._writer.touched:
+                    what = f"a write to the ledger failed: {error!r}"
+                    known = isinstance(error, PoisonedError)
+                    self._ended = error if known else PoisonedError(what)
             raise
         finally:
             with self._lock:
                 self._writes = False
                 self._changed.notify_all()
-
-    def _in_step(self) -> list[Side]:
-        return [side for side in self._sides if side.in_step]
-
-    def _capacity(self) -> int:
-        return min(side.superblock.area_length for side in self._in_step() or self._sides)
-
-    def _make_durable(self, sides: list[Side], what: str) -> list[Side]:
-        """A barrier on those that are in step; returns those where it succeeded."""
-        del what  # which barrier it is, for tests
-        sides = [side for side in sides if side.in_step]
-        do_on_all(self._pool, sides, plane.Operation.FLUSH, [0] * len(sides))
-        return [side for side in sides if side.in_step]
-
-    def _need_most(self, sides: list[Side]) -> None:
-        if 2 * len(sides) > self._count:
-            return
-        errors = [side.error for side in self._sides if side.error is not None]
-        with self._lock:
-            self._ended = PoisonedError(
-                f"only {len(sides)} of {self._count} members could be written; more than half must"
-                f" be: {errors[0] if errors else 'the others are away'}"
-            )
-        raise self._ended
-
-    def _write(self, sides: list[Side], offsets: list[int], data: bytes) -> None:
-        self._touched = True
-        do_on_all(self._pool, sides, plane.Operation.WRITE, offsets, data)
-
-    def _write_commit(self, records: list[Record]) -> None:
-        data, sequence, before = pack_groups(
-            [records],
-            ledger=self.identity,
-            term=self._term,
-            sequence=self._sequence,
-            before=self._before,
-            is_checkpoint=False,
-        )
-        if self._tail + len(data) > self._capacity():
-            raise NoSpaceError("the ledger is full", hint="write a checkpoint")
-        sides = self._in_step()
-        offsets = [side.offset_in(side.superblock.area, self._tail) for side in sides]
-        self._write(sides, offsets, data)
-        self._need_most(self._make_durable(sides, "commit"))
-        self._tail += len(data)
-        self._sequence, self._before = sequence, before
-
-    def _packed_length(self, batches: list[list[Record]]) -> int:
-        return len(self._pack_checkpoint(batches, 0)[0])
-
-    def _pack_checkpoint(self, batches: list[list[Record]], term: int) -> tuple[bytes, int, int]:
-        return pack_groups(
-            batches,
-            ledger=self.identity,
-            term=term,
-            sequence=self._sequence,
-            before=0,
-            is_checkpoint=True,
-        )
-
-    def _write_checkpoint(self, batches: list[list[Record]], term: int) -> None:
-        data, sequence, before = self._pack_checkpoint(batches, term)
-        sides = [side for side in self._sides if side.in_step or side.read_again()]
-        if 2 * len(sides) > self._count:
-            sides = [side for side in sides if side.superblock.area_length >= len(data)]
-            if 2 * len(sides) <= self._count:
-                raise NoSpaceError("the checkpoint does not fit into the ledger")
-        for side in self._sides:
-            side.in_step = side in sides
-        self._write(sides, [side.offset_in(side.inactive, 0) for side in sides], data)
-        sides = self._make_durable(sides, "checkpoint")
-        self._need_most(sides)
-        self._write_superblocks(
-            {
-                side.superblock.index: replace(
-                    side.superblock, term=term, first=self._sequence, area=side.inactive
-                )
-                for side in sides
-            },
-            "superblock",
-        )
-        self._term, self._tail = term, len(data)
-        self._sequence, self._before = sequence, before
-
-    def _promise(self, term: int) -> None:
-        promises = {
-            side.superblock.index: replace(side.superblock, promised=term) for side in self._sides
-        }
-        self._write_superblocks(promises, "promise")
-
-    def _write_superblocks(self, wanted: dict[int, Superblock], what: str) -> None:
-        """Writes each over the older one of its member, and makes them durable on more than half."""
-        sides = [side for side in self._sides if side.superblock.index in wanted]
-        for side in sides:
-            new = wanted[side.superblock.index]
-            new = wanted[new.index] = replace(new, number=new.number + 1)
-            self._write([side], [side.member.offset + new.number % 2 * BLOCK], new.pack())
-        sides = self._make_durable(sides, what)
-        for side in sides:  # what one that failed holds is read again before it is used
-            side.superblock = wanted[side.superblock.index]
-        self._need_most(sides)

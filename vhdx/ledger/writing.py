@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: MIT
+"""Writes commits, checkpoints and superblocks of a ledger to all of its members at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from vhdx import plane
+from vhdx.errors import NoSpaceError, PoisonedError
+from vhdx.ledger.layout import BLOCK, Record, Superblock, pack_groups
+from vhdx.ledger.members import Side, do_on_all
+
+__all__ = ["Writer"]
+
+
+class Writer:
+    """Where the next group of a ledger goes. One thread at a time uses it.
+
+    A method that raises after ``touched`` became True leaves the members in an unknown state. Then
+    nothing may be written any more before a recovery.
+
+    Args:
+        sides: the members that are there.
+        pool: lends threads for I/O to several members at once.
+
+    Attributes:
+        touched: a write has begun; whoever begins an operation sets it to False.
+        count: of all members, also those that are away.
+        sequence: of the next group.
+    """
+
+    def __init__(self, sides: list[Side], pool: plane.Pool) -> None:
+        first = sides[0].superblock
+        self.identity, self.count = first.ledger, len(first.members)
+        self.sides, self._pool = sides, pool
+        self.term, self.sequence, self._before, self.tail = first.term, first.first, 0, 0
+        self.touched = False
+
+    @property
+    def room(self) -> int:
+        """Bytes left in the current area."""
+        return self.capacity() - self.tail
+
+    @property
+    def out_of_step(self) -> list[int]:
+        """Indexes of members that failed, or that are away."""
+        present = {side.superblock.index for side in self.sides if side.in_step}
+        return sorted(set(range(self.count)) - present)
+
+    def in_step(self) -> list[Side]:
+        return [side for side in self.sides if side.in_step]
+
+    def capacity(self) -> int:
+        return min(side.superblock.area_length for side in self.in_step() or self.sides)
+
+    def make_durable(self, sides: list[Side], what: str) -> list[Side]:
+        """A barrier on those that are in step; returns those where it succeeded."""
+        del what  # which barrier it is, for tests
+        sides = [side for side in sides if side.in_step]
+        do_on_all(self._pool, sides, plane.Operation.FLUSH, [0] * len(sides))
+        return [side for side in sides if side.in_step]
+
+    def _need_most(self, sides: list[Side]) -> None:
+        if 2 * len(sides) > self.count:
+            return
+        errors = [side.error for side in self.sides if side.error is not None]
+        raise PoisonedError(
+            f"only {len(sides)} of {self.count} members could be written; more than half must be: "
+            f"{errors[0] if errors else 'the others are away'}"
+        )
+
+    def write(self, sides: list[Side], offsets: list[int], data: bytes) -> None:
+        self.touched = True
+        do_on_all(self._pool, sides, plane.Operation.WRITE, offsets, data)
+
+    def write_commit(self, records: list[Record]) -> None:
+        data, sequence, before = pack_groups(
+            [records],
+            ledger=self.identity,
+            term=self.term,
+            sequence=self.sequence,
+            before=self._before,
+            is_checkpoint=False,
+        )
+        if self.tail + len(data) > self.capacity():
+            raise NoSpaceError("the ledger is full", hint="write a checkpoint")
+        sides = self.in_step()
+        offsets = [side.offset_in(side.superblock.area, self.tail) for side in sides]
+        self.write(sides, offsets, data)
+        self._need_most(self.make_durable(sides, "commit"))
+        self.tail += len(data)
+        self.sequence, self._before = sequence, before
+
+    def packed_length(self, batches: list[list[Record]]) -> int:
+        return len(self._pack_checkpoint(batches, 0)[0])
+
+    def _pack_checkpoint(self, batches: list[list[Record]], term: int) -> tuple[bytes, int, int]:
+        return pack_groups(
+            batches,
+            ledger=self.identity,
+            term=term,
+            sequence=self.sequence,
+            before=0,
+            is_checkpoint=True,
+        )
+
+    def write_checkpoint(self, batches: list[list[Record]], term: int) -> None:
+        data, sequence, before = self._pack_checkpoint(batches, term)
+        sides = [side for side in self.sides if side.in_step or side.read_again()]
+        if 2 * len(sides) > self.count:
+            sides = [side for side in sides if side.superblock.area_length >= len(data)]
+            if 2 * len(sides) <= self.count:
+                raise NoSpaceError("the checkpoint does not fit into the ledger")
+        for side in self.sides:
+            side.in_step = side in sides
+        self.write(sides, [side.offset_in(side.inactive, 0) for side in sides], data)
+        sides = self.make_durable(sides, "checkpoint")
+        self._need_most(sides)
+        self._write_superblocks(
+            {
+                side.superblock.index: replace(
+                    side.superblock, term=term, first=self.sequence, area=side.inactive
+                )
+                for side in sides
+            },
+            "superblock",
+        )
+        self.term, self.tail = term, len(data)
+        self.sequence, self._before = sequence, before
+
+    def promise(self, term: int) -> None:
+        promises = {
+            side.superblock.index: replace(side.superblock, promised=term) for side in self.sides
+        }
+        self._write_superblocks(promises, "promise")
+
+    def _write_superblocks(self, wanted: dict[int, Superblock], what: str) -> None:
+        """Writes each over the older one of its member, and makes them durable on more than half."""
+        sides = [side for side in self.sides if side.superblock.index in wanted]
+        for side in sides:
+            new = wanted[side.superblock.index]
+            new = wanted[new.index] = replace(new, number=new.number + 1)
+            self.write([side], [side.member.offset + new.number % 2 * BLOCK], new.pack())
+        sides = self.make_durable(sides, what)
+        for side in sides:  # what one that failed holds is read again before it is used
+            side.superblock = wanted[side.superblock.index]
+        self._need_most(sides)
