@@ -274,9 +274,11 @@ class Ledger:
             with self._lock:
                 self._pending[:0] = records
                 if self._writer.touched:
-                    what = f"a write to the ledger failed: {error!r}"
-                    known = isinstance(error, PoisonedError)
-                    self._ended = error if known else PoisonedError(what)
+                    self._ended = (
+                        error
+                        if isinstance(error, PoisonedError)
+                        else PoisonedError(f"a write to the ledger failed: {error!r}")
+                    )
             raise
         finally:
             with self._lock:
