@@ -64,7 +64,9 @@ def serve(leaves: int, maps: int, directory: Path, uri: str, counts: Path) -> No
     with vhdx.serve({"": disk}, listen=uri):
         began = sum(leaf.barriers for leaf in below)
         while not stop.wait(0.05):
-            counts.write_text(json.dumps(sum(leaf.barriers for leaf in below) - began))
+            new = counts.with_suffix(".new")
+            new.write_text(str(sum(leaf.barriers for leaf in below) - began))
+            new.rename(counts)  # whoever reads it finds a whole number
     os._exit(0)
 
 

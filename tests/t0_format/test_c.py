@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,18 +17,35 @@ import pytest
 ROOT = Path(__file__).parents[2]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror"]
 SOURCES = sorted((ROOT / "csrc").rglob("*.c"))
+GCC = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g"]
 UNITS = sorted((ROOT / "tests" / "c").glob("test_*.c"))
 
 
-def build(target: Path, main: Path, *options: str, csrc: Path = ROOT / "csrc") -> Path:
+@functools.cache
+def compiled(*options: str) -> Path:
+    """An archive of all sources, compiled once with these options."""
+    directory = Path(tempfile.mkdtemp(prefix="vhdx-test-c-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    command = [*GCC, *options, *WARNINGS, f"-I{ROOT / 'csrc'}", "-c", *map(str, SOURCES)]
+    subprocess.run(command, cwd=directory, check=True)
+    archive = directory / "all.a"
+    subprocess.run(["ar", "rcs", archive, *directory.glob("*.o")], check=True)
+    return archive
+
+
+def build(target: Path, main: Path, *options: str, instead: Path | None = None) -> Path:
+    """A program of ``main`` and all sources; the source ``instead`` takes the place of its namesake."""
     program = target / main.stem
-    command = ["gcc", "-std=c11", "-D_GNU_SOURCE", "-g", *options, *WARNINGS]
     wrapped = sorted(set(re.findall(r"__wrap_(\w+)", main.read_text())))
+    command = [*GCC, *options, *WARNINGS, f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests' / 'c'}"]
     command += [f"-Wl,--wrap={name}" for name in wrapped]
-    sources = sorted(str(path) for path in csrc.rglob("*.c"))
-    command += [f"-I{csrc}", f"-I{ROOT / 'tests' / 'c'}", *sources, str(main)]
+    # The linker takes from the archive only what the files before it do not define.
+    command += [str(main), *([] if instead is None else [str(instead)]), str(compiled(*options))]
     subprocess.run([*command, "-o", str(program), "-lpthread"], check=True)
     return program
+
+
+SANITIZED = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
 def run(program: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,9 +60,7 @@ def run(program: Path, *arguments: str, **environment: str) -> subprocess.Comple
 
 @pytest.mark.parametrize("unit", UNITS, ids=lambda path: path.stem)
 def test_unit_under_address_and_undefined_behaviour_sanitizer(unit, tmp_path):
-    program = build(
-        tmp_path, unit, "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"
-    )
+    program = build(tmp_path, unit, *SANITIZED)
     result = run(program)
     assert result.returncode == 0, result.stderr
 
@@ -74,7 +92,7 @@ stresses = pytest.mark.parametrize("stress", STRESSES, ids=lambda path: path.ste
 
 @stresses
 def test_stress_under_address_sanitizer(stress, tmp_path):
-    program = build(tmp_path, stress, "-O1", "-fsanitize=address,undefined")
+    program = build(tmp_path, stress, *SANITIZED)
     result = run(program, "4")
     assert result.returncode == 0, result.stderr
 
@@ -136,13 +154,13 @@ FILES = {
     ("name", "old", "new"), [pytest.param(*each[1:], id=each[0]) for each in WITHOUT]
 )
 def test_stress_fails_on_sources_without(name, old, new, tmp_path):
-    csrc = tmp_path / "csrc"
-    shutil.copytree(ROOT / "csrc", csrc)
-    text = (csrc / FILES[name]).read_text()
+    source = ROOT / "csrc" / FILES[name]
+    text = source.read_text()
     assert text.count(old) == 1
-    (csrc / FILES[name]).write_text(text.replace(old, new))
+    changed = tmp_path / source.name
+    changed.write_text(text.replace(old, new))
     main = ROOT / "tests" / "c" / f"stress_{name}.c"
-    program = build(tmp_path, main, "-O1", "-fno-builtin", "-Wno-unused-function", csrc=csrc)
+    program = build(tmp_path, main, "-O1", "-fno-builtin", "-Wno-unused-function", instead=changed)
     result = run(program, "30")
     assert result.returncode == 1, result.stdout
     assert "failed:" in result.stderr
