@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +110,14 @@ def files(directory: Path, count: int, size: int) -> list[plane.File]:
     return leaves
 
 
-def image_on(device: plane.Device, size: int, block_size: int = MIB) -> vhdx.Disk:
-    """A new VHDX image whose file is ``device``."""
+def image_on(
+    device: plane.Device,
+    size: int,
+    block_size: int = MIB,
+    *,
+    set_aside: Callable[[int, int], None] | None = None,
+) -> vhdx.Disk:
+    """A new VHDX image whose file is ``device``; ``set_aside`` takes the place of the file's."""
     with tempfile.TemporaryDirectory() as name:
         path = Path(name) / "new.vhdx"
         vhdx.create(path, size, block_size=block_size)
@@ -122,6 +128,8 @@ def image_on(device: plane.Device, size: int, block_size: int = MIB) -> vhdx.Dis
     device.flush()
     leaf = Front(device, len(content))
     host = HostFile("stacked.vhdx", leaf, read_only=False, sparse=True, key=(0, id(leaf)), keep=True)
+    if set_aside is not None:
+        host.set_aside = set_aside  # type: ignore[assignment, method-assign]
     pool = plane.shared_pool(plane.Level.IMAGE)
     return vhdx.Disk(open_vhdx(host, write=True, chain=True, parent_search=(), pool=pool, force=True))
 

@@ -95,6 +95,26 @@ def test_an_image_on_maps_over_four_files_holds_what_was_written(tmp_path, ahead
         assert disk.pread(SIZE, 0) == expected
 
 
+def test_space_of_blocks_is_set_aside_before_it_is_written(tmp_path):
+    (leaf,) = files(tmp_path, 1, LEAF)
+    aside: set[int] = set()  # MiB of the file
+
+    def set_aside(offset, length):
+        aside.update(range(offset // MIB, (offset + length) // MIB))
+
+    with image_on(leaf, SIZE, set_aside=set_aside) as disk:
+        for block in (0, 3, 1, 9):
+            disk.pwrite(b"x", block * MIB)
+        disk.flush()
+        disk.trim(3 * MIB, MIB)
+        disk.flush()
+        kinds, offsets, _ = plane.fields(disk._image.engine.map.read_entries(0, SIZE // MIB))
+        placed = {int(o) // MIB for k, o in zip(kinds, offsets, strict=True) if k == plane.Kind.DATA}
+        assert len(placed) == 3
+        assert placed <= aside
+        assert min(aside) >= 4  # neither header, log, metadata nor BAT
+
+
 def flush_together(directory, images: int, rounds: int, seconds: float = 0) -> int:
     """How often images on three levels of maps over four files were flushed at once.
 

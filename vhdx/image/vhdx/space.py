@@ -18,6 +18,8 @@ from vhdx.errors import NoSpaceError
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from vhdx.image.vhdx.allocation import Taken
@@ -46,11 +48,22 @@ class Space:
         leaf: the file.
         taken: the parts of the file that are in use.
         block_size: bytes.
+        set_aside: of the file (:class:`vhdx.place.ImageFile`). It is called for blocks, not for
+            regions, so that the holes of a large BAT stay holes.
         sparse: whether fresh space may stay unallocated until it is written.
     """
 
-    def __init__(self, leaf: plane.Device, taken: Taken, block_size: int, *, sparse: bool) -> None:
+    def __init__(
+        self,
+        leaf: plane.Device,
+        taken: Taken,
+        block_size: int,
+        set_aside: Callable[[int, int], None],
+        *,
+        sparse: bool,
+    ) -> None:
         self._leaf = leaf
+        self._set_aside = set_aside
         self._sparse = sparse
         self._block = block_size
         self._end = taken.end
@@ -96,8 +109,10 @@ class Space:
         if reservation.is_fresh:
             start, count = int(reservation.offsets[0]), len(reservation.offsets)
             self._extend(start, count * self._block)
+            self._set_aside(start, count * self._block)
             return
         for offset in reservation.offsets.tolist():
+            self._set_aside(offset, self._block)
             self._leaf.zero(offset, self._block)
 
     def cancel(self, reservation: Reservation) -> None:
