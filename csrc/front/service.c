@@ -294,8 +294,8 @@ static void run_task(vx_job *job)
         completed(&task->request);
 }
 
-/* Submits the task on this thread, so that a throttle can park it without the pool. False: the task
- * still has to run. */
+/* Submits the task on this thread, so that a throttle, or a map that is asked to flush, can park it
+ * without the pool. False: the task still has to run. */
 static bool park(vx_task *task)
 {
     uint64_t done = task->request.done;
@@ -316,7 +316,7 @@ static bool park(vx_task *task)
 void vx_service_submit(vx_task *task)
 {
     vx_service *s = task->service;
-    if (vx_service_is_paced(s) && park(task))
+    if ((vx_service_is_paced(s) || task->request.operation == VX_FLUSH) && park(task))
         return;
     count(&s->pooled, counted(&s->pooled) + 1);
     task->job.run = run_task;

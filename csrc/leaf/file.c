@@ -249,6 +249,25 @@ static int file_trim(file_device *file, vx_request *request)
     return request->flags & VX_FUA ? file_barrier(file, request) : vx_succeed(request);
 }
 
+#define PROBE 65536u
+
+/* Where the data at `at` end; at most `end`. A memory file system looks at every page up to the next
+ * hole, wherever that is, and locks writers out meanwhile. There the end is first looked for in steps,
+ * so holes inside a step may be reported as data. */
+static uint64_t end_of_data(file_device *file, uint64_t at, uint64_t end)
+{
+    if (file->flags & VX_FILE_MEMORY) {
+        uint64_t next = (at / PROBE + 1) * PROBE;
+        while (next < end && lseek(file->fd, (off_t)next, SEEK_DATA) == (off_t)next)
+            next += PROBE;
+        if (next >= end)
+            return end;
+        at = next - PROBE > at ? next - PROBE : at;
+    }
+    off_t hole = lseek(file->fd, (off_t)at, SEEK_HOLE);
+    return hole < 0 || (uint64_t)hole > end ? end : (uint64_t)hole;
+}
+
 static int file_extents(file_device *file, vx_request *request)
 {
     uint64_t at = request->offset, end = at + request->length;
@@ -260,8 +279,7 @@ static int file_extents(file_device *file, vx_request *request)
         uint64_t stop = data < 0 || (uint64_t)data > end ? end : (uint64_t)data;
         uint32_t state = VX_EXTENT_HOLE;
         if (stop == at) {
-            off_t hole = lseek(file->fd, (off_t)at, SEEK_HOLE);
-            stop = hole < 0 || (uint64_t)hole > end ? end : (uint64_t)hole;
+            stop = end_of_data(file, at, end);
             state = VX_EXTENT_DATA;
         }
         if (stop <= at)

@@ -24,7 +24,8 @@
  * by a round that began after the flush arrived. If the commit finds no space, or the bitmaps
  * cannot be copied for lack of memory, the flushes of the round fail and the next flush tries
  * again. Any other failure poisons the map. The first round runs on the thread that submitted the
- * flush; further rounds run on the pool.
+ * flush, or on the pool if that thread must not block (NOWAIT and MAY_PARK); further rounds run on the
+ * pool.
  *
  * Moving a page while it is written: mark its entry watched (a replace that is not published, so it
  * waits for older writes), copy the page, and replace the watched entry by the new one. A write that

@@ -264,7 +264,8 @@ int vx_map_last_round(vx_map *map, bool commit_rest)
 
 int vx_map_flush(vx_map *map, vx_request *request)
 {
-    if (request->flags & VX_NOWAIT)
+    bool nowait = request->flags & VX_NOWAIT;
+    if (nowait && (!(request->flags & VX_MAY_PARK) || map->pool == NULL))
         return VX_AGAIN;
     if (map->device.read_only || vx_mutated(map, VX_NO_COMMIT_WAIT))
         return vx_succeed(request);
@@ -280,7 +281,11 @@ int vx_map_flush(vx_map *map, vx_request *request)
     else
         map->flush_head = request;
     map->flush_tail = request;
-    if (!map->round_running) {
+    if (!map->round_running && nowait) {
+        map->round_running = true;
+        map->jobs++;
+        vx_pool_push(map->pool, &map->round_job);
+    } else if (!map->round_running) {
         map->round_running = true;
         map->jobs++;
         run_round_locked(map);

@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import threading
+import time
 
 import pytest
 
@@ -117,3 +118,49 @@ def test_fixed_images_keep_their_space(fast_path):
     size = path.stat().st_size
     assert vhdx.compact(path).zeroed == 0
     assert path.stat().st_size == size
+
+
+@pytest.mark.parametrize("block_size", [MIB, 2 * MIB, 32 * MIB], ids=["1M", "2M", "32M"])
+@pytest.mark.parametrize("beside_clients", [False, True])
+def test_blocks_that_are_written_while_they_move_keep_every_write(
+    tmp_path, block_size, beside_clients
+):
+    path = tmp_path / "disk.vhdx"
+    blocks = 6 if block_size == 32 * MIB else 40
+    vhdx.create(path, blocks * block_size, block_size=block_size)
+    expected = bytearray(blocks * block_size)
+    stop, failures = threading.Event(), []
+
+    def write(disk, number: int) -> None:
+        rng = random.Random(number)
+        own = range(blocks // 2 + number, blocks, 2)  # of the blocks that move
+        try:
+            while not stop.is_set():
+                at = rng.choice(own) * block_size + rng.randrange(block_size // 4096) * 4096
+                data = rng.randbytes(4096)
+                disk.pwrite(data, at)
+                expected[at : at + 4096] = data
+                time.sleep(0.005)  # a block that is written all the time stays where it is
+        except BaseException as error:
+            failures.append(error)
+
+    with vhdx.open(path, "r+") as disk:
+        for block in range(blocks):
+            data = random.Random(block).randbytes(block_size)
+            disk.pwrite(data, block * block_size)
+            expected[block * block_size : (block + 1) * block_size] = data
+        disk.flush()
+        disk.trim(0, blocks // 2 * block_size)
+        expected[: blocks // 2 * block_size] = bytes(blocks // 2 * block_size)
+        threads = [threading.Thread(target=write, args=(disk, n)) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        done = disk.compact(pace=(lambda size: None) if beside_clients else None)
+        stop.set()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert done.moved > 0
+        assert disk.pread(len(expected), 0) == expected
+    with vhdx.open(path) as disk:
+        assert disk.pread(len(expected), 0) == expected

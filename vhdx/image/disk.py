@@ -75,6 +75,10 @@ class Extent:
         return self.offset, self.length, self.state, self.depth
 
 
+def _beside_clients(size: int) -> None:
+    """The pace of a compaction of a disk that is served: it rests, and waits for nothing else."""
+
+
 class Disk:
     """An open disk image; every method may be called from any thread.
 
@@ -321,12 +325,16 @@ class Disk:
         Args:
             progress: called with the work done and the total work, in an internal unit.
             cancel: called between blocks; the compaction stops when it returns True.
-            pace: called before each block with the bytes of I/O to come; it may wait.
+            pace: called before each block with the bytes of I/O to come; it may wait. With it, or
+                while the disk is served, the compaction rests after each 64 KiB, so that clients
+                do not wait for it.
 
         Raises:
             VhdxError: reason CANCELLED when cancelled.
         """
         self._check_open()
+        if pace is None and self._users:
+            pace = _beside_clients
         return self._image.compact(progress, cancel, pace)
 
     @property

@@ -16,6 +16,7 @@ Sector bitmap blocks, the BAT, metadata and log stay where they are.
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 from vhdx import plane
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Compacted", "compact"]
 
-_PIECE = 4 << 20
+_PIECE = 4 << 20  # bytes that are copied at a time
+_SHORT_PIECE, _REST = 64 << 10, 50e-6  # beside a client: bytes, and seconds of rest after each piece
 _MOVES_PER_COMMIT = 64
 _SCAN = 512
 _PROBE = 4096
@@ -89,7 +91,11 @@ class _Compaction:
         self._block = engine.structure.geometry.block_size
         self._progress, self._cancel, self._pace = progress, cancel, pace
         self._total = 1
-        self._buffer = bytearray(min(_PIECE, self._block))
+        # A kernel that lets a thread finish its time slice makes clients wait for milliseconds, so
+        # beside clients the compaction gives up the processor often.
+        self._rests = pace is not None
+        piece = _SHORT_PIECE if self._rests else _PIECE
+        self._buffer = bytearray(min(piece, self._block))
 
     def finish(self) -> None:
         """Reports full progress."""
@@ -109,6 +115,10 @@ class _Compaction:
             self._progress(done, total)
         if self._pace is not None:
             self._pace(size)
+
+    def _rest(self) -> None:
+        if self._rests:
+            time.sleep(_REST)
 
     def _loaded(self) -> Iterator[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]]:
         """Yields pages and entries of stored blocks, in batches."""
@@ -147,6 +157,7 @@ class _Compaction:
                 part = min(piece, end - at)
                 view = memoryview(self._buffer)[:part]
                 self._leaf.read_into(view, at)
+                self._rest()
                 if np.frombuffer(view, np.uint64 if part % 8 == 0 else np.uint8).any():
                     return False
                 at, piece = at + part, len(self._buffer)
@@ -222,11 +233,16 @@ class _Compaction:
     def _copy_parts(self, parts: Iterable[int], source: int, target: int) -> None:
         """Copies these 64ths of a block."""
         size = self._block // 64
-        view = memoryview(self._buffer)[:size]
-        for part in set(parts):
-            if source + part * size < self._leaf.size:
-                self._leaf.read_into(view, source + part * size)
-                self._leaf.write(view, target + part * size)
+        for part in sorted(set(parts)):
+            end = min(source + (part + 1) * size, self._leaf.size)
+            self._copy_range(source + part * size, end, target + part * size)
+
+    def _copy_range(self, start: int, end: int, target: int) -> None:
+        for at in range(start, end, len(self._buffer)):
+            view = memoryview(self._buffer)[: min(len(self._buffer), end - at)]
+            self._leaf.read_into(view, at)
+            self._leaf.write(view, target + at - start)
+            self._rest()
 
     def _copy(self, source: int, target: int) -> None:
         """Copies allocated extents; zeroes the rest of the target, which may hold stale data."""
@@ -236,10 +252,7 @@ class _Compaction:
             if extent.state != plane.DATA:
                 continue
             stop = min(extent.offset + extent.length, source + end)
-            for at in range(extent.offset, stop, len(self._buffer)):
-                view = memoryview(self._buffer)[: min(len(self._buffer), stop - at)]
-                self._leaf.read_into(view, at)
-                self._leaf.write(view, target + at - source)
+            self._copy_range(extent.offset, stop, target + extent.offset - source)
 
 
 class _Watch:
