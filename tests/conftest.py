@@ -7,6 +7,7 @@ import bz2
 import gzip
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from vhdx.image.vhdx import journal
+
+# A shell starts background jobs with SIGINT ignored, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REQUIRE = os.environ.get("VHDX_REQUIRE_PEERS") == "1"
 DATA = Path(os.environ.get("VHDX_TEST_DATA", Path(__file__).parents[2] / "shared"))
