@@ -143,3 +143,58 @@ def test_two_nodes_of_a_device_are_one_file(device, tmp_path):
     os.mknod(other, 0o600 | 0o060000, os.stat(device).st_rdev)
     with pytest.raises(vhdx.InvalidArgumentError, match="same file"):
         vhdx.convert(device, other, force=True)
+
+
+@pytest.mark.parametrize("to", ["vhdx", "raw"])
+def test_a_conversion_that_is_stopped_leaves_no_part_of_an_image(device, tmp_path, to):
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(random.Random(2).randbytes(90 * MIB))
+    vhdx.create(device, 100 * MIB, force=True)
+    calls = []
+
+    def stop():
+        calls.append(1)
+        return len(calls) > 10
+
+    with pytest.raises(vhdx.VhdxError, match="holds no image now"):
+        vhdx.convert(raw, device, to=to, block_size=MIB, force=True, cancel=stop)
+    with pytest.raises(UnsupportedError):
+        vhdx.open(device)
+    assert content(device, "raw")[:MIB] == bytes(MIB)
+
+
+def test_what_a_device_held_is_not_taken_for_an_image_later(device, tmp_path):
+    raw, old = tmp_path / "disk.raw", tmp_path / "old.vhd"
+    raw.write_bytes(random.Random(2).randbytes(20 * MIB))
+    vhdx.create(old, SIZE - 512, type="fixed")
+    subprocess.run(["dd", f"if={old}", f"of={device}", "bs=1M", "status=none"], check=True)
+    with vhdx.open(device) as disk:
+        assert disk.size == SIZE - 512  # it is a VHD
+    vhdx.convert(raw, device, to="vhdx", block_size=MIB, force=True)
+    with vhdx.open(device) as disk:
+        assert disk.size == 20 * MIB
+    subprocess.run(["dd", f"if={old}", f"of={device}", "bs=1M", "status=none"], check=True)
+    vhdx.convert(raw, device, force=True)
+    with pytest.raises(UnsupportedError):
+        vhdx.open(device)
+
+
+def test_a_device_that_is_mounted_is_not_written(device, tmp_path, peer):
+    peer("mkfs.ext4", "mount", "umount")
+    subprocess.run(["mkfs.ext4", "-q", "-F", device], check=True)
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    if subprocess.run(["mount", device, mount], check=False).returncode != 0:
+        pytest.skip("it cannot be mounted here")
+    try:
+        (mount / "file").write_bytes(b"kept")
+        for call in (
+            lambda: vhdx.create(device, 100 * MIB, force=True),
+            lambda: vhdx.open(device, "r+", format="raw"),
+        ):
+            with pytest.raises(InUseError, match="mounted"):
+                call()
+        assert (mount / "file").read_bytes() == b"kept"
+    finally:
+        subprocess.run(["umount", mount], check=True)
+    assert subprocess.run(["e2fsck", "-fn", device], check=False, capture_output=True).returncode == 0

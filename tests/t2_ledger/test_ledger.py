@@ -453,6 +453,46 @@ def test_a_checkpoint_covers_what_was_appended_before_it():
     assert payloads(Ledger.recover(members(devices), POOL).records) == [b"first and second", b"third"]
 
 
+def test_commits_wait_for_a_checkpoint_that_waits():
+    """What is appended while a checkpoint waits, and committed, is not lost with the old area."""
+    devices = memories(1)
+    holds = injectors(devices)
+    for attempt in range(20):
+        holds[0].set()
+        ledger = Ledger.create(members(holds), POOL)
+        holds[0].set(park=[plane.Operation.FLUSH], park_ns=10_000_000)
+        appended, lock = [], threading.Lock()
+
+        def add(name):
+            with lock:  # noqa: B023
+                appended.append(name)  # noqa: B023
+                ledger.append(1, name)  # noqa: B023
+            ledger.commit()  # noqa: B023
+
+        def many(me):
+            for number in range(4):
+                add(b"%d.%d" % (me, number))
+
+        threads = [threading.Thread(target=many, args=(me,)) for me in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(3):
+            with lock:  # nobody appends between the parts and the call's look at what is appended
+                parts = [(2, b",".join(appended))]
+                run = threading.Thread(target=ledger.checkpoint, args=(parts,))
+                before = ledger._checkpoints
+                run.start()
+                while ledger._checkpoints == before and run.is_alive():
+                    pass
+            run.join()
+        for thread in threads:
+            thread.join()
+        ledger.close()
+        found = payloads(Ledger.recover(members(devices), POOL).records)
+        names = [name for payload in found for name in payload.split(b",") if name]
+        assert names == appended, attempt
+
+
 def test_a_region_of_a_device_is_respected():
     device = plane.Memory(3 * REGION)
     device.write(b"\xaa" * (3 * REGION), 0)

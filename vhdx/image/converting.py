@@ -13,6 +13,7 @@ from vhdx.errors import InvalidArgumentError, Reason, VhdxError
 from vhdx.format import vhd
 from vhdx.image.creation import format_of_name
 from vhdx.image.disk import Disk, ExtentState
+from vhdx.image.erasing import erase
 from vhdx.image.formats import FORMATS
 from vhdx.image.host import HostFile
 from vhdx.image.opening import open_disk
@@ -132,10 +133,8 @@ def convert(
         new_file(destination, force=force, sparse=sparse) as leaf,
     ):
         if target == "raw":
-            stale = min(leaf.size, disk.size)  # of a block device, which may hold anything
             leaf.resize(disk.size)
-            if stale > 0:
-                leaf.zero(0, disk.size)
+            erase(leaf, disk.size)
             if not sparse:
                 reserve(leaf, 0, disk.size, sparse=True, progress=None, cancel=cancel)
             _Copy(disk, leaf, progress, cancel).run()

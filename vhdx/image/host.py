@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import stat
@@ -98,6 +99,19 @@ def _key(status: os.stat_result) -> place.Key:
     return status.st_dev, status.st_ino
 
 
+def _exclusively(path: str) -> int:
+    """The flag with which the kernel lets nobody else claim a block device; 0 for files."""
+    return os.O_EXCL if Path(path).is_block_device() else 0
+
+
+def _busy(path: str) -> InUseError:
+    return InUseError(
+        "the block device is mounted, or in use by another program or device",
+        path=path,
+        hint="unmount it, or choose another device",
+    )
+
+
 class _HostDraft:
     """A file under a temporary name (``partial.py``)."""
 
@@ -183,9 +197,13 @@ class HostPlace:
     @contextlib.contextmanager
     def guard(self, path: str) -> Iterator[None]:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | _exclusively(path))
         except PermissionError:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # the directory decides who replaces it
+        except OSError as error:
+            if error.errno == errno.EBUSY:
+                raise _busy(path) from error
+            raise
         try:
             lock.acquire(fd, path, write=True)
             yield
@@ -273,7 +291,8 @@ def _open_once(path: str, *, write: bool, sparse: bool, locked: bool) -> HostFil
     name = path
     try:
         # O_NONBLOCK: opening a FIFO must not wait for its other end.
-        fd = os.open(name, (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
+        flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
+        fd = os.open(name, flags | (_exclusively(name) if write and locked else 0))
     except FileNotFoundError as error:
         raise NotFoundError("there is no such file", path=name) from error
     except ValueError as error:
@@ -287,7 +306,9 @@ def _open_once(path: str, *, write: bool, sparse: bool, locked: bool) -> HostFil
             "permission denied", reason=Reason.PERMISSION, path=name, hint="check its owner"
         ) from error
     except OSError as error:
-        if write and error.errno == 30:  # EROFS
+        if error.errno == errno.EBUSY:
+            raise _busy(name) from error
+        if write and error.errno == errno.EROFS:
             raise ReadOnlyError("its file system is mounted read-only", path=name) from error
         raise HostIOError(error.strerror or "it cannot be opened", path=name) from error
     try:

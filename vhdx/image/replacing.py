@@ -19,6 +19,7 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.image.children import guard_replaced
+from vhdx.image.erasing import abandon
 from vhdx.image.names import host_error
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = ["new_file"]
 
+_LOST = "the block device holds no image now"
+
 
 @contextlib.contextmanager
 def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[plane.Device]:
@@ -35,8 +38,8 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
 
     The content and the name are durable afterwards. After an exception nothing is left behind. With
     ``force`` an existing file is replaced; if ``path`` is a symbolic link, its target is replaced. A
-    block device cannot be replaced: with ``force`` its content is written over, and it is lost after
-    an exception.
+    block device cannot be replaced: with ``force`` its content is written over. If that fails after
+    the first write, it holds no image.
 
     Raises:
         ExistsError: ``path`` exists already and ``force`` is not set.
@@ -70,8 +73,14 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
         leaf.path = os.fspath(path)
         if replaces:
             draft.keep_attributes(target)
-        yield leaf
-        leaf.flush()
+        try:
+            yield leaf
+            leaf.flush()
+        except BaseException as error:
+            abandon(leaf)
+            if isinstance(error, VhdxError) and isinstance(leaf, plane.File) and leaf.is_erased:
+                error.message = error.message.replace("nothing was left behind", _LOST)
+            raise
         try:
             draft.take(target, replace=force)
             there.sync(os.fspath(Path(target).parent))

@@ -85,6 +85,8 @@ class Ledger:
         self._pending: list[Record] = []
         self._appended = self._durable = 0  # records
         self._writes = False  # a commit or checkpoint is under way
+        self._checkpoints = 0  # that wait or are under way
+        self._checkpointed = 0  # records that the newest checkpoint stands for
         self._ended: VhdxError | None = None
 
     # ---- the beginning ----
@@ -216,7 +218,10 @@ class Ledger:
         """
         with self._lock:
             wanted = self._appended
-            while self._writes and self._durable < wanted and self._ended is None:
+            # A checkpoint goes first: its parts do not have what was appended after its call.
+            while (
+                (self._writes or self._checkpoints) and self._durable < wanted and self._ended is None
+            ):
                 self._changed.wait()
             if self._durable >= wanted:
                 return
@@ -239,14 +244,30 @@ class Ledger:
         records = [Record(kind, payload) for kind, payload in parts]
         with self._lock:
             upto = self._appended
+            self._checkpoints += 1
+        try:
+            covered = self._begin_checkpoint(upto)
+            if covered is not None:
+                with self._writing(covered, upto):
+                    self._writer.write_checkpoint([records], self._writer.term)
+        finally:
+            with self._lock:
+                self._checkpoints -= 1
+                self._changed.notify_all()
+
+    def _begin_checkpoint(self, upto: int) -> list[Record] | None:
+        """The pending records among the first ``upto``; None if a newer checkpoint was written."""
+        with self._lock:
             while self._writes and self._ended is None:
                 self._changed.wait()
             self._check_locked()
-            later = min(self._appended - upto, len(self._pending))
+            if upto < self._checkpointed:
+                return None
+            later = self._appended - upto  # all of them are pending: no commit began meanwhile
             covered = self._pending[: len(self._pending) - later]
             self._pending, self._writes = self._pending[len(covered) :], True
-        with self._writing(covered, upto):
-            self._writer.write_checkpoint([records], self._writer.term)
+            self._checkpointed = upto
+            return covered
 
     def close(self) -> None:
         """Ends the ledger; what was appended and not committed is lost. The devices stay open."""

@@ -394,6 +394,7 @@ class File(Device):
 
     Attributes:
         is_block_device: whether its size is fixed; then it may hold any data from the start.
+        is_erased: whether what the block device held was given up for a new image.
     """
 
     def __init__(
@@ -413,6 +414,7 @@ class File(Device):
         flags |= lib.VX_FILE_ALLOCATE if bulk and not memory else 0
         self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         flags |= lib.VX_FILE_FIXED if self.is_block_device else 0
+        self.is_erased = False
         identity = failures.new_identity()
         super().__init__(lib.vx_file_create(fd, size, flags, identity), path)
         failures.register(identity, self)  # errors name this file

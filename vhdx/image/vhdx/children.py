@@ -41,6 +41,8 @@ def children_of(path: StrPath, structure: Structure) -> Iterator[Path]:
         beside = []
     places = [here.with_name(name) for name in beside if not is_partial(name)]
     seen = {os.fspath(here)}
+    # Not devices: to read what lies beside a device in /dev could hang, or be a guest's disk.
+    places = [place for place in places if of(place).kind(os.fspath(place)) == "file"]
     for place in [*places, *map(Path, hinted(here))]:
         resolved = real(place)
         if resolved in seen or not _looks_like_vhdx(place):

@@ -17,6 +17,7 @@ from vhdx.errors import InvalidArgumentError, UnsupportedError
 from vhdx.format import bat, header, metadata, region
 from vhdx.format.bat import BlockState, Geometry
 from vhdx.format.locator import pack_locator
+from vhdx.image.erasing import erase
 from vhdx.image.replacing import new_file
 from vhdx.image.reserving import reserve
 from vhdx.units import MIB
@@ -177,10 +178,8 @@ def write_image(
     payload = _BAT_OFFSET + geometry.table_length
     fixed = parameters.leave_blocks_allocated
     end = payload + (geometry.blocks * geometry.block_size if fixed else 0)
-    stale = min(leaf.size, payload)  # of a block device, which may hold anything
     leaf.resize(end)
-    if stale > 0:
-        leaf.zero(0, payload)
+    erase(leaf, payload)
     # Allocate log and BAT now. Without space for them later, data that has space would fail.
     leaf.zero(0, _BAT_OFFSET + min(geometry.table_length, _PREALLOCATED_BAT), no_hole=True)
     if fixed:
