@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
-from vhdx import plane
 from vhdx.errors import VhdxError
 from vhdx.units import MIB
+
+if TYPE_CHECKING:
+    from vhdx import plane
 
 __all__ = ["abandon", "erase"]
 
@@ -20,7 +23,7 @@ def erase(leaf: plane.Device, length: int) -> None:
     What identifies an old image goes first, durably: after a crash the device holds no image. Call it
     when everything that may be refused was checked.
     """
-    if not isinstance(leaf, plane.File) or not leaf.is_block_device:
+    if not leaf.is_block_device:
         return
     leaf.zero(0, min(leaf.size, MIB))
     leaf.zero(max(0, leaf.size - _FOOTER), min(leaf.size, _FOOTER))
@@ -31,7 +34,7 @@ def erase(leaf: plane.Device, length: int) -> None:
 
 def abandon(leaf: plane.Device) -> None:
     """After a failure: a device that was erased holds no image, rather than a part of one."""
-    if isinstance(leaf, plane.File) and leaf.is_erased:
+    if leaf.is_erased:
         with contextlib.suppress(VhdxError):
             leaf.zero(0, min(leaf.size, MIB))
             leaf.flush()

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vhdx import place, plane
+from vhdx import place
 from vhdx.errors import (
     ExistsError,
     HostIOError,
@@ -24,6 +24,8 @@ from vhdx.image.names import host_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from vhdx import plane
 
     StrPath = str | os.PathLike[str]
 
@@ -78,7 +80,7 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
             leaf.flush()
         except BaseException as error:
             abandon(leaf)
-            if isinstance(error, VhdxError) and isinstance(leaf, plane.File) and leaf.is_erased:
+            if isinstance(error, VhdxError) and leaf.is_erased:
                 error.message = error.message.replace("nothing was left behind", _LOST)
             raise
         try:

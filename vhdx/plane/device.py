@@ -172,7 +172,12 @@ class Device:
     Attributes:
         handle: the C device.
         path: the file to name in errors, or None.
+        is_block_device: whether its size is fixed; then it may hold any data from the start.
+        is_erased: whether what the block device held was given up for a new image.
     """
+
+    is_block_device = False
+    is_erased = False
 
     def __init__(self, handle: Any, path: str | None = None) -> None:
         if handle == ffi.NULL:
@@ -391,10 +396,6 @@ class File(Device):
         sparse: give trimmed and zeroed space back to the host.
         bulk: a new file that large writes will fill.
         path: the name in errors.
-
-    Attributes:
-        is_block_device: whether its size is fixed; then it may hold any data from the start.
-        is_erased: whether what the block device held was given up for a new image.
     """
 
     def __init__(
@@ -414,7 +415,6 @@ class File(Device):
         flags |= lib.VX_FILE_ALLOCATE if bulk and not memory else 0
         self.is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
         flags |= lib.VX_FILE_FIXED if self.is_block_device else 0
-        self.is_erased = False
         identity = failures.new_identity()
         super().__init__(lib.vx_file_create(fd, size, flags, identity), path)
         failures.register(identity, self)  # errors name this file
