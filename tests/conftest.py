@@ -28,6 +28,11 @@ settings.register_profile("soak", max_examples=1000, **common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "test"))
 
 
+def pytest_collection_modifyitems(items):
+    """Guests first: they take minutes, one after another, and would be waited for at the end."""
+    items.sort(key=lambda item: "test_guest" not in item.path.name)
+
+
 def absent(what: str) -> None:
     """Skips, or fails where everything must be there."""
     if REQUIRE:
