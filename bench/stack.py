@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +81,27 @@ def _stacked(leaves: int, maps: int, work: Path) -> tuple[Target, Path]:
     return start(name, [*me, uri, str(counts)], socket, uri, SERVER_CPU), counts
 
 
+def _in_turn(targets: list[Target], rounds: int) -> Iterator[Target]:
+    """Each target once a round, awake while the others are stopped."""
+    for target in targets:
+        target.process.send_signal(signal.SIGSTOP)
+    for number in range(rounds):
+        for target in targets if number % 2 else targets[::-1]:
+            with target.awake():
+                yield target
+
+
 def _reads(places: Places, rounds: int, seconds: int) -> list[dict[str, Any]]:
     figures: dict[str, list[float]] = {}
     with work_directory(places.fast) as work:
         targets = [_stacked(1, 0, work)[0], _stacked(4, 2, work)[0]]
         try:
-            for target in targets:
-                target.process.send_signal(signal.SIGSTOP)
-            for number in range(rounds):
-                for target in targets if number % 2 else targets[::-1]:
-                    with target.awake():
-                        job = fio(
-                            target.uri, CLIENT_CPU, "--rw=randread", "--bs=4k", "--iodepth=16",
-                            f"--size={SIZE}", "--time_based", f"--runtime={seconds}",
-                        )  # fmt: skip
-                    figures.setdefault(target.name, []).append(job["read"]["iops"])
+            for target in _in_turn(targets, rounds):
+                job = fio(
+                    target.uri, CLIENT_CPU, "--rw=randread", "--bs=4k", "--iodepth=16",
+                    f"--size={SIZE}", "--time_based", f"--runtime={seconds}",
+                )  # fmt: skip
+                figures.setdefault(target.name, []).append(job["read"]["iops"])
         finally:
             for target in targets:
                 target.stop()
@@ -137,19 +144,15 @@ def _flushes(places: Places, rounds: int, seconds: int) -> list[dict[str, Any]]:
         counts = {target.name: path for target, path in counted}
         targets += [target for target, _ in counted]
         try:
-            for target in targets:
-                target.process.send_signal(signal.SIGSTOP)
-            for number in range(rounds):
-                for target in targets if number % 2 else targets[::-1]:
-                    with target.awake():
-                        time.sleep(0.2)
-                        before = _count(counts.get(target.name))
-                        rate, writes = _write_and_flush(target, seconds)
-                        time.sleep(0.2)
-                        after = _count(counts.get(target.name))
-                    figures.setdefault(target.name, []).append(rate)
-                    if target.name in counts:
-                        shares.setdefault(target.name, []).append((after - before) / writes)
+            for target in _in_turn(targets, rounds):
+                time.sleep(0.2)
+                before = _count(counts.get(target.name))
+                rate, writes = _write_and_flush(target, seconds)
+                time.sleep(0.2)
+                after = _count(counts.get(target.name))
+                figures.setdefault(target.name, []).append(rate)
+                if target.name in counts:
+                    shares.setdefault(target.name, []).append((after - before) / writes)
         finally:
             for target in targets:
                 target.stop()

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
  * The switch: a device that passes requests to one lower device. The lower device can be replaced
- * at a consistent point, for snapshots and compaction of an open disk.
+ * at a consistent point, for snapshots of an open disk.
  *
  * While the switch is paused, no request reaches the lower device. NOWAIT requests are answered
  * AGAIN; other requests are parked and, after the resume, submitted in order on the pool.

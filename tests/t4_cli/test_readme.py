@@ -144,7 +144,7 @@ def test_limits_and_alerts(script, written, peer):
     (serve, tighten, show, top, *others), _, (events, metrics) = written
     assert serve.startswith("vhdx serve")
     with script.serving(serve, ["disk"]):
-        assert re.search(r"disk +Ok +([1-3]\d\d|40\d) ", script.run(f"sleep 2; {top}"))
+        assert re.search(r"disk +Ok +(39\d|40\d) ", script.run(f"sleep 2; {top}"))
         heard = script.run(f"({events} --max-time 4 & sleep 0.5; {tighten}; wait)", codes=(0, 28))
         alert = json.loads(heard[heard.index("{") :].splitlines()[0])
         assert (alert["event"], alert["disk"]) == ("InsufficientThroughput", "disk")

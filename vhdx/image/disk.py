@@ -75,8 +75,9 @@ class Extent:
         return self.offset, self.length, self.state, self.depth
 
 
-def _beside_clients(size: int) -> None:
+def _pace_beside(front_ends: int) -> Callable[[int], None] | None:
     """The pace of a compaction of a disk that is served: it rests, and waits for nothing else."""
+    return (lambda size: None) if front_ends else None
 
 
 class Disk:
@@ -320,22 +321,19 @@ class Disk:
         """Gives space back to the host while the disk is in use.
 
         Blocks of zeros are freed, other blocks are moved towards the start of the file, and the
-        file is truncated. A crash or a cancellation at any moment leaves the content unchanged.
+        file is truncated. A crash or a cancellation at any moment leaves the content unchanged. With
+        ``pace``, or while the disk is served, it rests after each 64 KiB that it copies.
 
         Args:
             progress: called with the work done and the total work, in an internal unit.
             cancel: called between blocks; the compaction stops when it returns True.
-            pace: called before each block with the bytes of I/O to come; it may wait. With it, or
-                while the disk is served, the compaction rests after each 64 KiB, so that clients
-                do not wait for it.
+            pace: called before each block with the bytes of I/O to come; it may wait.
 
         Raises:
             VhdxError: reason CANCELLED when cancelled.
         """
         self._check_open()
-        if pace is None and self._users:
-            pace = _beside_clients
-        return self._image.compact(progress, cancel, pace)
+        return self._image.compact(progress, cancel, pace or _pace_beside(self._users))
 
     @property
     def chain(self) -> list[dict[str, Any]]:

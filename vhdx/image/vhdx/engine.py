@@ -132,8 +132,7 @@ class Engine:
     def _prepare_changes(self, taken: Taken) -> None:
         sparse = self.host.sparse
         self._furthest = taken.furthest
-        size = self._geometry.block_size
-        space = Space(self._leaf, taken, size, self.host.set_aside, sparse=sparse)
+        space = Space(self.host, taken, self._geometry.block_size, sparse=sparse)
         self._allocator = Allocator(space, self.map, self._geometry, self._lock, sparse=sparse)
         self._committer = Committer(
             self.structure,

@@ -18,11 +18,10 @@ from vhdx.errors import NoSpaceError
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import numpy.typing as npt
 
     from vhdx.image.vhdx.allocation import Taken
+    from vhdx.place import ImageFile
 
 __all__ = ["Reservation", "Space"]
 
@@ -45,25 +44,22 @@ class Space:
     The caller serialises all calls but :meth:`prepare` and :meth:`trim`, which do the I/O.
 
     Args:
-        leaf: the file.
+        file: where the places lie. Blocks are set aside in it, but not regions, so that the holes
+            of a large BAT stay holes.
         taken: the parts of the file that are in use.
         block_size: bytes.
-        set_aside: of the file (:class:`vhdx.place.ImageFile`). It is called for blocks, not for
-            regions, so that the holes of a large BAT stay holes.
         sparse: whether fresh space may stay unallocated until it is written.
     """
 
     def __init__(
         self,
-        leaf: plane.Device,
+        file: ImageFile,
         taken: Taken,
         block_size: int,
-        set_aside: Callable[[int, int], None],
         *,
         sparse: bool,
     ) -> None:
-        self._leaf = leaf
-        self._set_aside = set_aside
+        self._leaf, self._set_aside = file.leaf, file.set_aside
         self._sparse = sparse
         self._block = block_size
         self._end = taken.end
