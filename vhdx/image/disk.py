@@ -76,7 +76,10 @@ class Extent:
 
 
 def _pace_beside(front_ends: int) -> Callable[[int], None] | None:
-    """The pace of a compaction of a disk that is served: it rests, and waits for nothing else."""
+    """The pace of a compaction of a disk that is served.
+
+    A compaction with a pace rests after each 64 KiB that it copies; this pace waits for nothing else.
+    """
     return (lambda size: None) if front_ends else None
 
 
@@ -321,8 +324,7 @@ class Disk:
         """Gives space back to the host while the disk is in use.
 
         Blocks of zeros are freed, other blocks are moved towards the start of the file, and the
-        file is truncated. A crash or a cancellation at any moment leaves the content unchanged. With
-        ``pace``, or while the disk is served, it rests after each 64 KiB that it copies.
+        file is truncated. A crash or a cancellation at any moment leaves the content unchanged.
 
         Args:
             progress: called with the work done and the total work, in an internal unit.
