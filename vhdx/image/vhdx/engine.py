@@ -130,9 +130,8 @@ class Engine:
                 raise
 
     def _prepare_changes(self, taken: Taken) -> None:
-        sparse = self.host.sparse
         self._furthest = taken.furthest
-        space = Space(self.host, taken, self._geometry.block_size, sparse=sparse)
+        space, sparse = Space(self.host, taken, self._geometry.block_size), self.host.sparse
         self._allocator = Allocator(space, self.map, self._geometry, self._lock, sparse=sparse)
         self._committer = Committer(
             self.structure,

@@ -48,19 +48,11 @@ class Space:
             of a large BAT stay holes.
         taken: the parts of the file that are in use.
         block_size: bytes.
-        sparse: whether fresh space may stay unallocated until it is written.
     """
 
-    def __init__(
-        self,
-        file: ImageFile,
-        taken: Taken,
-        block_size: int,
-        *,
-        sparse: bool,
-    ) -> None:
+    def __init__(self, file: ImageFile, taken: Taken, block_size: int) -> None:
         self._leaf, self._set_aside = file.leaf, file.set_aside
-        self._sparse = sparse
+        self._sparse = file.sparse  # whether fresh space may stay unallocated until it is written
         self._block = block_size
         self._end = taken.end
         self._free: deque[int] = deque(taken.gaps(block_size).tolist())
