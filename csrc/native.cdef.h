@@ -21,8 +21,8 @@ enum vx_operation { VX_READ, VX_WRITE, VX_ZERO, VX_TRIM, VX_FLUSH, VX_EXTENTS, .
 enum vx_flag { VX_FUA, VX_NOWAIT, VX_NO_HOLE, VX_FAST, VX_ORDER, ... };
 enum vx_extent_state { VX_EXTENT_DATA, VX_EXTENT_ZERO, VX_EXTENT_HOLE, ... };
 enum vx_fault_kind { VX_FAULT_LOAD, VX_FAULT_GRANT, VX_FAULT_GATE, VX_FAULT_RANGE,
-                     VX_FAULT_COMMIT, ... };
-enum vx_kind { VX_ASK, VX_HOLE, VX_DATA, VX_SHARED, VX_MIXED, ... };
+                     VX_FAULT_COMMIT, VX_FAULT_ROW, VX_FAULT_MEMBER, ... };
+enum vx_kind { VX_ASK, VX_HOLE, VX_DATA, VX_SHARED, VX_MIXED, VX_STALE, VX_AWAY, ... };
 enum vx_map_flag { VX_MAP_IN_PLACE, VX_MAP_READ_ONLY, VX_MAP_GATED, VX_MAP_TRANSPARENT,
                    VX_MAP_COMMITS_BELOW, VX_MAP_IDENTITY, ... };
 enum vx_grant_flag { VX_GRANT_FRESH, VX_GRANT_STALE, ... };
@@ -43,6 +43,11 @@ enum vx_limit_kind { VX_LIMIT_UNITS, VX_LIMIT_UNITS_READ, VX_LIMIT_UNITS_WRITTEN
 #define VX_LARGEST_WEIGHT ...
 #define VX_PIECE ...
 #define VX_NBD_CONNECTION_BYTES ...
+#define VX_LAYOUT_DISKS ...
+#define VX_LAYOUT_COLUMNS ...
+#define VX_LAYOUT_COPIES ...
+#define VX_LAYOUT_BLOCK ...
+#define VX_LAYOUT_TIE ...
 
 typedef struct { int32_t code; int32_t os_error; uint32_t operation; uint64_t device;
                  uint64_t offset; ...; } vx_failure;
@@ -51,7 +56,8 @@ typedef struct { uint64_t ns; bool is_virtual; } vx_time;
 typedef struct { vx_time time; uint32_t kind; uint32_t operation; uint64_t first; uint64_t count; uint64_t size;
                  const uint64_t *pages; const uint64_t *entries; uint64_t generation;
                  uint64_t bitmap_count; uint64_t bitmap_bytes; const uint64_t *bitmap_pages;
-                 const uint8_t *bitmap_bits;
+                 const uint8_t *bitmap_bits; uint32_t disk; uint64_t leaf;
+                 int32_t code; int32_t os_error;
                  ...; } vx_fault;
 typedef struct { uint32_t operation; uint32_t flags; uint64_t offset; uint64_t length;
                  uint8_t *buffer; vx_extent *extents; uint32_t extent_capacity;
@@ -71,6 +77,7 @@ extern "Python" int vx_python_resize(uint64_t device, uint64_t size);
 
 vx_device *vx_device_reference(vx_device *device);
 void vx_device_release(vx_device *device);
+uint64_t vx_device_identity(const vx_device *device);
 uint64_t vx_device_size(vx_device *device);
 int vx_device_resize(vx_device *device, uint64_t size);
 int vx_device_state(vx_device *device);
@@ -133,6 +140,29 @@ uint64_t vx_map_revoke(vx_device *device, uint64_t capacity, uint64_t *offsets);
 void vx_map_gate(vx_device *device, bool open);
 int vx_map_close(vx_device *device);
 void vx_map_statistics_of(vx_device *device, vx_map_statistics *statistics);
+
+typedef struct { uint32_t columns; uint32_t copies; uint64_t interleave; uint64_t slab;
+                 uint64_t size; uint64_t largest_size; bool thin; bool delayed; } vx_layout_terms;
+typedef struct { uint64_t reads; uint64_t changes; uint64_t failures; uint64_t under_way;
+                 uint64_t slowest_ns; } vx_disk_facts;
+vx_device *vx_layout_create(const vx_layout_terms *terms, vx_pool *pool, uint64_t identity,
+                            const vx_upcalls *upcalls);
+int vx_layout_set_disk(vx_device *device, uint32_t disk, vx_device *leaf);
+int vx_layout_clear_disk(vx_device *device, uint32_t disk);
+int64_t vx_layout_replace(vx_device *device, uint64_t count, const uint64_t *rows,
+                          const uint32_t *members, const uint64_t *expected,
+                          const uint64_t *entries, uint8_t *mismatched);
+void vx_layout_read_entries(vx_device *device, uint64_t first_row, uint64_t count,
+                            uint64_t *entries);
+int vx_layout_mark(vx_device *device, uint64_t first_row, uint64_t count, bool marked);
+int vx_layout_take_changed(vx_device *device, uint64_t first_row, uint64_t count,
+                           uint8_t *changed);
+void vx_layout_set_moving(vx_device *device, bool moving);
+int vx_layout_copy(vx_device *device, uint64_t row, uint32_t from, uint32_t to, uint64_t within,
+                   uint64_t length, bool compares, vx_failure *failure);
+int vx_layout_compare(vx_device *device, uint64_t row, uint32_t column, uint64_t within,
+                      uint64_t length, uint8_t *verdicts, vx_failure *failure);
+void vx_layout_facts(vx_device *device, uint32_t disk, vx_disk_facts *facts);
 
 vx_device *vx_switch_create(vx_device *lower, vx_pool *pool, uint64_t identity);
 void vx_switch_pause(vx_device *device);

@@ -5,6 +5,7 @@
 #ifndef VX_NATIVE_H
 #define VX_NATIVE_H
 
+#include "array/layout.h"
 #include "core/clock.h"
 #include "core/delegate.h"
 #include "core/fan.h"

@@ -29,6 +29,11 @@ void vx_device_release(vx_device *device)
         device->operations->destroy(device);
 }
 
+uint64_t vx_device_identity(const vx_device *device)
+{
+    return device->identity;
+}
+
 uint64_t vx_device_size(vx_device *device)
 {
     while (device->sized_by != NULL)

@@ -93,7 +93,9 @@ enum vx_fault_kind {
     VX_FAULT_GRANT = 1,  /* no ready space; count says how many pages are wanted */
     VX_FAULT_GATE = 2,   /* the first change since the gate was closed */
     VX_FAULT_RANGE = 3,  /* whole pages are to be zeroed or trimmed (operation) */
-    VX_FAULT_COMMIT = 4  /* pages and entries are to be made durable */
+    VX_FAULT_COMMIT = 4, /* pages and entries are to be made durable */
+    VX_FAULT_ROW = 5,    /* a row of a layout has no slabs, or may not be changed yet: first */
+    VX_FAULT_MEMBER = 6  /* a disk of a layout failed a request (disk, operation, code, os_error) */
 };
 
 /* A modelled time: that of a clock which may be virtual. Nobody sleeps until a virtual time. */
@@ -106,8 +108,8 @@ typedef struct vx_fault {
     vx_device *device;
     vx_time time;       /* in: when the request starts; out: when what the owner did is done */
     uint32_t kind;      /* enum vx_fault_kind */
-    uint32_t operation; /* enum vx_operation, RANGE only */
-    uint64_t first;     /* page */
+    uint32_t operation; /* enum vx_operation; RANGE and MEMBER */
+    uint64_t first;     /* page; row; MEMBER: UINT64_MAX if it was a flush */
     uint64_t count;     /* pages, or entries of a commit */
     uint64_t size;      /* RANGE: device size when the pages were counted, bytes */
     const uint64_t *pages;   /* COMMIT: the pages published, oldest first; may repeat */
@@ -117,6 +119,9 @@ typedef struct vx_fault {
     uint64_t bitmap_bytes;         /* COMMIT: of each */
     const uint64_t *bitmap_pages;  /* COMMIT: their pages */
     const uint8_t *bitmap_bits;    /* COMMIT: their bits, concatenated */
+    uint32_t disk;                 /* MEMBER: its index */
+    uint64_t leaf;                 /* MEMBER: the identity of what was there; it may have left */
+    int32_t code, os_error;        /* MEMBER: why it failed */
 } vx_fault;
 
 /* How C calls its owner. C passes an integer identity, never a pointer. Results: 0 or a
@@ -231,6 +236,7 @@ void vx_device_initialise(vx_device *device, const vx_operations *operations, ui
 vx_device *vx_device_reference(vx_device *device);
 void vx_device_release(vx_device *device); /* destroys at the last reference; NULL is allowed */
 
+uint64_t vx_device_identity(const vx_device *device);
 uint64_t vx_device_size(vx_device *device);
 /* UNSUPPORTED where the device has no `resize`: one that forwards requests follows its lower device. */
 int vx_device_resize(vx_device *device, uint64_t size);

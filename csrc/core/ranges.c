@@ -59,12 +59,16 @@ static uint32_t bucket_of(uint64_t piece)
     return (uint32_t)(piece * 0x9e3779b97f4a7c15u >> 54);
 }
 
-static void buckets_of(set *found, uint64_t first, uint64_t count)
+static void buckets_of(set *found, const vx_span *spans, uint32_t count)
 {
-    memset(found, count >= BUCKETS ? 0xff : 0, sizeof *found);
-    for (uint64_t i = 0; count < BUCKETS && i < count; i++) {
-        uint32_t at = bucket_of(first + i);
-        found->words[at / 64] |= (uint64_t)1 << (at % 64);
+    memset(found, 0, sizeof *found);
+    for (uint32_t i = 0; i < count; i++) {
+        if (spans[i].count >= BUCKETS)
+            memset(found, 0xff, sizeof *found);
+        for (uint64_t k = 0; spans[i].count < BUCKETS && k < spans[i].count; k++) {
+            uint32_t at = bucket_of(spans[i].first + k);
+            found->words[at / 64] |= (uint64_t)1 << (at % 64);
+        }
     }
 }
 
@@ -116,10 +120,10 @@ static void give_back_all(vx_ranges *ranges, const set *held, uint32_t end, bool
         }
 }
 
-bool vx_ranges_enter(vx_ranges *ranges, uint64_t first, uint64_t count, bool alone, bool nowait)
+bool vx_ranges_enter(vx_ranges *ranges, const vx_span *spans, uint32_t count, bool alone, bool nowait)
 {
     set wanted;
-    buckets_of(&wanted, first, count);
+    buckets_of(&wanted, spans, count);
     for (uint32_t word = 0; word < BUCKETS / 64; word++)
         for (uint64_t bits = wanted.words[word]; bits != 0; bits &= bits - 1) {
             uint32_t at = word * 64 + (uint32_t)__builtin_ctzll(bits);
@@ -131,10 +135,10 @@ bool vx_ranges_enter(vx_ranges *ranges, uint64_t first, uint64_t count, bool alo
     return true;
 }
 
-void vx_ranges_leave(vx_ranges *ranges, uint64_t first, uint64_t count, bool alone)
+void vx_ranges_leave(vx_ranges *ranges, const vx_span *spans, uint32_t count, bool alone)
 {
     set held;
-    buckets_of(&held, first, count);
+    buckets_of(&held, spans, count);
     give_back_all(ranges, &held, BUCKETS, alone);
 }
 

@@ -44,7 +44,7 @@
 
 #include "core/device.h"
 #include "core/pool.h"
-#include "map/table.h"
+#include "core/table.h"
 
 enum vx_map_flag {
     VX_MAP_IN_PLACE = 1, /* ZERO keeps the space, TRIM does nothing: fixed images */

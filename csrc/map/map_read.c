@@ -1,24 +1,7 @@
 /* SPDX-License-Identifier: MIT */
-#include <string.h>
-
-#include "map/map_internal.h"
+#include "core/extents.h"
 #include "core/run.h"
-
-/* Returns zeros for [offset, offset + length): as a hole if the reader asked for holes and there is
- * room, else in the buffer. Hole offsets are relative to the request's device. */
-static void read_hole(vx_request *request, uint64_t offset, uint64_t length)
-{
-    vx_extent *last = request->extent_count == 0 ? NULL
-                                                 : &request->extents[request->extent_count - 1];
-    if (last != NULL && last->offset + last->length == offset) {
-        last->length += length;
-    } else if (request->extents != NULL && request->extent_count < request->extent_capacity) {
-        request->extents[request->extent_count++] =
-            (vx_extent){offset, length, VX_EXTENT_HOLE, -1};
-    } else {
-        memset(request->buffer + (offset - request->offset), 0, length);
-    }
-}
+#include "map/map_internal.h"
 
 /* Reads from a lower device; bytes past its end read as zeros. */
 static int read_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t lower_offset,
@@ -43,7 +26,7 @@ static int read_lower(vx_map *map, vx_request *request, uint32_t lower, uint64_t
             return VX_DONE;
     }
     if (present < length)
-        read_hole(request, offset + present, length - present);
+        vx_read_hole(request, offset + present, length - present);
     return VX_DONE;
 }
 
@@ -76,7 +59,7 @@ static int read_segment(vx_map *map, vx_request *request, uint64_t page, uint64_
         return VX_DONE;
     switch (vx_entry_kind(entry)) {
     case VX_HOLE:
-        read_hole(request, at, length);
+        vx_read_hole(request, at, length);
         return VX_DONE;
     case VX_DATA:
     case VX_SHARED:
@@ -91,26 +74,11 @@ static int read_segment(vx_map *map, vx_request *request, uint64_t page, uint64_
     }
 }
 
-/* Drops the holes behind `at`: a restart reads again from there and would record them twice. */
-static void forget_holes_after(vx_request *request, uint64_t at)
-{
-    while (request->extent_count > 0) {
-        vx_extent *last = &request->extents[request->extent_count - 1];
-        if (last->offset + last->length <= at)
-            return;
-        if (last->offset < at) {
-            last->length = at - last->offset;
-            return;
-        }
-        request->extent_count--;
-    }
-}
-
 int vx_map_read(vx_map *map, vx_request *request)
 {
     uint64_t end = request->offset + request->length;
     request->result = VX_OK;
-    forget_holes_after(request, request->offset + request->done);
+    vx_forget_holes_after(request, request->offset + request->done);
     while (request->done < request->length) {
         uint64_t at = request->offset + request->done, page = at >> map->page_shift;
         uint64_t stop = (page + 1) << map->page_shift;
@@ -127,24 +95,6 @@ int vx_map_read(vx_map *map, vx_request *request)
     }
     vx_map_count(map, request);
     return VX_DONE;
-}
-
-/* Adds an extent, merged with the one before; false when there is no room. */
-static bool add_extent(vx_request *request, uint64_t offset, uint64_t length, uint32_t state,
-                       int32_t depth)
-{
-    if (request->extent_count > 0) {
-        vx_extent *last = &request->extents[request->extent_count - 1];
-        if (last->state == state && last->depth == depth &&
-            last->offset + last->length == offset) {
-            last->length += length;
-            return true;
-        }
-    }
-    if (request->extent_count == request->extent_capacity)
-        return false;
-    request->extents[request->extent_count++] = (vx_extent){offset, length, state, depth};
-    return true;
 }
 
 /* The extents of a lower device's range, moved to this device's offsets. *full: no room for all. */
@@ -170,14 +120,14 @@ static int extents_of_lower(vx_map *map, vx_request *request, uint32_t lower, ui
         uint64_t before = at;
         for (uint32_t i = 0; i < child.extent_count && at < present && !*full; i++) {
             uint64_t n = found[i].length < present - at ? found[i].length : present - at;
-            *full = !add_extent(request, offset + at, n, found[i].state, found[i].depth);
+            *full = !vx_add_extent(request, offset + at, n, found[i].state, found[i].depth);
             at += n;
         }
         if (at == before && !*full) /* the device reported no extent of its range */
             return vx_fail(&map->device, request, VX_E_INVALID, 0, offset + at);
     }
     if (!*full && present < length)
-        *full = !add_extent(request, offset + present, length - present, VX_EXTENT_HOLE, -1);
+        *full = !vx_add_extent(request, offset + present, length - present, VX_EXTENT_HOLE, -1);
     return VX_DONE;
 }
 
@@ -190,10 +140,10 @@ static int extents_of_mixed(vx_map *map, vx_request *request, uint64_t page, uin
         uint64_t end = vx_mixed_run(map, page, within, stop, &stored);
         int answer = VX_DONE;
         if (stored)
-            *full = !add_extent(request, base + within, end - within, VX_EXTENT_DATA,
+            *full = !vx_add_extent(request, base + within, end - within, VX_EXTENT_DATA,
                                 request->depth);
         else if (map->parent == VX_MAP_NO_PARENT)
-            *full = !add_extent(request, base + within, end - within, VX_EXTENT_HOLE, -1);
+            *full = !vx_add_extent(request, base + within, end - within, VX_EXTENT_HOLE, -1);
         else
             answer = extents_of_lower(map, request, map->parent, base + within, base + within,
                                       end - within, request->depth + 1, full);
@@ -213,7 +163,7 @@ static int extents_of_page(vx_map *map, vx_request *request, uint64_t page, uint
     bool zero = vx_entry_tag(entry) & VX_TAG_ZERO;
     switch (vx_entry_kind(entry)) {
     case VX_HOLE:
-        *full = !add_extent(request, at, length, zero ? VX_EXTENT_ZERO : VX_EXTENT_HOLE,
+        *full = !vx_add_extent(request, at, length, zero ? VX_EXTENT_ZERO : VX_EXTENT_HOLE,
                             zero ? request->depth : -1);
         return VX_DONE;
     case VX_DATA:
@@ -221,7 +171,7 @@ static int extents_of_page(vx_map *map, vx_request *request, uint64_t page, uint
             return extents_of_lower(map, request, vx_entry_lower(entry),
                                     vx_entry_offset(entry) + (at - (page << map->page_shift)), at,
                                     length, request->depth, full);
-        *full = !add_extent(request, at, length, VX_EXTENT_DATA, request->depth);
+        *full = !vx_add_extent(request, at, length, VX_EXTENT_DATA, request->depth);
         return VX_DONE;
     case VX_SHARED:
         return extents_of_lower(map, request, vx_entry_lower(entry),

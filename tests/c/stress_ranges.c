@@ -35,7 +35,9 @@ static void *work(void *argument)
         uint64_t count = 1 + (chosen >> 40) % (chosen % 50 == 0 ? 1500 : 4);
         uint64_t first = (chosen >> 8) % (chosen % 3 == 0 ? 8 : PIECES - count);
         bool alone = chosen & 1, nowait = (chosen & 6) == 6;
-        if (!vx_ranges_enter(ranges, first, count, alone, nowait)) {
+        vx_span spans[2] = {{first, count}, {PIECES - 1 - first % 64, 1}};
+        uint32_t number = 1 + (chosen >> 32 & 1);
+        if (!vx_ranges_enter(ranges, spans, number, alone, nowait)) {
             CHECK(nowait);
             atomic_fetch_add(&refused, 1);
             continue;
@@ -50,7 +52,12 @@ static void *work(void *argument)
                 second_copy[i]++;
             }
         }
-        vx_ranges_leave(ranges, first, count, alone);
+        if (number == 2 && alone && (spans[1].first < first || spans[1].first >= first + count)) {
+            CHECK_EQ(first_copy[spans[1].first], second_copy[spans[1].first]);
+            first_copy[spans[1].first]++;
+            second_copy[spans[1].first]++;
+        }
+        vx_ranges_leave(ranges, spans, number, alone);
         atomic_fetch_add(&rounds, 1);
     }
     return NULL;
@@ -74,8 +81,9 @@ int main(int argc, char **argv)
     for (uint32_t i = 0; i < THREADS; i++)
         pthread_join(threads[i], NULL);
     CHECK_GT(refused, 0);
-    CHECK(vx_ranges_enter(ranges, 0, UINT64_MAX, true, true)); /* nothing is held any more */
-    vx_ranges_leave(ranges, 0, UINT64_MAX, true);
+    vx_span all = {0, UINT64_MAX};
+    CHECK(vx_ranges_enter(ranges, &all, 1, true, true)); /* nothing is held any more */
+    vx_ranges_leave(ranges, &all, 1, true);
     vx_ranges_destroy(ranges);
     printf("%llu rounds, %llu refused\n", (unsigned long long)rounds, (unsigned long long)refused);
     return 0;

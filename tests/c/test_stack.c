@@ -390,22 +390,22 @@ static void a_fan_needs_no_free_thread(void)
 static void ranges_exclude_writers(void)
 {
     vx_ranges *ranges = vx_ranges_create();
-    CHECK(vx_ranges_enter(ranges, 5, 3, false, false));
-    CHECK(vx_ranges_enter(ranges, 6, 1, false, true));
-    CHECK(!vx_ranges_enter(ranges, 7, 1, true, true));
+    CHECK(vx_ranges_enter(ranges, &(vx_span){5, 3}, 1, false, false));
+    CHECK(vx_ranges_enter(ranges, &(vx_span){6, 1}, 1, false, true));
+    CHECK(!vx_ranges_enter(ranges, &(vx_span){7, 1}, 1, true, true));
     CHECK(!vx_ranges_is_busy(ranges, 7));
-    vx_ranges_leave(ranges, 6, 1, false);
-    vx_ranges_leave(ranges, 5, 3, false);
-    CHECK(vx_ranges_enter(ranges, 7, 1, true, true));
+    vx_ranges_leave(ranges, &(vx_span){6, 1}, 1, false);
+    vx_ranges_leave(ranges, &(vx_span){5, 3}, 1, false);
+    CHECK(vx_ranges_enter(ranges, &(vx_span){7, 1}, 1, true, true));
     CHECK(vx_ranges_is_busy(ranges, 7));
-    CHECK(!vx_ranges_enter(ranges, 0, 1 << 20, false, true)); /* all buckets */
-    CHECK(!vx_ranges_enter(ranges, 7, 1, false, true));
-    vx_ranges_leave(ranges, 7, 1, true);
-    CHECK(vx_ranges_enter(ranges, 0, UINT64_MAX, true, true));
-    CHECK(!vx_ranges_enter(ranges, 12345, 1, false, true));
-    vx_ranges_leave(ranges, 0, UINT64_MAX, true);
-    CHECK(vx_ranges_enter(ranges, 12345, 1, true, true));
-    vx_ranges_leave(ranges, 12345, 1, true);
+    CHECK(!vx_ranges_enter(ranges, &(vx_span){0, 1 << 20}, 1, false, true)); /* all buckets */
+    CHECK(!vx_ranges_enter(ranges, &(vx_span){7, 1}, 1, false, true));
+    vx_ranges_leave(ranges, &(vx_span){7, 1}, 1, true);
+    CHECK(vx_ranges_enter(ranges, &(vx_span){0, UINT64_MAX}, 1, true, true));
+    CHECK(!vx_ranges_enter(ranges, &(vx_span){12345, 1}, 1, false, true));
+    vx_ranges_leave(ranges, &(vx_span){0, UINT64_MAX}, 1, true);
+    CHECK(vx_ranges_enter(ranges, &(vx_span){12345, 1}, 1, true, true));
+    vx_ranges_leave(ranges, &(vx_span){12345, 1}, 1, true);
     vx_ranges_destroy(ranges);
 }
 

@@ -67,6 +67,7 @@ def test_unit_under_address_and_undefined_behaviour_sanitizer(unit, tmp_path):
 
 MAY_INCLUDE = {
     "core": set(),
+    "array": {"core"},
     "leaf": {"core"},
     "map": {"core"},
     "sim": {"core"},
@@ -141,8 +142,26 @@ WITHOUT = [
     ("a barrier does not wait for FUA writes", "leaf", "pthread_rwlock_wrlock(&file->errors);", "pthread_rwlock_rdlock(&file->errors);"),
     ("a FUA write does not wait for a barrier", "leaf", "file->in_barrier && file->finished == finished;)", "file->in_barrier && file->finished == finished && false;)"),
     ("a failed barrier does not poison", "leaf", "fail_barrier(file, request, 0); /*", "fail_here(file, request, 0); /*"),
+    ("reads do not wait for changes of copies", "layout", "waits && is_busy(layout, spans, count)", "waits && count == 0"),
+    ("changes of copies do not wait for each other", "layout_write", "spans, c->part_count, true, nowait)", "spans, 0, true, nowait)"),
+    ("a disk that failed is read until it is out", "layout_write", "atomic_store(&c->layout->disks[t->disk].suspect, true);", "(void)0;"),
+    ("copies stay different where there was no space", "layout_write", "(t->result = copy_over(c, lacking, t)) != 0", "false"),
+    ("a failed copy counts as written", "layout_write", "if (t->result != 0 && !lacks_only_space(t))", "if (t->result == 12345)"),
+    ("a second copy may answer again", "layout_write", "i == 0 ? c->flags : c->flags & ~(uint32_t)(VX_NOWAIT | VX_MAY_PARK)", "c->flags"),
+    ("stale members are not written", "layout_write", "vx_layout_leaf(layout, entry, true)", "vx_layout_leaf(layout, entry, false)"),
+    ("stale members are read", "layout_read", "vx_layout_leaf(layout, entry, false)", "vx_layout_leaf(layout, entry, true)"),
+    ("old slabs are free while they are used", "layout_core", "    atomic_fetch_add(&device->progress, 1);\n    vx_epoch_quiesce(&layout->epochs);\n    return mismatches;", "    atomic_fetch_add(&device->progress, 1);\n    return mismatches;"),
+    ("a row is clean while it is changed", "layout_core", "        vx_epoch_quiesce(&layout->epochs); /* changes that found it marked */", "        (void)0;"),
+    ("rows need no mark", "layout_write", "!(mark & VX_MARKED)", "false"),
+    ("a copy does not keep changes out", "layout_repair", "    vx_ranges_enter(layout->ranges, &p->span, 1, true, false);", "    p->span.count = 0;\n    vx_ranges_enter(layout->ranges, &p->span, 1, true, false);"),
+    ("changes do not look again whether a slab moves", "layout_write", "locks || !atomic_load(&layout->locks)", "true"),
 ]  # fmt: skip
 FILES = {
+    "layout": "array/layout_read.c",
+    "layout_core": "array/layout.c",
+    "layout_read": "array/layout_read.c",
+    "layout_write": "array/layout_write.c",
+    "layout_repair": "array/layout_repair.c",
     "ranges": "core/ranges.c",
     "fan": "core/fan.c",
     "leaf": "leaf/file.c",
@@ -159,7 +178,7 @@ def test_stress_fails_on_sources_without(name, old, new, tmp_path):
     assert text.count(old) == 1
     changed = tmp_path / source.name
     changed.write_text(text.replace(old, new))
-    main = ROOT / "tests" / "c" / f"stress_{name}.c"
+    main = ROOT / "tests" / "c" / f"stress_{name.partition('_')[0]}.c"
     program = build(tmp_path, main, "-O1", "-fno-builtin", "-Wno-unused-function", instead=changed)
     result = run(program, "30")
     assert result.returncode == 1, result.stdout

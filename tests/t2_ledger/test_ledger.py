@@ -527,12 +527,84 @@ def test_golden_bytes():
     assert group[:4] == b"vlgr"
     # bytes of the group and of its records, ledger, term, sequence, flags, checksum before
     assert struct.unpack_from("<II", group, 8) == (BLOCK, 24)
-    assert struct.unpack_from("<QQII", group, 32) == (1, 2, 3, 0)
+    assert struct.unpack_from("<QQII", group, 32) == (1, 2, 7, 0)
     assert group[56:80] == struct.pack("<II", 3, 10) + b"checkpoint" + bytes(6)
     after = content[6 * BLOCK : 7 * BLOCK]
-    assert struct.unpack_from("<QQI", after, 32) == (1, 3, 0)
+    assert struct.unpack_from("<QQI", after, 32) == (1, 3, 4)
     assert after[52:56] == group[4:8]
     assert hashlib.sha256(content).hexdigest() == GOLDEN
 
 
-GOLDEN = "edcc0a8e40f29ae2489e8ca430af19f89869566dd0b725b39f08d6c9018aaa95"
+def named(devices: dict[int, plane.Device]) -> list[Member]:
+    return [Member(device, 0, REGION, UUID(int=i + 1)) for i, device in devices.items()]
+
+
+def test_what_a_member_missed_is_known():
+    """An old copy, one that was away, and one that lacks only what never succeeded."""
+    devices = dict(enumerate(memories(3)))
+    ledger = Ledger.create(named(devices), POOL, names=[UUID(int=i + 1) for i in devices])
+    ledger.append(1, b"a")
+    ledger.commit()
+    old = devices[2].read(REGION, 0)
+    ledger.append(1, b"b")
+    ledger.commit()
+    one_behind = devices[2].read(REGION, 0)
+    ledger.append(1, b"c")
+    ledger.commit()
+    ledger.close()
+    devices[2].write(one_behind, 0)  # the last commit may never have succeeded
+    found = Ledger.recover(named(devices), POOL)
+    assert (found.out_of_step, found.missed) == ([2], [])
+    found.ledger.close()
+    devices[2].write(old, 0)
+    found = Ledger.recover(named(devices), POOL)
+    assert (found.out_of_step, found.missed) == ([2], [UUID(int=3)])
+    found.ledger.close()
+    assert Ledger.recover(named(devices), POOL).missed == []
+
+
+def test_a_member_that_lost_its_ledger_gets_it_again_if_most_have_it():
+    devices = dict(enumerate(memories(3)))
+    names = [UUID(int=i + 1) for i in devices]
+    ledger = Ledger.create(named(devices), POOL, names=names)
+    ledger.append(1, b"a")
+    ledger.commit()
+    ledger.close()
+    devices[1].write(os.urandom(REGION), 0)
+    with pytest.raises(HostIOError, match="1 of 3"):
+        Ledger.recover(named({0: devices[0], 1: devices[1]}), POOL)
+    found = Ledger.recover(named(devices), POOL)
+    assert (found.out_of_step, found.missed) == ([1], [names[1]])
+    found.ledger.close()
+    assert payloads(Ledger.read(named({1: devices[1], 2: devices[2]}))) == [b"a"]
+
+
+def test_members_join_and_leave():
+    devices = dict(enumerate(memories(4)))
+    first = {i: devices[i] for i in (0, 1)}
+    ledger = Ledger.create(named(first), POOL, names=[UUID(int=1), UUID(int=2)])
+    ledger.append(1, b"a")
+    ledger.add(named({2: devices[2]})[0], [(1, b"a")])
+    assert [name.int for name in ledger.members] == [1, 2, 3]
+    with pytest.raises(InvalidArgumentError):
+        ledger.add(named({2: devices[2]})[0], [])
+    with pytest.raises(InvalidArgumentError):
+        ledger.remove(UUID(int=9), [])
+    with pytest.raises(NoSpaceError):
+        ledger.add(Member(devices[3], 0, SMALLEST_REGION, UUID(int=4)), [(1, bytes(9000))])
+    ledger.append(1, b"b")
+    ledger.commit()
+    ledger.remove(UUID(int=1), [(1, b"ab")])
+    ledger.append(1, b"c")
+    ledger.commit()
+    ledger.close()
+    found = Ledger.recover(named(devices), POOL)  # those that left, or never joined, do not count
+    assert payloads(found.records) == [b"ab", b"c"]
+    assert found.out_of_step == []
+    assert [name.int for name in found.ledger.members] == [2, 3]
+    found.ledger.close()
+    with pytest.raises(HostIOError, match="members of the ledger are there"):
+        Ledger.recover(named({0: devices[0], 1: devices[1]}), POOL)
+
+
+GOLDEN = "e4e16f7eaf9e3d7bd7a1f0714d529697ec1b96a6f36098dc52b39558fb982a0f"

@@ -8,6 +8,7 @@ recoveries are recorded themselves, and crash again.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import threading
@@ -255,6 +256,99 @@ def _crash_again(
         yield wrong(second, least, run.appended_at(second.now), rng)
 
 
+def named(leaves: dict[int, plane.Device]) -> list[Member]:
+    return [Member(leaf, 0, REGION, UUID(int=i + 1)) for i, leaf in leaves.items()]
+
+
+def changing_life(seed: int) -> Run:
+    """Members join and leave; commits in between, and recoveries."""
+    rng = random.Random(seed)
+    run = Run([bytes(REGION)] * 5)
+    leaves = dict(enumerate(run.leaves))
+    first = [0, 1, 2]
+    run.ledger = run.named.create(
+        [Member(leaves[i], 0, REGION) for i in first],
+        POOL,
+        identity=IDENTITY,
+        names=[UUID(int=i + 1) for i in first],
+    )
+    run.since = run.log.now
+    fresh = iter(range(1, 1 << 30))
+    present = set(first)
+    for _ in range(6):
+        run.add(next(fresh))
+        away = [i for i in leaves if i not in present]
+        parts = [(ALL, packed(run.numbers))]
+        if len(present) < 5 and (len(present) == 3 or rng.random() < 0.5):
+            joins = rng.choice(away)
+            run.ledger.add(named({joins: leaves[joins]})[0], parts)
+            present.add(joins)
+        else:
+            leaves_it = rng.choice(sorted(present))
+            run.ledger.remove(UUID(int=leaves_it + 1), parts)
+            present.remove(leaves_it)
+        assert {name.int - 1 for name in run.ledger.members} == present
+        if rng.random() < 0.4:
+            run.ledger.close()
+            found = run.named.recover(named(leaves), POOL)
+            run.ledger = found.ledger
+            assert folded(found.records) == run.numbers
+            assert found.missed == []
+    run.add(next(fresh))
+    run.ledger.close()
+    return run
+
+
+def changing_crashes(seed: int, subsets: int, without: str | None = None) -> Iterator[str | None]:
+    rng = random.Random(seed)
+    run = changing_life(seed)
+    for crash in crash_states_of_several(
+        run.log, run.bases, rng, subsets, faulty=1, without=without, since=run.since
+    ):
+        devices: dict[int, plane.Device] = {}
+        for i in rng.sample(crash.here, len(crash.here)):
+            devices[i] = plane.Memory(REGION)
+            devices[i].write(bytes(crash.contents[i] or b""), 0)
+        least, most = run.acknowledged_at(crash.now), run.appended_at(crash.now)
+        for again in range(3):
+            try:
+                found = Ledger.recover(named(devices), POOL)
+            except (DamagedError, HostIOError) as error:
+                yield f"it is not recovered: {error}"
+                break
+            numbers = folded(found.records)
+            if numbers[: len(least)] != least or numbers != most[: len(numbers)]:
+                yield f"{numbers} is there, {least} was acknowledged, {most} was appended"
+                break
+            number = 3_000_000 + again
+            found.ledger.append(ADDED, packed([number]))
+            found.ledger.commit()
+            found.ledger.close()
+            least = most = [*numbers, number]
+            # Others than before: any majority of those that are members, in any order.
+            inside = [i for i in devices if UUID(int=i + 1) in found.ledger.members]
+            count = len(found.ledger.members) // 2 + 1
+            if len(inside) > count and not any(crash.is_old):
+                devices.pop(rng.choice(inside))
+        else:
+            yield None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_crash_state_while_members_change(seed):
+    seen = list(changing_crashes(seed, subsets=4))
+    assert len(seen) > 100
+    assert not any(seen), next(each for each in seen if each)
+
+
+@pytest.mark.parametrize("site", ["checkpoint", "joining", "superblock"])
+def test_each_barrier_of_a_change_is_needed(site):
+    for seed in range(40):
+        if any(changing_crashes(100 + seed, subsets=6, without=site)):
+            return
+    pytest.fail(f"without the barrier {site!r} nothing went wrong")
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_every_crash_state(count):
     seen = list(crashes(count, seed=count, subsets=5, again=0.05))
@@ -267,7 +361,10 @@ def test_crash_states_long():
     wanted = int(os.environ.get("VHDX_TEST_STATES", "100000"))
     seen = 0
     for seed in range(1 << 30):
-        for failure in crashes(random.Random(seed).choice([1, 2, 3, 3, 5]), 1000 + seed, subsets=12):
+        count = random.Random(seed).choice([1, 2, 3, 3, 5])
+        for failure in itertools.chain(
+            crashes(count, 1000 + seed, subsets=12), changing_crashes(1000 + seed, subsets=4)
+        ):
             assert failure is None, (seed, failure)
             seen += 1
         if seen >= wanted:

@@ -21,7 +21,8 @@ Group (a multiple of 4096 bytes, at a multiple of 4096)::
     0  signature "vlgr"          4  CRC-32C of all, this field zero
     8  bytes of the group       12  bytes of its records
    16  ledger (UUID)            32  term
-   40  sequence                 48  flags: 1 part of a checkpoint, 2 its end
+   40  sequence
+   48  flags: 1 part of a checkpoint, 2 its end, 4 the first group of a checkpoint or commit
    52  CRC-32C of the group before it in the area, or 0
    56  records: kind (u32), bytes (u32), payload, zeros up to a multiple of 8
 
@@ -57,6 +58,7 @@ __all__ = [
     "area_length",
     "area_offset",
     "check_record",
+    "check_region",
     "pack_groups",
     "parse_area",
     "parse_superblock",
@@ -72,7 +74,7 @@ _LARGEST_NUMBER = 1 << 62  # of a superblock, term or group: no real ledger come
 _SUPERBLOCK = struct.Struct("<4sIII16sQQQQQII")
 _GROUP = struct.Struct("<4sIII16sQQII")
 _RECORD = struct.Struct("<II")
-_CHECKPOINT, _END = 1, 2
+_CHECKPOINT, _END, _FIRST = 1, 2, 4
 
 
 class Member(NamedTuple):
@@ -82,11 +84,14 @@ class Member(NamedTuple):
         device: the device.
         offset: bytes, a multiple of 4096.
         length: bytes, at least 16 KiB.
+        name: which member it is, if the caller knows. A recovery then makes it a member again even if
+            its region holds no ledger any more.
     """
 
     device: plane.Device
     offset: int
     length: int
+    name: UUID | None = None
 
 
 class Record(NamedTuple):
@@ -162,6 +167,16 @@ def area_offset(area: int, length: int) -> int:
     return 2 * BLOCK + area * length
 
 
+def check_region(member: Member) -> None:
+    """Raises InvalidArgumentError for a region that cannot hold a ledger."""
+    if member.length < SMALLEST_REGION or member.offset % BLOCK:
+        raise InvalidArgumentError(
+            f"the region of a ledger has at least {SMALLEST_REGION} bytes and begins at a "
+            f"multiple of {BLOCK}",
+            path=member.device.path,
+        )
+
+
 @dataclass(frozen=True)
 class _Group:
     """Records that became durable together."""
@@ -185,6 +200,16 @@ class Area:
     position: tuple[int, int]
     length: int
     _groups: tuple[_Group, ...]
+
+    def has_succeeded_since(self, position: tuple[int, int]) -> bool:
+        """Whether a commit succeeded that a member at this older position does not have.
+
+        The last commit may not have succeeded, so a member may lack it without having failed. Of
+        members of older terms nothing is known.
+        """
+        later = [g.sequence for g in self._groups if g.flags & _FIRST and g.sequence > position[1]]
+        before = position[1] < self._groups[0].sequence - 1
+        return position[0] != self.position[0] or before or len(later) > 1
 
     def batches(self) -> list[list[Record]]:
         """The records, group by group."""
@@ -224,9 +249,9 @@ def pack_groups(
         bodies.append(b"")
     parts = []
     for number, body in enumerate(bodies):
-        flags = (_CHECKPOINT if is_checkpoint else 0) | (
-            _END if is_checkpoint and number == len(bodies) - 1 else 0
-        )
+        flags = _CHECKPOINT if is_checkpoint else 0
+        flags |= _END if is_checkpoint and number == len(bodies) - 1 else 0
+        flags |= _FIRST if number == 0 else 0
         length = round_up(_GROUP.size + len(body), BLOCK)
         head = _GROUP.pack(b"vlgr", 0, length, len(body), ledger.bytes, term, sequence, flags, before)
         group = bytearray(head + body)

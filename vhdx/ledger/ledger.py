@@ -13,6 +13,12 @@ of them. Two recoveries that write a checkpoint never share a term, because each
 half has a member in common with every other (L. Lamport, "Paxos Made Simple", 2001: a term is a
 proposal number).
 
+Members change one at a time: a checkpoint names the new list, and more than half of the new list must
+have it. Any majority of a list has a member in common with any majority of the list that has one
+more or one less, so a recovery that has most of the old list meets a member that has the new one,
+or that promised another term (D. Ongaro, "Consensus: Bridging Theory and Practice", 2014, section
+4.1). The list of the member with the highest (term, sequence) counts.
+
 Failures. What went wrong before the first write changes nothing, and can be tried again. After any
 other failure this object refuses everything, because it does not know what is on the members. A
 recovery finds out.
@@ -29,23 +35,29 @@ from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID, uuid4
 
 from vhdx import plane
-from vhdx.errors import ClosedError, InvalidArgumentError, PoisonedError, VhdxError
+from vhdx.errors import (
+    ClosedError,
+    InvalidArgumentError,
+    NoSpaceError,
+    PoisonedError,
+    VhdxError,
+)
 from vhdx.interrupts import uninterruptible
 from vhdx.ledger.layout import (
     BLOCK,
     MOST_MEMBERS,
-    SMALLEST_REGION,
     Member,
     Record,
     Superblock,
     area_length,
     check_record,
+    check_region,
 )
 from vhdx.ledger.members import Side, read_members
 from vhdx.ledger.writing import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = ["Ledger", "Recovered"]
 
@@ -58,11 +70,14 @@ class Recovered(NamedTuple):
         records: everything that was committed, in order, since and including the last checkpoint.
         out_of_step: indexes of members that are away, failed, or had missed commits. A member that
             had missed commits and did not fail has everything again.
+        missed: names of members that are there, and lack a commit that had succeeded without them:
+            they were away, or they are old copies.
     """
 
     ledger: Ledger
     records: list[Record]
     out_of_step: list[int]
+    missed: list[UUID]
 
 
 class Ledger:
@@ -116,12 +131,7 @@ class Ledger:
         if not 1 <= len(members) <= MOST_MEMBERS:
             raise InvalidArgumentError(f"a ledger has 1 to {MOST_MEMBERS} members")
         for member in members:
-            if member.length < SMALLEST_REGION or member.offset % BLOCK:
-                raise InvalidArgumentError(
-                    f"the region of a ledger has at least {SMALLEST_REGION} bytes and begins at a "
-                    f"multiple of {BLOCK}",
-                    path=member.device.path,
-                )
+            check_region(member)
         uuids = tuple(names) if names is not None else tuple(uuid4() for _ in members)
         if len(set(uuids)) != len(members):
             raise InvalidArgumentError("each member needs a name of its own")
@@ -161,26 +171,42 @@ class Ledger:
             NoSpaceError: half of the members or more are too small for what the others hold.
         """
         found = read_members(members, identity)
-        sides = [side for side, _ in found]
+        sides = [side for side, _ in found.sides]
         writer = cls.writer_type(sides, pool)
         writer.promise(max(side.superblock.promised for side in sides) + 1)
-        in_step = [area for side, area in found if side.in_step]
-        best = max(in_step, key=lambda area: area.position)
-        behind = {side.superblock.index for side, area in found if area.position != best.position}
+        best, known = max(
+            (
+                (area, list_)
+                for (side, area), list_ in zip(found.sides, found.lists, strict=False)
+                if side.in_step and area is not None
+            ),
+            key=lambda one: one[0].position,
+        )
+        if known != writer.members:
+            raise PoisonedError("the member that knew the newest list of members failed: try again")
+        behind = {
+            side.superblock.index
+            for side, area in found.sides
+            if area is None or area.position != best.position
+        }
+        missed = [
+            side.name
+            for side, area in found.sides
+            if area is None or best.has_succeeded_since(area.position)
+        ]
         batches = [[record for batch in best.batches() for record in batch]]
         if writer.packed_length(batches) > best.length:
             batches = best.batches()  # as they are, they fit where they were
         writer.sequence = best.position[1] + 1
         writer.write_checkpoint(batches, max(side.superblock.promised for side in sides))
         out = sorted(set(writer.out_of_step) | behind)
-        return Recovered(cls(writer), [record for batch in batches for record in batch], out)
+        records = [record for batch in batches for record in batch]
+        return Recovered(cls(writer), records, out, missed)
 
     @staticmethod
     def read(members: Sequence[Member], *, identity: UUID | None = None) -> list[Record]:
         """What :meth:`recover` would find; changes nothing, and raises what it raises."""
-        best = max(
-            (area for _, area in read_members(members, identity)), key=lambda area: area.position
-        )
+        best = max(read_members(members, identity).areas, key=lambda area: area.position)
         return [record for batch in best.batches() for record in batch]
 
     # ---- records ----
@@ -189,6 +215,11 @@ class Ledger:
     def room(self) -> int:
         """Bytes of commits that fit before the next checkpoint; each takes a multiple of 4096."""
         return self._writer.room
+
+    @property
+    def members(self) -> tuple[UUID, ...]:
+        """The names of all members."""
+        return self._writer.members
 
     @property
     def out_of_step(self) -> list[int]:
@@ -242,6 +273,64 @@ class Ledger:
             PoisonedError: as for :meth:`commit`.
         """
         records = [Record(kind, payload) for kind, payload in parts]
+        self._replace_records(lambda: self._writer.write_checkpoint([records], self._writer.term))
+
+    @uninterruptible
+    def add(self, member: Member, parts: Iterable[tuple[int, bytes]]) -> None:
+        """A checkpoint that has one more member; else as :meth:`checkpoint`.
+
+        Args:
+            member: has a name that no member has. What its region held is lost.
+            parts: as for :meth:`checkpoint`.
+
+        Raises:
+            InvalidArgumentError: it has no name of its own, or the region is unfit, or there are
+            too many. NoSpaceError: the records do not fit into its region; nothing was changed.
+            VhdxError: it cannot be written; nothing was changed.
+        """
+        records = [Record(kind, payload) for kind, payload in parts]
+        check_region(member)
+        members, name = self._writer.members, member.name
+        if name is None or name in members or len(members) == MOST_MEMBERS:
+            raise InvalidArgumentError("the new member needs a name of its own, and room in the list")
+        if self._writer.packed_length([records]) > area_length(member.length):
+            raise NoSpaceError("the records do not fit there", path=member.device.path)
+        for block in range(2):  # a superblock of another ledger must not be taken for a newer one
+            member.device.write(bytes(BLOCK), member.offset + block * BLOCK)
+        member.device.flush()
+
+        def write() -> None:
+            names = (*self._writer.members, name)
+            new = Superblock(
+                self.identity, names, len(names) - 1, 0, self._writer.term, 0, 0, 1,
+                area_length(member.length),
+            )  # fmt: skip
+            changed = [side.moved_to(names) for side in self._writer.sides]
+            joining = Side(member, new)
+            self._writer.change_members([*changed, joining], [records], joining)
+
+        self._replace_records(write)
+
+    @uninterruptible
+    def remove(self, name: UUID, parts: Iterable[tuple[int, bytes]]) -> None:
+        """A checkpoint that has one member less; else as :meth:`checkpoint`.
+
+        Raises:
+            InvalidArgumentError: there is no such member, or it is the last.
+        """
+        records = [Record(kind, payload) for kind, payload in parts]
+        if name not in self._writer.members or len(self._writer.members) == 1:
+            raise InvalidArgumentError("it is not a member, or it is the last one")
+
+        def write() -> None:
+            names = tuple(each for each in self._writer.members if each != name)
+            changed = [side.moved_to(names) for side in self._writer.sides if side.name != name]
+            self._writer.change_members(changed, [records])
+
+        self._replace_records(write)
+
+    def _replace_records(self, write: Callable[[], None]) -> None:
+        """Around a checkpoint, which stands for all that was appended before the call."""
         with self._lock:
             upto = self._appended
             self._checkpoints += 1
@@ -249,7 +338,7 @@ class Ledger:
             covered = self._begin_checkpoint(upto)
             if covered is not None:
                 with self._writing(covered, upto):
-                    self._writer.write_checkpoint([records], self._writer.term)
+                    write()
         finally:
             with self._lock:
                 self._checkpoints -= 1

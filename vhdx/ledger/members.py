@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
+from uuid import UUID
 
 from vhdx import plane
 from vhdx.errors import DamagedError, HostIOError, Reason, UnsupportedError, VhdxError
@@ -13,6 +14,7 @@ from vhdx.ledger.layout import (
     Area,
     Member,
     Superblock,
+    area_length,
     area_offset,
     parse_area,
     parse_superblock,
@@ -20,9 +22,8 @@ from vhdx.ledger.layout import (
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from uuid import UUID
 
-__all__ = ["Side", "do_on_all", "read_members"]
+__all__ = ["Found", "Side", "do_on_all", "read_members"]
 
 
 @dataclass
@@ -38,6 +39,15 @@ class Side:
     def inactive(self) -> int:
         return 1 - self.superblock.area
 
+    @property
+    def name(self) -> UUID:
+        return self.superblock.members[self.superblock.index]
+
+    def moved_to(self, members: tuple[UUID, ...]) -> Side:
+        """The same member in another list."""
+        superblock = replace(self.superblock, members=members, index=members.index(self.name))
+        return Side(self.member, superblock, self.in_step, self.error)
+
     def read_again(self) -> bool:
         """Whether one that failed can be used again; what it holds is read from it."""
         device = self.member.device
@@ -49,9 +59,9 @@ class Side:
             return False
         if now is None:
             return True  # it holds nothing that could be lost
-        if (now.ledger, now.index) != (self.superblock.ledger, self.superblock.index):
+        if now.ledger != self.superblock.ledger or now.members[now.index] != self.name:
             return False
-        self.superblock = now
+        self.superblock = replace(now, members=self.superblock.members, index=self.superblock.index)
         return True
 
     def offset_in(self, area: int, at: int) -> int:
@@ -83,44 +93,90 @@ def do_on_all(
             side.in_step, side.error = False, error
 
 
-def read_members(members: Sequence[Member], identity: UUID | None) -> list[tuple[Side, Area]]:
-    """The members that have the ledger, with their records; more than half of them all."""
-    found: dict[int, tuple[Side, Area]] = {}
+class Found(NamedTuple):
+    """The members that are there.
+
+    Attributes:
+        sides: with their records; None for one that has none. First those that have a ledger.
+        lists: for each of those that have a ledger, the list of members that it knows.
+    """
+
+    sides: list[tuple[Side, Area | None]]
+    lists: list[tuple[UUID, ...]]
+
+    @property
+    def areas(self) -> list[Area]:
+        return [area for _, area in self.sides if area is not None]
+
+
+def read_members(members: Sequence[Member], identity: UUID | None) -> Found:
+    """The members that are there; more than half of all have the ledger.
+
+    Who belongs to all is what the member with the newest records says (see
+    :mod:`vhdx.ledger.ledger`).
+    """
+    found: dict[UUID, tuple[Side, Area]] = {}
+    blank: list[tuple[Member, int]] = []
     errors: list[VhdxError] = []
     for member in members:
         try:
-            one = _read_member(member)
+            superblock = _read_superblock(member)
+            one = None if superblock is None else _read_area(member, superblock)
         except UnsupportedError:
             raise  # without that member, what came after its last version would be undone
         except VhdxError as error:
             errors.append(error)
             continue
         if one is None or (identity is not None and one[0].superblock.ledger != identity):
+            blank.append((member, 0 if superblock is None else superblock.number))
             continue
-        superblock = one[0].superblock
-        other = next((side.superblock for side, _ in found.values()), superblock)
-        if (superblock.ledger, superblock.members) != (other.ledger, other.members):
+        ledger, name = one[0].superblock.ledger, one[0].name
+        if any(side.superblock.ledger != ledger for side, _ in found.values()):
             raise DamagedError("the devices belong to different ledgers", path=member.device.path)
-        if superblock.index in found:
+        if name in found:
             raise DamagedError(
                 "two devices are the same member of the ledger",
                 path=member.device.path,
                 hint="one of them is a copy: take it away",
             )
-        found[superblock.index] = one
+        found[name] = one
     if not found:
         if errors:
             raise errors[0]
         raise DamagedError("there is no ledger", path=members[0].device.path if members else None)
-    count = len(next(iter(found.values()))[0].superblock.members)
-    if 2 * len(found) <= count:
+    newest = max(found.values(), key=lambda one: one[1].position)[0].superblock
+    sides = [one for name, one in found.items() if name in newest.members]
+    if 2 * len(sides) <= len(newest.members):
         why = f"; {errors[0]}" if errors else ""
         raise HostIOError(
-            f"{len(found)} of {count} members of the ledger are there; it needs more than half{why}",
+            f"{len(sides)} of {len(newest.members)} members of the ledger are there; it needs more "
+            f"than half{why}",
             reason=Reason.NO_QUORUM,
             hint="bring back the missing devices",
         )
-    return list(found.values())
+    lists = [side.superblock.members for side, _ in sides]
+    rejoining = [
+        (Side(member, _blank(newest, member, number)), None)
+        for member, number in blank
+        if member.name in newest.members and member.name not in found
+    ]
+    moved = [(side.moved_to(newest.members), area) for side, area in sides]
+    return Found([*moved, *rejoining], lists)
+
+
+def _blank(like: Superblock, member: Member, number: int) -> Superblock:
+    """The superblock of a member whose region holds no ledger."""
+    assert member.name is not None
+    return replace(
+        like,
+        index=like.members.index(member.name),
+        number=number,
+        promised=0,
+        term=0,
+        first=0,
+        area=1,
+        area_length=area_length(member.length),
+    )
 
 
 def _read_superblock(member: Member) -> Superblock | None:
@@ -130,11 +186,8 @@ def _read_superblock(member: Member) -> Superblock | None:
     return max(valid, key=lambda superblock: superblock.number, default=None)
 
 
-def _read_member(member: Member) -> tuple[Side, Area] | None:
+def _read_area(member: Member, superblock: Superblock) -> tuple[Side, Area] | None:
     """None if it has no whole checkpoint."""
-    superblock = _read_superblock(member)
-    if superblock is None:
-        return None
     side = Side(member, superblock)
     content = member.device.read(superblock.area_length, side.offset_in(superblock.area, 0))
     area = parse_area(content, superblock)

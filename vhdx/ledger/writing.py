@@ -25,13 +25,13 @@ class Writer:
 
     Attributes:
         touched: a write has begun; whoever begins an operation sets it to False.
-        count: of all members, also those that are away.
+        members: all of them, also those that are away.
         sequence: of the next group.
     """
 
     def __init__(self, sides: list[Side], pool: plane.Pool) -> None:
         first = sides[0].superblock
-        self.identity, self.count = first.ledger, len(first.members)
+        self.identity, self.members = first.ledger, first.members
         self.sides, self._pool = sides, pool
         self.term, self.sequence, self._before, self.tail = first.term, first.first, 0, 0
         self.touched = False
@@ -45,7 +45,7 @@ class Writer:
     def out_of_step(self) -> list[int]:
         """Indexes of members that failed, or that are away."""
         present = {side.superblock.index for side in self.sides if side.in_step}
-        return sorted(set(range(self.count)) - present)
+        return sorted(set(range(len(self.members))) - present)
 
     def in_step(self) -> list[Side]:
         return [side for side in self.sides if side.in_step]
@@ -61,12 +61,12 @@ class Writer:
         return [side for side in sides if side.in_step]
 
     def _need_most(self, sides: list[Side]) -> None:
-        if 2 * len(sides) > self.count:
+        if 2 * len(sides) > len(self.members):
             return
         errors = [side.error for side in self.sides if side.error is not None]
         raise PoisonedError(
-            f"only {len(sides)} of {self.count} members could be written; more than half must be: "
-            f"{errors[0] if errors else 'the others are away'}"
+            f"only {len(sides)} of {len(self.members)} members could be written; more than half "
+            f"must be: {errors[0] if errors else 'the others are away'}"
         )
 
     def write(self, sides: list[Side], offsets: list[int], data: bytes) -> None:
@@ -104,38 +104,65 @@ class Writer:
             is_checkpoint=True,
         )
 
-    def write_checkpoint(self, batches: list[list[Record]], term: int) -> None:
+    def write_checkpoint(
+        self, batches: list[list[Record]], term: int, joining: Side | None = None
+    ) -> None:
         data, sequence, before = self._pack_checkpoint(batches, term)
         sides = [side for side in self.sides if side.in_step or side.read_again()]
-        if 2 * len(sides) > self.count:
+        if 2 * len(sides) > len(self.members):
             sides = [side for side in sides if side.superblock.area_length >= len(data)]
-            if 2 * len(sides) <= self.count:
+            if 2 * len(sides) <= len(self.members):
                 raise NoSpaceError("the checkpoint does not fit into the ledger")
         for side in self.sides:
             side.in_step = side in sides
         self.write(sides, [side.offset_in(side.inactive, 0) for side in sides], data)
         sides = self.make_durable(sides, "checkpoint")
         self._need_most(sides)
-        self._write_superblocks(
-            {
-                side.superblock.index: replace(
-                    side.superblock, term=term, first=self.sequence, area=side.inactive
-                )
-                for side in sides
-            },
-            "superblock",
-        )
+        wanted = {
+            side.superblock.index: replace(
+                side.superblock, term=term, first=self.sequence, area=side.inactive
+            )
+            for side in sides
+        }
+        if joining is not None:
+            # It must know that it is a member before another one says so: else the others could
+            # miss it for a majority, and it would have nothing to recover from.
+            index = joining.superblock.index
+            first = {index: wanted.pop(index)} if index in wanted else {}
+            if not self._write_superblocks(first, "joining"):
+                raise PoisonedError(f"the new member could not be written: {joining.error}")
+        done = self._write_superblocks(wanted, "superblock")
+        self._need_most(done if joining is None else [*done, joining])
         self.term, self.tail = term, len(data)
         self.sequence, self._before = sequence, before
+
+    def change_members(
+        self, changed: list[Side], batches: list[list[Record]], joining: Side | None = None
+    ) -> None:
+        """Writes a checkpoint that has other members than before: one more, or one less.
+
+        Args:
+            changed: all members that are there, with superblocks that have the new list.
+            batches: the records.
+            joining: the one of them that is new.
+        """
+        before = self.sides, self.members
+        self.sides, self.members = changed, changed[0].superblock.members
+        try:
+            self.write_checkpoint(batches, self.term, joining)
+        except NoSpaceError:
+            if not self.touched:
+                self.sides, self.members = before
+            raise
 
     def promise(self, term: int) -> None:
         promises = {
             side.superblock.index: replace(side.superblock, promised=term) for side in self.sides
         }
-        self._write_superblocks(promises, "promise")
+        self._need_most(self._write_superblocks(promises, "promise"))
 
-    def _write_superblocks(self, wanted: dict[int, Superblock], what: str) -> None:
-        """Writes each over the older one of its member, and makes them durable on more than half."""
+    def _write_superblocks(self, wanted: dict[int, Superblock], what: str) -> list[Side]:
+        """Writes each over the older one of its member; returns those where it is durable."""
         sides = [side for side in self.sides if side.superblock.index in wanted]
         for side in sides:
             new = wanted[side.superblock.index]
@@ -144,4 +171,4 @@ class Writer:
         sides = self.make_durable(sides, what)
         for side in sides:  # what one that failed holds is read again before it is used
             side.superblock = wanted[side.superblock.index]
-        self._need_most(sides)
+        return sides

@@ -15,6 +15,15 @@ class _Lib:
     VX_LARGEST_WEIGHT: int
     VX_PIECE: int
     VX_NBD_CONNECTION_BYTES: int
+    VX_LAYOUT_DISKS: int
+    VX_LAYOUT_COLUMNS: int
+    VX_LAYOUT_COPIES: int
+    VX_LAYOUT_BLOCK: int
+    VX_LAYOUT_TIE: int
+    VX_FAULT_ROW: int
+    VX_FAULT_MEMBER: int
+    VX_STALE: int
+    VX_AWAY: int
     VX_E_RANGE: int
     VX_E_IO: int
     VX_E_NOSPACE: int
@@ -209,6 +218,53 @@ class _Lib:
     def vx_map_close(self, device: Any, /) -> int: ...
     def vx_map_statistics_of(self, device: Any, statistics: Any, /) -> None: ...
     def vx_device_freeze(self, device: Any, /) -> None: ...
+    def vx_device_identity(self, device: Any, /) -> int: ...
+    def vx_layout_create(self, terms: Any, pool: Any, identity: int, upcalls: Any, /) -> Any: ...
+    def vx_layout_set_disk(self, device: Any, disk: int, leaf: Any, /) -> int: ...
+    def vx_layout_clear_disk(self, device: Any, disk: int, /) -> int: ...
+    def vx_layout_replace(
+        self,
+        device: Any,
+        count: int,
+        rows: Any,
+        members: Any,
+        expected: Any,
+        entries: Any,
+        mismatched: Any,
+        /,
+    ) -> int: ...
+    def vx_layout_read_entries(
+        self, device: Any, first_row: int, count: int, entries: Any, /
+    ) -> None: ...
+    def vx_layout_mark(self, device: Any, first_row: int, count: int, marked: bool, /) -> int: ...
+    def vx_layout_take_changed(
+        self, device: Any, first_row: int, count: int, changed: Any, /
+    ) -> int: ...
+    def vx_layout_set_moving(self, device: Any, moving: bool, /) -> None: ...
+    def vx_layout_copy(
+        self,
+        device: Any,
+        row: int,
+        source: int,
+        target: int,
+        within: int,
+        length: int,
+        compares: bool,
+        failure: Any,
+        /,
+    ) -> int: ...
+    def vx_layout_compare(
+        self,
+        device: Any,
+        row: int,
+        column: int,
+        within: int,
+        length: int,
+        verdicts: Any,
+        failure: Any,
+        /,
+    ) -> int: ...
+    def vx_layout_facts(self, device: Any, disk: int, facts: Any, /) -> None: ...
     def vx_switch_create(self, lower: Any, pool: Any, identity: int, /) -> Any: ...
     def vx_switch_pause(self, device: Any, /) -> None: ...
     def vx_switch_set(self, device: Any, lower: Any, /) -> None: ...

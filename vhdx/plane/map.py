@@ -44,7 +44,7 @@ TAG_ZERO: int = lib.VX_TAG_ZERO
 
 
 class Kind(IntEnum):
-    """Kinds of entries (``csrc/map/table.h``)."""
+    """Kinds of entries (``csrc/core/table.h``)."""
 
     ASK = lib.VX_ASK
     HOLE = lib.VX_HOLE

@@ -14,6 +14,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, NamedTuple
 
 from vhdx.errors import ClosedError, HostIOError, InvalidArgumentError, Reason
+from vhdx.plane import failures
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.device import Device, Operation
 
@@ -125,7 +126,9 @@ class Delay(Device):
     def __init__(
         self, lower: Device, model: Model, pool: Pool, *, base: int = 0, clock: Clock | None = None
     ) -> None:
-        handle = lib.vx_delay_create(lower.handle, model.handle, _clock_of(pool, clock), base, 0)
+        handle = lib.vx_delay_create(
+            lower.handle, model.handle, _clock_of(pool, clock), base, failures.new_identity()
+        )
         super().__init__(handle, lower.path)
         self._keep = (lower, model, pool, clock)
 

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: MIT */
-#include "map/table.h"
+#include "core/table.h"
 
 #include <stddef.h>
 #include <sys/mman.h>

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: MIT
  *
- * The page table: 8 bytes per page, read atomically. Address space for the largest size is reserved
+ * A page table: 8 bytes per page, read atomically. The map has one, and a layout (array/layout.h) has one
+ * of its rows. Address space for the largest size is reserved
  * at once, so that growing never moves the table. Untouched memory is zero, which means ASK. Chunks
  * whose entries Python can supply again may therefore be dropped.
  *
@@ -30,7 +31,9 @@ enum vx_kind {
     VX_HOLE = 1,   /* nothing stored: reads zeros */
     VX_DATA = 2,   /* the page is at the offset on the lower device */
     VX_SHARED = 3, /* reads as DATA; a write first needs space of its own */
-    VX_MIXED = 4   /* a sector bitmap chooses between the offset and the parent */
+    VX_MIXED = 4,  /* a sector bitmap chooses between the offset and the parent */
+    VX_STALE = 5,  /* layouts: takes every change, is never read */
+    VX_AWAY = 6    /* layouts: neither, because its disk is away */
 };
 
 #define VX_ENTRY_WATCHED ((uint64_t)8 << VX_ENTRY_KIND_SHIFT)
