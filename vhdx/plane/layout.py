@@ -235,8 +235,8 @@ class Layout(Device):
         )
         row, member = np.nonzero(old != new)
         if len(row):
-            rows = row.astype(np.uint64) + np.uint64(first_row)
-            self.replace(rows, member.astype(np.uint32), old[row, member], new[row, member])
+            where = row.astype(np.uint64) + np.uint64(first_row)
+            self.replace(where, member.astype(np.uint32), old[row, member], new[row, member])
 
     def mark(self, first_row: int, count: int, *, marked: bool) -> None:
         """Allows changes of rows, or no longer; then it waits for those under way."""

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["Compacted", "compact"]
 
 _PIECE = 4 << 20  # bytes that are copied at a time
-_SHORT_PIECE, _REST = 64 << 10, 50e-6  # beside a client: bytes, and seconds of rest after each piece
+_SHORT_PIECE, _REST = 32 << 10, 50e-6  # beside a client: bytes, and seconds of rest after each piece
 _MOVES_PER_COMMIT = 64
 _SCAN = 512
 _PROBE = 4096
@@ -196,7 +196,9 @@ class _Compaction:
                 entry = self._engine.loader.entry_of(page)
                 moved += self._move(page, entry, offset, target)
             if number % _MOVES_PER_COMMIT == _MOVES_PER_COMMIT - 1:
+                self._rest()
                 self._map.flush()
+            self._rest()
         return moved
 
     def _move(self, page: int, entry: np.uint64, offset: int, target: int) -> bool:
@@ -211,8 +213,10 @@ class _Compaction:
                 self._map.tracking(page) as take_changes,
                 _Watch(self._engine, page, entry) as watch,
             ):
+                self._rest()
                 self._copy(offset, target)
                 changes = take_changes()
+                self._rest()
                 for _ in range(_MOST_TRIES):
                     if len(changes) > _FEW_PARTS:
                         self._copy_parts(changes, offset, target)
@@ -220,8 +224,10 @@ class _Compaction:
                     if not watch.begin():
                         break  # the block was given up meanwhile
                     self._copy_parts(changes + take_changes(), offset, target)
+                    self._rest()
                     published = None
                     published = watch.end(new, offset)
+                    self._rest()
                     if published:
                         break
                     changes = take_changes()
@@ -246,13 +252,17 @@ class _Compaction:
 
     def _copy(self, source: int, target: int) -> None:
         """Copies allocated extents; zeroes the rest of the target, which may hold stale data."""
-        end = min(self._block, self._leaf.size - source)
-        self._leaf.zero(target, self._block)
+        end, done = min(self._block, self._leaf.size - source), 0
         for extent in self._leaf.extents(source, end):
             if extent.state != plane.DATA:
                 continue
-            stop = min(extent.offset + extent.length, source + end)
-            self._copy_range(extent.offset, stop, target + extent.offset - source)
+            at, stop = extent.offset - source, min(extent.offset + extent.length - source, end)
+            if at > done:
+                self._leaf.zero(target + done, at - done)
+            self._copy_range(extent.offset, source + stop, target + at)
+            done = max(done, stop)
+        if done < self._block:
+            self._leaf.zero(target + done, self._block - done)
 
 
 class _Watch:
