@@ -163,6 +163,7 @@ int vx_layout_copy(vx_device *device, uint64_t row, uint32_t from, uint32_t to, 
 int vx_layout_compare(vx_device *device, uint64_t row, uint32_t column, uint64_t within,
                       uint64_t length, uint8_t *verdicts, vx_failure *failure);
 void vx_layout_facts(vx_device *device, uint32_t disk, vx_disk_facts *facts);
+void vx_layout_forget_slowest(vx_device *device, uint32_t disk);
 
 vx_device *vx_switch_create(vx_device *lower, vx_pool *pool, uint64_t identity);
 void vx_switch_pause(vx_device *device);

@@ -29,6 +29,7 @@ __all__ = [
     "ImageFile",
     "Key",
     "Place",
+    "is_host",
     "key_of",
     "of",
     "open_file",
@@ -183,6 +184,12 @@ def of(path: str | os.PathLike[str]) -> Place:
     """The place that a path belongs to."""
     match = _SCHEME.match(os.fsdecode(path))
     return _places[match[1] if match is not None and match[1] in _places else ""]
+
+
+def is_host(path: str | os.PathLike[str]) -> bool:
+    """Whether the path is one of the host's file systems."""
+    match = _SCHEME.match(os.fsdecode(path))
+    return match is None or match[1] not in _places
 
 
 def open_file(

@@ -295,5 +295,11 @@ void vx_layout_facts(vx_device *device, uint32_t disk, vx_disk_facts *facts)
                              .changes = atomic_load(&slot->changes),
                              .failures = atomic_load(&slot->failures),
                              .under_way = atomic_load(&slot->under_way),
-                             .slowest_ns = atomic_exchange(&slot->slowest_ns, 0)};
+                             .slowest_ns = atomic_load(&slot->slowest_ns)};
+}
+
+void vx_layout_forget_slowest(vx_device *device, uint32_t disk)
+{
+    vx_layout *layout = (vx_layout *)device;
+    atomic_store(&layout->disks[disk % VX_LAYOUT_DISKS].slowest_ns, 0);
 }

@@ -60,7 +60,7 @@ typedef struct vx_disk_facts {
     uint64_t reads, changes; /* requests */
     uint64_t failures;
     uint64_t under_way;
-    uint64_t slowest_ns; /* of those measured (one in sixteen) since the last call */
+    uint64_t slowest_ns; /* of those measured (one in sixteen) since vx_layout_forget_slowest */
 } vx_disk_facts;
 
 /* NULL: no memory, or bad terms. Every entry is HOLE, and no row is marked. `pool` lends threads. */
@@ -99,5 +99,6 @@ int vx_layout_copy(vx_device *device, uint64_t row, uint32_t from, uint32_t to, 
 int vx_layout_compare(vx_device *device, uint64_t row, uint32_t column, uint64_t within,
                       uint64_t length, uint8_t *verdicts, vx_failure *failure);
 void vx_layout_facts(vx_device *device, uint32_t disk, vx_disk_facts *facts);
+void vx_layout_forget_slowest(vx_device *device, uint32_t disk);
 
 #endif

@@ -53,7 +53,7 @@ from vhdx.ledger.layout import (
     check_record,
     check_region,
 )
-from vhdx.ledger.members import Side, read_members
+from vhdx.ledger.members import Side, read_area, read_members
 from vhdx.ledger.writing import Writer
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ class Recovered(NamedTuple):
     records: list[Record]
     out_of_step: list[int]
     missed: list[UUID]
+    positions: dict[UUID, tuple[int, int]]
 
 
 class Ledger:
@@ -201,7 +202,14 @@ class Ledger:
         writer.write_checkpoint(batches, max(side.superblock.promised for side in sides))
         out = sorted(set(writer.out_of_step) | behind)
         records = [record for batch in batches for record in batch]
-        return Recovered(cls(writer), records, out, missed)
+        positions = {side.name: area.position for side, area in found.sides if area is not None}
+        return Recovered(cls(writer), records, out, missed, positions)
+
+    @staticmethod
+    def position_of(member: Member) -> tuple[int, int] | None:
+        """Term and sequence of the last group that a member has; None if it has no ledger."""
+        area = read_area(member)
+        return None if area is None else area.position
 
     @staticmethod
     def read(members: Sequence[Member], *, identity: UUID | None = None) -> list[Record]:
@@ -225,6 +233,15 @@ class Ledger:
     def out_of_step(self) -> list[int]:
         """Indexes of members that failed, or that were away at the recovery."""
         return self._writer.out_of_step
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Term, and sequence of the last group that was written."""
+        return self._writer.term, self._writer.sequence - 1
+
+    def leave_out(self, name: UUID) -> bool:
+        """Writes no more to a member until it rejoins; False if the others are no majority."""
+        return self._exclusively(lambda: self._writer.leave_out(name))
 
     def append(self, kind: int, payload: bytes) -> None:
         """Adds a record; it is durable when a later :meth:`commit` returns.
@@ -295,9 +312,7 @@ class Ledger:
             raise InvalidArgumentError("the new member needs a name of its own, and room in the list")
         if self._writer.packed_length([records]) > area_length(member.length):
             raise NoSpaceError("the records do not fit there", path=member.device.path)
-        for block in range(2):  # a superblock of another ledger must not be taken for a newer one
-            member.device.write(bytes(BLOCK), member.offset + block * BLOCK)
-        member.device.flush()
+        _erase_superblocks(member)
 
         def write() -> None:
             names = (*self._writer.members, name)
@@ -308,6 +323,30 @@ class Ledger:
             changed = [side.moved_to(names) for side in self._writer.sides]
             joining = Side(member, new)
             self._writer.change_members([*changed, joining], [records], joining)
+
+        self._replace_records(write)
+
+    @uninterruptible
+    def rejoin(self, member: Member, parts: Iterable[tuple[int, bytes]]) -> None:
+        """A checkpoint that a member which was away gets again; else as :meth:`checkpoint`.
+
+        Args:
+            member: has the name of a member. What its region held is lost.
+            parts: as for :meth:`checkpoint`.
+
+        Raises:
+            InvalidArgumentError: there is no such member, or the region is unfit.
+            VhdxError: it cannot be written; nothing was changed.
+        """
+        records = [Record(kind, payload) for kind, payload in parts]
+        check_region(member)
+        if member.name not in self._writer.members:
+            raise InvalidArgumentError("it is not a member")
+        _erase_superblocks(member)
+
+        def write() -> None:
+            self._writer.rejoin(member)
+            self._writer.write_checkpoint([records], self._writer.term)
 
         self._replace_records(write)
 
@@ -328,6 +367,13 @@ class Ledger:
             self._writer.change_members(changed, [records])
 
         self._replace_records(write)
+
+    def _exclusively(self, work: Callable[[], bool]) -> bool:
+        """Does something to the writer while nothing is written."""
+        with self._lock:
+            while self._writes:
+                self._changed.wait()
+            return work()
 
     def _replace_records(self, write: Callable[[], None]) -> None:
         """Around a checkpoint, which stands for all that was appended before the call."""
@@ -394,3 +440,10 @@ class Ledger:
             with self._lock:
                 self._writes = False
                 self._changed.notify_all()
+
+
+def _erase_superblocks(member: Member) -> None:
+    """A superblock of another ledger, or an older one, must not be taken for a newer one."""
+    for block in range(2):
+        member.device.write(bytes(BLOCK), member.offset + block * BLOCK)
+    member.device.flush()

@@ -23,7 +23,7 @@ from vhdx.ledger.layout import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Found", "Side", "do_on_all", "read_members"]
+__all__ = ["Found", "Side", "blank", "do_on_all", "read_area", "read_members"]
 
 
 @dataclass
@@ -34,6 +34,7 @@ class Side:
     superblock: Superblock
     in_step: bool = True
     error: VhdxError | None = None
+    left_out: bool = False  # nothing is written to it, though it may work
 
     @property
     def inactive(self) -> int:
@@ -46,10 +47,12 @@ class Side:
     def moved_to(self, members: tuple[UUID, ...]) -> Side:
         """The same member in another list."""
         superblock = replace(self.superblock, members=members, index=members.index(self.name))
-        return Side(self.member, superblock, self.in_step, self.error)
+        return Side(self.member, superblock, self.in_step, self.error, self.left_out)
 
     def read_again(self) -> bool:
         """Whether one that failed can be used again; what it holds is read from it."""
+        if self.left_out:
+            return False
         device = self.member.device
         try:
             device.flush()  # a device that lost a write stays poisoned
@@ -116,7 +119,7 @@ def read_members(members: Sequence[Member], identity: UUID | None) -> Found:
     :mod:`vhdx.ledger.ledger`).
     """
     found: dict[UUID, tuple[Side, Area]] = {}
-    blank: list[tuple[Member, int]] = []
+    unknown: list[tuple[Member, int]] = []
     errors: list[VhdxError] = []
     for member in members:
         try:
@@ -128,7 +131,7 @@ def read_members(members: Sequence[Member], identity: UUID | None) -> Found:
             errors.append(error)
             continue
         if one is None or (identity is not None and one[0].superblock.ledger != identity):
-            blank.append((member, 0 if superblock is None else superblock.number))
+            unknown.append((member, 0 if superblock is None else superblock.number))
             continue
         ledger, name = one[0].superblock.ledger, one[0].name
         if any(side.superblock.ledger != ledger for side, _ in found.values()):
@@ -156,15 +159,15 @@ def read_members(members: Sequence[Member], identity: UUID | None) -> Found:
         )
     lists = [side.superblock.members for side, _ in sides]
     rejoining = [
-        (Side(member, _blank(newest, member, number)), None)
-        for member, number in blank
+        (Side(member, blank(newest, member, number)), None)
+        for member, number in unknown
         if member.name in newest.members and member.name not in found
     ]
     moved = [(side.moved_to(newest.members), area) for side, area in sides]
     return Found([*moved, *rejoining], lists)
 
 
-def _blank(like: Superblock, member: Member, number: int) -> Superblock:
+def blank(like: Superblock, member: Member, number: int) -> Superblock:
     """The superblock of a member whose region holds no ledger."""
     assert member.name is not None
     return replace(
@@ -184,6 +187,13 @@ def _read_superblock(member: Member) -> Superblock | None:
     parsed = [parse_superblock(block, member.length) for block in blocks]
     valid = [each for each in parsed if each is not None]
     return max(valid, key=lambda superblock: superblock.number, default=None)
+
+
+def read_area(member: Member) -> Area | None:
+    """What a member holds; None if it has no ledger."""
+    superblock = _read_superblock(member)
+    found = None if superblock is None else _read_area(member, superblock)
+    return None if found is None else found[1]
 
 
 def _read_area(member: Member, superblock: Superblock) -> tuple[Side, Area] | None:

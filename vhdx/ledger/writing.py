@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from uuid import UUID
 
 from vhdx import plane
 from vhdx.errors import NoSpaceError, PoisonedError
-from vhdx.ledger.layout import BLOCK, Record, Superblock, pack_groups
-from vhdx.ledger.members import Side, do_on_all
+from vhdx.ledger.layout import BLOCK, Member, Record, Superblock, pack_groups
+from vhdx.ledger.members import Side, blank, do_on_all
 
 __all__ = ["Writer"]
 
@@ -154,6 +155,21 @@ class Writer:
             if not self.touched:
                 self.sides, self.members = before
             raise
+
+    def leave_out(self, name: UUID) -> bool:
+        """Writes no more to this member; False if the others are not more than half."""
+        others = [side for side in self.in_step() if side.name != name]
+        if 2 * len(others) <= len(self.members):
+            return False
+        for side in self.sides:
+            if side.name == name:
+                side.in_step, side.left_out = False, True
+        return True
+
+    def rejoin(self, member: Member) -> None:
+        """Lets the next checkpoint go to a member that was away or left out, too."""
+        side = Side(member, blank(self.sides[0].superblock, member, 0))
+        self.sides = [each for each in self.sides if each.name != member.name] + [side]
 
     def promise(self, term: int) -> None:
         promises = {

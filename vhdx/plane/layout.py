@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vhdx.arrays import np
@@ -14,8 +15,6 @@ from vhdx.plane.callback import upcalls
 from vhdx.plane.device import Device, Operation, Pool, taking_time
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import numpy.typing as npt
 
 __all__ = [
@@ -27,7 +26,10 @@ __all__ = [
     "DiskFacts",
     "Layout",
     "LayoutHandler",
-    "Member",
+    "MemberKind",
+    "disk_of_entry",
+    "is_read",
+    "member_entries",
 ]
 
 MOST_DISKS: int = lib.VX_LAYOUT_DISKS
@@ -41,31 +43,39 @@ TIE: int = lib.VX_LAYOUT_TIE
 _HOLE = lib.VX_HOLE << lib.VX_ENTRY_KIND_SHIFT
 
 
-class Member(NamedTuple):
-    """A slab of a row, as C uses it.
+class MemberKind(IntEnum):
+    """Kinds of entries (``csrc/core/table.h``)."""
 
-    Attributes:
-        disk: index of the disk.
-        offset: bytes, on the disk.
-        in_step: it may be read; False: it takes changes only.
-        away: it takes no changes, either.
-    """
+    NONE = lib.VX_HOLE
+    IN_STEP = lib.VX_DATA
+    STALE = lib.VX_STALE
+    AWAY = lib.VX_AWAY
 
-    disk: int
-    offset: int
-    in_step: bool = True
-    away: bool = False
 
-    @property
-    def entry(self) -> int:
-        kind = lib.VX_AWAY if self.away else lib.VX_DATA if self.in_step else lib.VX_STALE
-        return (
-            self.offset >> 9 | self.disk << lib.VX_ENTRY_LOWER_SHIFT | kind << lib.VX_ENTRY_KIND_SHIFT
-        )
+def member_entries(
+    kind: npt.ArrayLike, disk: npt.ArrayLike, offset: npt.ArrayLike
+) -> npt.NDArray[np.uint64]:
+    """Entries of :class:`MemberKind`, index of the disk, and offset (bytes, a multiple of 512)."""
+    result: npt.NDArray[np.uint64] = (
+        (np.asarray(offset, np.uint64) >> np.uint64(9))
+        | (np.asarray(disk, np.uint64) << np.uint64(lib.VX_ENTRY_LOWER_SHIFT))
+        | (np.asarray(kind, np.uint64) << np.uint64(lib.VX_ENTRY_KIND_SHIFT))
+    )
+    return result
+
+
+def disk_of_entry(entry: int) -> int:
+    """The disk that an entry names."""
+    return entry >> lib.VX_ENTRY_LOWER_SHIFT & 0xFFF
+
+
+def is_read(entry: int) -> bool:
+    """Whether the member of this entry may be read."""
+    return bool(entry >> lib.VX_ENTRY_KIND_SHIFT & 7 == lib.VX_DATA)
 
 
 class DiskFacts(NamedTuple):
-    """Counts of one disk: requests, and the slowest that was measured since the last call."""
+    """Counts of one disk: requests, and the slowest that was measured."""
 
     reads: int
     changes: int
@@ -220,20 +230,15 @@ class Layout(Device):
         )
         return found
 
-    def set_rows(self, first_row: int, rows: Sequence[Sequence[Member | None]]) -> None:
-        """Makes the members of rows what these lists say, whatever they were.
-
-        Only the owner changes entries, one thread at a time.
+    def set_entries(self, first_row: int, new: npt.NDArray[np.uint64]) -> None:
+        """Makes the entries of rows these, whatever they were; only the owner changes entries.
 
         Args:
-            first_row: of ``rows``.
-            rows: for each row its members, column by column, ``slots`` for each; None: no slab.
+            first_row: of ``new``.
+            new: one line for each row, its members column by column.
         """
-        old = self.read_entries(first_row, len(rows))
-        new = np.array(
-            [[_HOLE if each is None else each.entry for each in row] for row in rows], np.uint64
-        )
-        row, member = np.nonzero(old != new)
+        old = self.read_entries(first_row, len(new))
+        row, member = np.nonzero(np.where(old == 0, np.uint64(_HOLE), old) != new)
         if len(row):
             where = row.astype(np.uint64) + np.uint64(first_row)
             self.replace(where, member.astype(np.uint32), old[row, member], new[row, member])
@@ -303,6 +308,16 @@ class Layout(Device):
         found = ffi.new("vx_disk_facts *")
         lib.vx_layout_facts(self.handle, disk, found)
         return DiskFacts(*(getattr(found, name) for name in DiskFacts._fields))
+
+    def forget_slowest(self, disk: int) -> None:
+        """Measures the slowest request of a disk anew."""
+        lib.vx_layout_forget_slowest(self.handle, disk)
+
+    def changes_and_reads(self) -> int:
+        """How many requests the disks have served for this layout, without copies of slabs."""
+        return sum(
+            facts.reads + facts.changes for facts in (self.facts(index) for index in self._disks)
+        )
 
     def poison(self) -> None:
         """Fails every further request with PoisonedError."""

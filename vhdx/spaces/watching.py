@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: MIT
+"""What a pool does by itself: it looks after its disks, and cleans the marks of idle rows."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vhdx import place
+from vhdx.arrays import np
+from vhdx.errors import VhdxError
+from vhdx.ledger import Ledger
+from vhdx.spaces.disks import PhysicalDisk, read_label
+from vhdx.spaces.returning import take_back
+from vhdx.spaces.state import STALE, DiskState
+from vhdx.spaces.states import DiskStatus, RetirePolicy, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from vhdx.spaces.core import Core
+    from vhdx.spaces.repairing import Repairer
+    from vhdx.spaces.space import Space
+
+__all__ = ["Watcher", "clean_marks"]
+
+_TICK = 0.5  # seconds
+_IDLE = 30.0  # seconds without a change after which a row's mark goes away
+_SLOW_NS = 2_000_000_000  # a request that takes so long makes a disk's latency abnormal
+
+
+class Watcher:
+    """Looks after an open pool.
+
+    Args:
+        core: of the pool.
+        repairer: is told when something changed.
+    """
+
+    def __init__(self, core: Core, repairer: Repairer) -> None:
+        self._core, self._repairer = core, repairer
+        self._stop = threading.Event()
+        self._changed: dict[tuple[int, int], float] = {}  # by space and row: when, monotonic
+        self._slow: dict[int, float] = {}
+        self._alerted: set[int] = set()
+        self._thread = threading.Thread(target=self._work, name="vhdx-watch", daemon=True)
+
+    def begin(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def is_slow(self, index: int) -> bool:
+        """Whether the disk answered slowly in the last minute."""
+        return time.monotonic() - self._slow.get(index, -60.0) < 60.0
+
+    def _work(self) -> None:
+        ticks = 0
+        while not self._stop.wait(_TICK):
+            ticks += 1
+            with contextlib.suppress(VhdxError):
+                self.look(ticks)
+
+    def look(self, ticks: int = 0) -> None:
+        """One round."""
+        core = self._core
+        if core.broken is not None:
+            return
+        with core.lock:
+            for index in list(core.disks):
+                self._check_file(index)
+            for disk in list(core.state.disks.values()):
+                if disk.out is not None:
+                    self._look_for(disk)
+            self._retire()
+            self._alert()
+            self._measure()
+        if ticks % 10 == 0:
+            self._clean_idle()
+            with core.lock:
+                self._repairer.try_again()
+
+    # ---- disks; under the lock ----
+
+    def _check_file(self, index: int) -> None:
+        core = self._core
+        disk = core.state.disks[index]
+        if disk.out is None and not core.disks[index].is_where_it_was():
+            core.take_out(index, DiskStatus.LOST_COMMUNICATION, "its file is gone, or was cut off")
+
+    def _look_for(self, disk: DiskState) -> None:
+        """Takes a disk back whose file is there again."""
+        core = self._core
+        held = core.disks.get(disk.index)
+        if held is not None:  # it has the last copy of something, so it was not closed
+            is_lost = disk.out is not None and disk.out.status is DiskStatus.LOST_COMMUNICATION
+            if is_lost and held.is_where_it_was():
+                take_back(core, disk.index, held, core.ledger.position, rejoins=False)
+            return
+        if place.key_of(disk.path) is None:
+            return
+        file = place.open_file(disk.path, write=True)
+        try:
+            label = read_label(file)
+            if label.disk != disk.id or label.has_left:
+                raise VhdxError("another disk is there", path=disk.path)
+            physical = PhysicalDisk(file, label, disk.latency)
+            position = Ledger.position_of(physical.member)
+            if take_back(core, disk.index, physical, position, rejoins=True):
+                self._repairer.try_again()
+                return
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+    def _retire(self) -> None:
+        core = self._core
+        settings = core.state.settings
+        has_spare = any(
+            disk.usage is Usage.HOT_SPARE and core.usable(disk.index)
+            for disk in core.state.disks.values()
+        )
+        if settings.retire is RetirePolicy.NEVER or (
+            settings.retire is RetirePolicy.AUTO and not has_spare
+        ):
+            return
+        now = int(time.time() * 1000)
+        for disk in list(core.state.disks.values()):
+            out = disk.out
+            if out is None or out.retired or now - out.time < settings.retire_seconds * 1000:
+                continue
+            retired = replace(disk, out=replace(out, retired=True))
+            text = f"it was away for {settings.retire_seconds:g} s: its slabs are rebuilt elsewhere"
+            core.commit(
+                [core.state.disk_record(retired), core.event("disk-retired", text, disk.name)]
+            )
+            self._repairer.try_again()
+
+    def _alert(self) -> None:
+        """An event for each threshold that the allocated part of the pool has crossed."""
+        core = self._core
+        total = sum(disk.slabs for disk in core.state.disks.values())
+        used = sum(core.slabs.used(index) for index in core.state.disks)
+        for percent in core.state.settings.alert_percents:
+            is_above = total > 0 and used * 100 >= percent * total
+            if is_above and percent not in self._alerted:
+                text = f"{used} of {total} slabs are in use: more than {percent} %"
+                core.commit([core.event("capacity", text)])
+                self._alerted.add(percent)
+            elif not is_above:
+                self._alerted.discard(percent)
+
+    def _measure(self) -> None:
+        core = self._core
+        for index in core.disks:
+            slowest = 0
+            for space in core.spaces.values():
+                slowest = max(slowest, space.layout.facts(index).slowest_ns)
+                space.layout.forget_slowest(index)
+            if slowest < _SLOW_NS:
+                continue
+            if not self.is_slow(index):
+                text = f"a request took {slowest / 1e9:.1f} s"
+                core.commit([core.event("disk-slow", text, core.state.disks[index].name)])
+            self._slow[index] = time.monotonic()
+
+    # ---- marks ----
+
+    def _clean_idle(self) -> None:
+        now = time.monotonic()
+        with self._core.lock:
+            spaces = list(self._core.spaces.values())
+        for space in spaces:
+            number = space.state.number
+            changed = space.layout.take_changed(0, len(space.state.rows))
+            for row in np.flatnonzero(changed).tolist():
+                self._changed[number, row] = now
+            idle = [
+                row
+                for row in list(space.state.marks)
+                if now - self._changed.setdefault((number, row), now) >= _IDLE
+            ]
+            if idle:
+                clean_marks(self._core, space, idle)
+                for row in idle:
+                    self._changed.pop((number, row), None)
+
+
+def clean_marks(core: Core, space: Space, rows: Iterable[int]) -> None:
+    """Takes marks away from rows whose copies are all there, in step, and durable.
+
+    Raises:
+        VhdxError: that could not be made so; the marks stay.
+    """
+    with core.lock:
+        state = space.state
+        if core.broken is not None:
+            return
+        cleaned = []
+        for row in rows:
+            members = state.rows[row]
+            disks = [core.usable(int(i)) for i in members["disk"][members["state"] != 0]]
+            if (
+                row in state.marks
+                and not space.unreconciled[row]
+                and not (members["state"] == STALE).any()
+                and all(disk is not None for disk in disks)
+            ):
+                cleaned.append(row)
+        if not cleaned:
+            return
+        for row in cleaned:
+            space.layout.mark(row, 1, marked=False)
+        try:
+            space.layout.flush()
+            still = [row for row in cleaned if _is_whole(core, space, row)]
+            core.commit([core.state.marks_record(state, still, marked=False)])
+        except BaseException:
+            still = []
+            raise
+        finally:
+            for row in set(cleaned) - set(still):
+                space.layout.mark(row, 1, marked=True)
+
+
+def _is_whole(core: Core, space: Space, row: int) -> bool:
+    """Whether every member of the row takes part; a flush may have found that one does not."""
+    members = space.state.rows[row]
+    return all(
+        core.usable(int(index)) is not None for index in members["disk"][members["state"] != 0]
+    )
