@@ -13,8 +13,9 @@ Superblock (4096 bytes)::
    16  ledger (UUID)            32  number: one more than that of the last superblock
    40  promised: a term         48  term of the current area
    56  sequence of the first group of the current area
-   64  bytes of an area         72  current area, 0 or 1
-   76  count of members         80  members (UUID each, at most 251)
+   64  bytes of an area         72  current area, 0 or 1     76  count of members
+   80  base: a term             88  and a sequence
+   96  members (UUID each, at most 250)
 
 Group (a multiple of 4096 bytes, at a multiple of 4096)::
 
@@ -67,11 +68,11 @@ __all__ = [
 BLOCK = 4096
 SMALLEST_REGION = 4 * BLOCK
 LARGEST_RECORD = MIB
-MOST_MEMBERS = (BLOCK - 80) // 16
+MOST_MEMBERS = (BLOCK - 96) // 16
 _LARGEST_GROUP = 2 * MIB
 _VERSION = 1
 _LARGEST_NUMBER = 1 << 62  # of a superblock, term or group: no real ledger comes near
-_SUPERBLOCK = struct.Struct("<4sIII16sQQQQQII")
+_SUPERBLOCK = struct.Struct("<4sIII16sQQQQQIIQQ")
 _GROUP = struct.Struct("<4sIII16sQQII")
 _RECORD = struct.Struct("<II")
 _CHECKPOINT, _END, _FIRST = 1, 2, 4
@@ -108,7 +109,10 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Superblock:
-    """Where a member's records are, and the highest term that a recovery has claimed here."""
+    """Where a member's records are, and the highest term that a recovery has claimed here.
+
+    Every commit that succeeded before the current checkpoint is in a member at ``base`` or later.
+    """
 
     ledger: UUID
     members: tuple[UUID, ...]
@@ -119,12 +123,13 @@ class Superblock:
     first: int
     area: int
     area_length: int
+    base: tuple[int, int]
 
     def pack(self) -> bytes:
         """The block as written."""
         head = _SUPERBLOCK.pack(
             b"vlsb", 0, _VERSION, self.index, self.ledger.bytes, self.number, self.promised,
-            self.term, self.first, self.area_length, self.area, len(self.members),
+            self.term, self.first, self.area_length, self.area, len(self.members), *self.base,
         )  # fmt: skip
         block = bytearray(head + b"".join(m.bytes for m in self.members))
         block.extend(bytes(BLOCK - len(block)))
@@ -143,18 +148,22 @@ def parse_superblock(block: bytes, region: int) -> Superblock | None:
         UnsupportedError: it was written by a newer version.
     """
     fields = _SUPERBLOCK.unpack_from(block)
-    signature, _, version, index, ledger, number, promised, term, first, length, area, count = fields
+    signature, _, version, index, ledger, number, promised, term, first, length, area, count = fields[
+        :12
+    ]
     if signature != b"vlsb" or not verify(block):
         return None
     if version > _VERSION:  # to fall back on an older superblock would undo what came after it
         raise UnsupportedError(f"the ledger has version {version}, and this program knows {_VERSION}")
-    if version != _VERSION or max(number, promised, term, first) >= _LARGEST_NUMBER:
+    if version != _VERSION or max(number, promised, term, first, *fields[12:]) >= _LARGEST_NUMBER:
         return None
     if area > 1 or not 1 <= count <= MOST_MEMBERS or index >= count or length != area_length(region):
         return None
-    raw = [block[80 + 16 * i : 96 + 16 * i] for i in range(count)]
+    raw = [block[96 + 16 * i : 112 + 16 * i] for i in range(count)]
     members = tuple(UUID(bytes=each) for each in raw)
-    return Superblock(UUID(bytes=ledger), members, index, number, promised, term, first, area, length)
+    return Superblock(
+        UUID(bytes=ledger), members, index, number, promised, term, first, area, length, fields[12:]
+    )
 
 
 def area_length(region: int) -> int:
@@ -195,21 +204,32 @@ class Area:
     Attributes:
         position: term, and sequence of the last group.
         length: bytes of the groups.
+        base: of the superblock.
     """
 
     position: tuple[int, int]
     length: int
+    base: tuple[int, int]
     _groups: tuple[_Group, ...]
+
+    @property
+    def _commits(self) -> list[int]:
+        """The sequences at which the checkpoint and each commit begin."""
+        return [group.sequence for group in self._groups if group.flags & _FIRST]
 
     def has_succeeded_since(self, position: tuple[int, int]) -> bool:
         """Whether a commit succeeded that a member at this older position does not have.
 
-        The last commit may not have succeeded, so a member may lack it without having failed. Of
-        members of older terms nothing is known.
+        The last commit may not have succeeded, so a member may lack it without having failed.
         """
-        later = [g.sequence for g in self._groups if g.flags & _FIRST and g.sequence > position[1]]
-        before = position[1] < self._groups[0].sequence - 1
-        return position[0] != self.position[0] or before or len(later) > 1
+        later = [first for first in self._commits if (self.position[0], first) > position]
+        return position < self.base or len(later) > 1
+
+    @property
+    def next_base(self) -> tuple[int, int]:
+        """The base of a checkpoint that a recovery writes: the last commit may not have succeeded."""
+        last = self._commits[-1]
+        return self.base if len(self._commits) == 1 else (self.position[0], last - 1)
 
     def batches(self) -> list[list[Record]]:
         """The records, group by group."""
@@ -288,9 +308,9 @@ def parse_area(area: bytes, superblock: Superblock) -> Area | None:
     while (group := _parse_group(area, at, superblock, sequence, before)) is not None:
         found.append(group)
         at, before, sequence = at + group.length, group.checksum, sequence + 1
-    if not any(group.flags & _END for group in found):
+    if not any(group.flags & _END for group in found) or not found[0].flags & _FIRST:
         return None
-    return Area((superblock.term, sequence - 1), at, tuple(found))
+    return Area((superblock.term, sequence - 1), at, superblock.base, tuple(found))
 
 
 def _parse_group(

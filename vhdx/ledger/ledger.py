@@ -140,7 +140,9 @@ class Ledger:
         sides = [
             Side(
                 member,
-                Superblock(ledger_uuid, uuids, index, 0, 1, 1, 0, 1, area_length(member.length)),
+                Superblock(
+                    ledger_uuid, uuids, index, 0, 1, 1, 0, 1, area_length(member.length), (0, 0)
+                ),
             )
             for index, member in enumerate(members)
         ]
@@ -148,7 +150,7 @@ class Ledger:
         for block in range(2):
             offsets = [side.member.offset + block * BLOCK for side in sides]
             writer.write(sides, offsets, bytes(BLOCK))
-        writer.write_checkpoint([[]], 1)
+        writer.write_checkpoint([[]], 1, base=(0, 0))
         for side in sides:
             if side.error is not None:
                 raise side.error
@@ -199,7 +201,8 @@ class Ledger:
         if writer.packed_length(batches) > best.length:
             batches = best.batches()  # as they are, they fit where they were
         writer.sequence = best.position[1] + 1
-        writer.write_checkpoint(batches, max(side.superblock.promised for side in sides))
+        term = max(side.superblock.promised for side in sides)
+        writer.write_checkpoint(batches, term, base=best.next_base)
         out = sorted(set(writer.out_of_step) | behind)
         records = [record for batch in batches for record in batch]
         positions = {side.name: area.position for side, area in found.sides if area is not None}
@@ -318,7 +321,7 @@ class Ledger:
             names = (*self._writer.members, name)
             new = Superblock(
                 self.identity, names, len(names) - 1, 0, self._writer.term, 0, 0, 1,
-                area_length(member.length),
+                area_length(member.length), (0, 0),
             )  # fmt: skip
             changed = [side.moved_to(names) for side in self._writer.sides]
             joining = Side(member, new)

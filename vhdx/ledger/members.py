@@ -179,6 +179,7 @@ def blank(like: Superblock, member: Member, number: int) -> Superblock:
         first=0,
         area=1,
         area_length=area_length(member.length),
+        base=(0, 0),
     )
 
 

@@ -106,8 +106,21 @@ class Writer:
         )
 
     def write_checkpoint(
-        self, batches: list[list[Record]], term: int, joining: Side | None = None
+        self,
+        batches: list[list[Record]],
+        term: int,
+        joining: Side | None = None,
+        base: tuple[int, int] | None = None,
     ) -> None:
+        """Writes a checkpoint, and makes its area the current one.
+
+        Args:
+            batches: the records.
+            term: of the area.
+            joining: a member that is new.
+            base: of a recovery; else all that came before has succeeded.
+        """
+        base = base or (self.term, self.sequence - 1)
         data, sequence, before = self._pack_checkpoint(batches, term)
         sides = [side for side in self.sides if side.in_step or side.read_again()]
         if 2 * len(sides) > len(self.members):
@@ -121,7 +134,7 @@ class Writer:
         self._need_most(sides)
         wanted = {
             side.superblock.index: replace(
-                side.superblock, term=term, first=self.sequence, area=side.inactive
+                side.superblock, term=term, first=self.sequence, area=side.inactive, base=base
             )
             for side in sides
         }
