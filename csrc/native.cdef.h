@@ -162,6 +162,7 @@ int vx_layout_copy(vx_device *device, uint64_t row, uint32_t from, uint32_t to, 
                    uint64_t length, bool compares, vx_failure *failure);
 int vx_layout_compare(vx_device *device, uint64_t row, uint32_t column, uint64_t within,
                       uint64_t length, uint8_t *verdicts, vx_failure *failure);
+void vx_layout_close(vx_device *device);
 void vx_layout_facts(vx_device *device, uint32_t disk, vx_disk_facts *facts);
 void vx_layout_forget_slowest(vx_device *device, uint32_t disk);
 

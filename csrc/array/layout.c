@@ -105,8 +105,10 @@ static int layout_submit(vx_device *device, vx_request *request)
 static int layout_resize(vx_device *device, uint64_t size)
 {
     vx_layout *layout = (vx_layout *)device;
-    if (size > layout->rows * layout->row_bytes)
+    if (size > layout->terms.largest_size)
         return VX_E_RANGE;
+    if (size < vx_device_size(device)) /* what is cut off would show again */
+        return VX_E_UNSUPPORTED;
     atomic_store(&device->size, size);
     return VX_OK;
 }
@@ -166,6 +168,7 @@ vx_device *vx_layout_create(const vx_layout_terms *terms, vx_pool *pool, uint64_
     memset(layout, 0, sizeof *layout);
     vx_device_initialise(&layout->device, &layout_operations, identity, upcalls, terms->size);
     vx_epoch_initialise(&layout->epochs);
+    vx_epoch_initialise(&layout->flush_epochs);
     pthread_mutex_init(&layout->lock, NULL);
     layout->terms = *terms;
     layout->pool = pool;
@@ -206,8 +209,11 @@ int vx_layout_clear_disk(vx_device *device, uint32_t disk)
     vx_layout *layout = (vx_layout *)device;
     if (disk >= VX_LAYOUT_DISKS)
         return VX_E_INVALID;
+    if (vx_device_state(device) == VX_E_FORKED)
+        return VX_E_FORKED; /* its epochs belong to threads of the parent process */
     vx_device *left = atomic_exchange(&layout->disks[disk].device, NULL);
     vx_epoch_quiesce(&layout->epochs);
+    vx_epoch_quiesce(&layout->flush_epochs);
     atomic_fetch_add(&device->progress, 1);
     vx_device_release(left);
     return left == NULL ? VX_E_INVALID : VX_OK;
@@ -219,6 +225,8 @@ int64_t vx_layout_replace(vx_device *device, uint64_t count, const uint64_t *row
 {
     vx_layout *layout = (vx_layout *)device;
     int64_t mismatches = 0;
+    if (vx_device_state(device) == VX_E_FORKED)
+        return VX_E_FORKED;
     for (uint64_t i = 0; i < count; i++)
         if (rows[i] >= layout->rows || members[i] >= layout->members ||
             vx_entry_lower(entries[i]) >= VX_LAYOUT_DISKS)
@@ -242,9 +250,9 @@ void vx_layout_read_entries(vx_device *device, uint64_t first_row, uint64_t coun
 {
     vx_layout *layout = (vx_layout *)device;
     for (uint64_t i = 0; i < count * layout->members; i++) {
-        uint64_t at = first_row * layout->members + i;
-        entries[i] = at < layout->rows * layout->members ? atomic_load(&layout->table.entries[at])
-                                                         : 0;
+        uint64_t row = first_row + i / layout->members;
+        bool is_inside = row >= first_row && row < layout->rows;
+        entries[i] = is_inside ? vx_layout_entry(layout, row, (uint32_t)(i % layout->members)) : 0;
     }
 }
 
@@ -262,6 +270,8 @@ static bool has_rows(const vx_layout *layout, uint64_t first, uint64_t count)
 int vx_layout_mark(vx_device *device, uint64_t first_row, uint64_t count, bool marked)
 {
     vx_layout *layout = (vx_layout *)device;
+    if (vx_device_state(device) == VX_E_FORKED)
+        return VX_E_FORKED;
     if (!has_rows(layout, first_row, count))
         return VX_E_RANGE;
     for (uint64_t row = first_row; row - first_row < count; row++) {
@@ -302,4 +312,15 @@ void vx_layout_forget_slowest(vx_device *device, uint32_t disk)
 {
     vx_layout *layout = (vx_layout *)device;
     atomic_store(&layout->disks[disk % VX_LAYOUT_DISKS].slowest_ns, 0);
+}
+
+void vx_layout_close(vx_device *device)
+{
+    vx_layout *layout = (vx_layout *)device;
+    if (vx_device_state(device) == VX_E_FORKED)
+        return;
+    vx_device_set_state(device, VX_E_CLOSED);
+    atomic_store(&layout->closed, true);
+    vx_epoch_quiesce(&layout->epochs);
+    vx_epoch_quiesce(&layout->flush_epochs);
 }

@@ -22,8 +22,8 @@
  *
  * Reads go to the copy with the fewest requests under way. While a range of a mirror is changed, reads of
  * it wait: else one could return the new content from one copy, and a later one the old content from
- * another. A disk that failed a change is not read any more, even before the owner answers the fault. A
- * change that finds no space on some copies fails, and the copies are made equal again.
+ * another. Disks that failed a change are not read any more, even before the owner answers the fault. A
+ * change that finds no space or memory on some copies fails, and the copies are made equal again.
  *
  * Changes go to all members that are DATA or STALE, or to none: where no DATA member of a column is left,
  * the request fails. A trim of a mirror zeroes, so that its copies stay equal.
@@ -63,7 +63,7 @@ typedef struct vx_disk_facts {
     uint64_t slowest_ns; /* of those measured (one in sixteen) since vx_layout_forget_slowest */
 } vx_disk_facts;
 
-/* NULL: no memory, or bad terms. Every entry is HOLE, and no row is marked. `pool` lends threads. */
+/* Its size may grow up to largest_size. NULL: no memory, or bad terms. Every entry is HOLE, and no row is marked. `pool` lends threads. */
 vx_device *vx_layout_create(const vx_layout_terms *terms, vx_pool *pool, uint64_t identity,
                             const vx_upcalls *upcalls);
 /* Sets the disk of an index that has none; at any time. The layout keeps a reference. */
@@ -80,7 +80,8 @@ void vx_layout_read_entries(vx_device *device, uint64_t first_row, uint64_t coun
                             uint64_t *entries);
 /* Allows changes of these rows, or no longer: then it waits for the changes under way. */
 int vx_layout_mark(vx_device *device, uint64_t first_row, uint64_t count, bool marked);
-/* Stores 1 for each of the rows that was changed since the last call, else 0. */
+/* Stores 1 for each of the rows that was changed since the last call, else 0. A change that is under way
+ * may be reported before it has ended: only vx_layout_mark waits for it. */
 int vx_layout_take_changed(vx_device *device, uint64_t first_row, uint64_t count,
                            uint8_t *changed);
 
@@ -98,6 +99,8 @@ int vx_layout_copy(vx_device *device, uint64_t row, uint32_t from, uint32_t to, 
  * all if no content has a majority. */
 int vx_layout_compare(vx_device *device, uint64_t row, uint32_t column, uint64_t within,
                       uint64_t length, uint8_t *verdicts, vx_failure *failure);
+/* Fails every further request with CLOSED; after it nothing is read or written on the disks. */
+void vx_layout_close(vx_device *device);
 void vx_layout_facts(vx_device *device, uint32_t disk, vx_disk_facts *facts);
 void vx_layout_forget_slowest(vx_device *device, uint32_t disk);
 

@@ -35,8 +35,10 @@ typedef struct vx_layout {
     vx_table table;
     _Atomic uint8_t *marks; /* by row: enum vx_mark */
     vx_epochs epochs;
+    vx_epochs flush_epochs; /* of flushes, which take long: entries change beside them */
     vx_ranges *ranges;
     _Atomic bool locks; /* changes take range locks */
+    _Atomic bool closed; /* no access may begin; `state` may be POISONED instead */
     vx_pool *pool;
     pthread_mutex_t lock; /* replacing entries, setting disks */
     _Atomic uint32_t disk_limit; /* one more than the highest index that ever had a disk */
@@ -78,6 +80,16 @@ static inline bool vx_layout_is_hole(vx_layout *layout, uint64_t row, uint32_t c
 static inline vx_layout_disk *vx_disk_of(vx_layout *layout, uint64_t entry)
 {
     return &layout->disks[vx_entry_lower(entry) % VX_LAYOUT_DISKS];
+}
+
+/* Inside an epoch. False if the layout was closed since the request came; it has then failed. The close
+ * waits for epochs, so nothing is done after it. */
+static inline bool vx_layout_is_open(vx_layout *layout, vx_request *request)
+{
+    if (__builtin_expect(!atomic_load(&layout->closed), 1))
+        return true;
+    vx_fail(&layout->device, request, VX_E_CLOSED, 0, request->offset);
+    return false;
 }
 
 /* Inside an epoch: the leaf of a member that is in one of these kinds, or NULL. */

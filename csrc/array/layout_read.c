@@ -161,7 +161,9 @@ static int read_settled(vx_layout *layout, vx_request *request, const vx_part *p
     }
     uint32_t slot = vx_epoch_enter(&layout->epochs, request->epoch_slot);
     int answer = VX_AGAIN;
-    if (waits || !atomic_load(&layout->locks))
+    if (!vx_layout_is_open(layout, request))
+        answer = VX_DONE;
+    else if (waits || !atomic_load(&layout->locks))
         answer = count == 1 ? read_part(layout, request, &parts[0])
                             : read_parts(layout, request, parts, count);
     vx_epoch_leave(&layout->epochs, slot);

@@ -130,46 +130,78 @@ static int change_at_once(change *c)
     return VX_DONE;
 }
 
-/* Copies a part from one member to another of its copies, after a change that failed. */
-static int copy_over(change *c, const target *from, const target *to)
+/* Whether a failure says nothing about the disk: it has no space, or the host no memory. */
+static bool is_soft(const target *t)
 {
-    uint64_t length = c->parts[from->part].length;
-    uint64_t piece = length < VX_PIECE ? length : VX_PIECE;
-    uint8_t *buffer = malloc(piece);
-    int result = buffer == NULL ? VX_E_NOMEM : VX_OK;
-    for (uint64_t at = 0; result == VX_OK && at < length; at += piece) {
-        vx_failure failure;
-        uint64_t n = length - at < piece ? length - at : piece;
-        result = vx_transfer(from->leaf, VX_READ, 0, buffer, n, from->place + at, &failure);
-        if (result == VX_OK)
-            result = vx_transfer(to->leaf, VX_WRITE, 0, buffer, n, to->place + at, &failure);
-    }
-    free(buffer);
-    return result;
+    bool usable = vx_device_state(t->leaf) == 0;
+    return t->result == VX_E_NOMEM || t->result == VX_E_UNSUPPORTED ||
+           (t->result == VX_E_NOSPACE && usable && t->in_step);
 }
 
-/* A copy that found no space has the old content, or a part of the new. The others get the same: they
- * have space there, unless they found none, too. NULL: all are equal again. */
-static const target *make_equal(change *c, const target *lacking)
+static bool failed_hard(const target *t)
 {
+    return t->result != 0 && !is_soft(t);
+}
+
+static int move_block(const target *from, const target *to, uint64_t at, uint64_t length,
+                      uint8_t *buffers)
+{
+    vx_failure failure;
+    int result = vx_transfer(from->leaf, VX_READ, 0, buffers, length, from->place + at, &failure);
+    if (result == VX_OK)
+        result = vx_transfer(to->leaf, VX_READ, 0, buffers + VX_LAYOUT_BLOCK, length,
+                             to->place + at, &failure);
+    if (result != VX_OK || memcmp(buffers, buffers + VX_LAYOUT_BLOCK, length) == 0)
+        return result; /* it needs no space */
+    return vx_transfer(to->leaf, VX_WRITE, 0, buffers, length, to->place + at, &failure);
+}
+
+/* Makes one block of the copies of a part equal, to whichever content has room on all of them. */
+static target *equalise_block(change *c, uint16_t part, uint64_t at, uint64_t length)
+{
+    uint8_t buffers[2 * VX_LAYOUT_BLOCK];
+    target *lacking = NULL;
     for (uint32_t i = 0; i < c->target_count; i++) {
-        target *t = &c->targets[i];
-        if (t->part == lacking->part && t != lacking && (t->result = copy_over(c, lacking, t)) != 0)
-            return t;
+        const target *from = &c->targets[i];
+        bool all = from->part == part && from->in_step && !failed_hard(from);
+        for (uint32_t k = 0; all && k < c->target_count; k++) {
+            target *to = &c->targets[k];
+            if (to->part != part || to == from || failed_hard(to))
+                continue;
+            int result = move_block(from, to, at, length, buffers);
+            if (result != VX_OK) {
+                all = false;
+                lacking = to;
+            }
+        }
+        if (all)
+            return NULL;
+    }
+    return lacking;
+}
+
+/* A copy that found no space has the old content, or a part of the new. NULL: all are equal again. */
+static target *equalise(change *c, uint16_t part)
+{
+    uint64_t length = c->parts[part].length;
+    for (uint64_t at = 0; at < length; at += VX_LAYOUT_BLOCK) {
+        uint64_t n = length - at < VX_LAYOUT_BLOCK ? length - at : VX_LAYOUT_BLOCK;
+        target *lacking = equalise_block(c, part, at, n);
+        if (lacking != NULL)
+            return lacking;
     }
     return NULL;
 }
 
-static bool lacks_only_space(const target *t)
+/* Nobody reads it before the owner has taken it out: another copy may have the new content. */
+static void suspect(change *c, const target *t)
 {
-    return t->result == VX_E_NOSPACE && vx_device_state(t->leaf) == 0 && t->in_step;
+    if (t->in_step)
+        atomic_store(&c->layout->disks[t->disk].suspect, true);
 }
 
 static int fail_target(change *c, const target *t)
 {
-    /* Nobody reads it before the owner has taken it out: another copy may have the new content. */
-    if (t->in_step)
-        atomic_store(&c->layout->disks[t->disk].suspect, true);
     vx_request child = {.operation = c->operation, .result = t->result};
     if (c->request->failure.code == t->result)
         child.failure = c->request->failure;
@@ -177,33 +209,48 @@ static int fail_target(change *c, const target *t)
                                  t->leaf, &child);
 }
 
+/* Makes copies equal that a soft failure left different; what fails meanwhile has failed hard. */
+static int32_t settle(change *c)
+{
+    int32_t code = VX_OK;
+    uint16_t settled = UINT16_MAX;
+    for (uint32_t i = 0; i < c->target_count; i++) {
+        const target *t = &c->targets[i];
+        target *lacking;
+        if (t->result == 0 || !is_soft(t))
+            continue;
+        code = t->result;
+        if (t->part == settled)
+            continue;
+        settled = t->part;
+        while ((lacking = equalise(c, t->part)) != NULL)
+            lacking->result = VX_E_IO; /* it has neither the one content nor the other */
+    }
+    return code;
+}
+
 /* Answers the request when its children have ended. */
 static int conclude(change *c)
 {
-    const target *lacking = NULL;
+    const target *hard = NULL;
+    vx_failure failure = c->request->failure;
+    int32_t soft = settle(c);
     for (uint32_t i = 0; i < c->target_count; i++) {
         const target *t = &c->targets[i];
-        if (t->result == VX_E_NOMEM || t->result == VX_E_UNSUPPORTED)
-            return vx_fail(&c->layout->device, c->request, t->result, 0, c->request->offset);
-        if (t->result != 0 && !lacks_only_space(t))
-            return fail_target(c, t);
-        if (t->result != 0 && lacking == NULL)
-            lacking = t;
-    }
-    if (lacking == NULL)
-        return vx_succeed(c->request);
-    vx_failure failure = c->request->failure;
-    uint16_t settled = UINT16_MAX;
-    for (uint32_t i = 0; i < c->target_count; i++) {
-        const target *t = &c->targets[i], *failed;
-        if (t->result == 0 || t->part == settled)
+        if (!failed_hard(t))
             continue;
-        settled = t->part;
-        if ((failed = make_equal(c, t)) != NULL)
-            return fail_target(c, failed);
+        suspect(c, t);
+        if (hard == NULL)
+            hard = t;
     }
     c->request->failure = failure;
-    c->request->result = VX_E_NOSPACE;
+    if (hard != NULL)
+        return fail_target(c, hard);
+    if (soft == VX_OK)
+        return vx_succeed(c->request);
+    if (failure.code != soft)
+        return vx_fail(&c->layout->device, c->request, soft, 0, c->request->offset);
+    c->request->result = soft;
     return VX_DONE;
 }
 
@@ -248,7 +295,9 @@ static int change_parts(change *c)
         c->target_count = 0;
         uint32_t slot = vx_epoch_enter(&layout->epochs, c->request->epoch_slot);
         bool is_current = locks || !atomic_load(&layout->locks);
-        int answer = is_current ? change_inside(c) : VX_DONE;
+        int answer = VX_DONE;
+        if (is_current && vx_layout_is_open(layout, c->request))
+            answer = change_inside(c);
         vx_epoch_leave(&layout->epochs, slot);
         if (locks)
             vx_ranges_leave(layout->ranges, spans, c->part_count, true);
@@ -400,7 +449,9 @@ int vx_layout_flush(vx_layout *layout, vx_request *request)
     if (fan == NULL)
         return vx_fail(&layout->device, request, VX_E_NOMEM, 0, 0);
     int answer = vx_succeed(request);
-    uint32_t slot = vx_epoch_enter(&layout->epochs, request->epoch_slot);
+    uint32_t slot = vx_epoch_enter(&layout->flush_epochs, request->epoch_slot);
+    if (!vx_layout_is_open(layout, request))
+        limit = 0;
     for (uint32_t i = 0; i < limit; i++) {
         vx_device *leaf = atomic_load(&layout->disks[i].device);
         if (leaf == NULL || leaf->read_only)
@@ -409,8 +460,8 @@ int vx_layout_flush(vx_layout *layout, vx_request *request)
         leaves[count] = leaf;
         children[count++] = vx_fan_add(fan, request, leaf, VX_FLUSH, 0, 0, NULL);
     }
-    vx_epoch_leave(&layout->epochs, slot); /* the fan keeps the disks */
     vx_fan_run(fan, layout->pool, count);
+    vx_epoch_leave(&layout->flush_epochs, slot);
     for (uint32_t i = 0; i < count && answer == VX_DONE; i++)
         if (children[i]->result != 0 && children[i]->result != VX_E_NOMEM)
             answer = vx_layout_fail_member(layout, request, UINT64_MAX, disks[i], leaves[i],

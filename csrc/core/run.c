@@ -24,7 +24,8 @@ static bool remember(vx_request *request, const vx_fault *fault)
 
 static bool same_fault(const vx_fault *a, const vx_fault *b)
 {
-    return a->device == b->device && a->kind == b->kind && a->first == b->first;
+    return a->device == b->device && a->kind == b->kind && a->first == b->first &&
+           a->disk == b->disk;
 }
 
 /* True when the request may be submitted again. */

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 from uuid import UUID
 
@@ -60,9 +60,11 @@ __all__ = [
     "area_offset",
     "check_record",
     "check_region",
+    "has_later_commit",
     "pack_groups",
     "parse_area",
     "parse_superblock",
+    "supposed_superblock",
 ]
 
 BLOCK = 4096
@@ -137,12 +139,13 @@ class Superblock:
         return bytes(block)
 
 
-def parse_superblock(block: bytes, region: int) -> Superblock | None:
+def parse_superblock(block: bytes, region: int, identity: UUID | None = None) -> Superblock | None:
     """The superblock, or None if this is none.
 
     Args:
         block: 4096 bytes.
         region: bytes of the member's region.
+        identity: one of another ledger may have a newer version.
 
     Raises:
         UnsupportedError: it was written by a newer version.
@@ -153,7 +156,10 @@ def parse_superblock(block: bytes, region: int) -> Superblock | None:
     ]
     if signature != b"vlsb" or not verify(block):
         return None
-    if version > _VERSION:  # to fall back on an older superblock would undo what came after it
+    is_foreign = identity is not None and ledger != identity.bytes
+    if (
+        version > _VERSION and not is_foreign
+    ):  # to fall back on an older superblock would undo what came after it
         raise UnsupportedError(f"the ledger has version {version}, and this program knows {_VERSION}")
     if version != _VERSION or max(number, promised, term, first, *fields[12:]) >= _LARGEST_NUMBER:
         return None
@@ -178,10 +184,11 @@ def area_offset(area: int, length: int) -> int:
 
 def check_region(member: Member) -> None:
     """Raises InvalidArgumentError for a region that cannot hold a ledger."""
-    if member.length < SMALLEST_REGION or member.offset % BLOCK:
+    end = member.offset + member.length
+    if member.length < SMALLEST_REGION or member.offset % BLOCK or end > member.device.size:
         raise InvalidArgumentError(
-            f"the region of a ledger has at least {SMALLEST_REGION} bytes and begins at a "
-            f"multiple of {BLOCK}",
+            f"the region of a ledger has at least {SMALLEST_REGION} bytes, begins at a multiple of "
+            f"{BLOCK}, and ends inside the device",
             path=member.device.path,
         )
 
@@ -226,6 +233,11 @@ class Area:
         return position < self.base or len(later) > 1
 
     @property
+    def has_commits(self) -> bool:
+        """Whether it has more than a checkpoint."""
+        return len(self._commits) > 1
+
+    @property
     def next_base(self) -> tuple[int, int]:
         """The base of a checkpoint that a recovery writes: the last commit may not have succeeded."""
         last = self._commits[-1]
@@ -238,7 +250,8 @@ class Area:
 
 def check_record(record: Record) -> None:
     """Raises InvalidArgumentError for a record that cannot be stored."""
-    if not 0 <= record.kind < 1 << 32 or len(record.payload) > LARGEST_RECORD:
+    kind: object = record.kind  # callers without type checks may pass anything
+    if not isinstance(kind, int) or not 0 <= kind < 1 << 32 or len(record.payload) > LARGEST_RECORD:
         raise InvalidArgumentError("a record has a kind of 32 bits and at most 1 MiB")
 
 
@@ -311,6 +324,38 @@ def parse_area(area: bytes, superblock: Superblock) -> Area | None:
     if not any(group.flags & _END for group in found) or not found[0].flags & _FIRST:
         return None
     return Area((superblock.term, sequence - 1), at, superblock.base, tuple(found))
+
+
+def has_later_commit(content: bytes, superblock: Superblock, area: Area) -> bool:
+    """Whether a commit follows behind the groups that count: then something in between is damaged.
+
+    A commit that was cut off may have left any of its groups, but no later commit.
+    """
+    wanted = (b"vlgr", superblock.ledger.bytes, superblock.term)
+    for at in range(area.length, len(content) - BLOCK + 1, BLOCK):
+        signature, _, length, _, ledger, term, number, flags, _ = _GROUP.unpack_from(content, at)
+        if (signature, ledger, term) != wanted or number <= area.position[1] + 1:
+            continue
+        if flags & _FIRST and length <= len(content) - at and verify(content[at : at + length]):
+            return True
+    return False
+
+
+def supposed_superblock(block: bytes, other: Superblock) -> Superblock | None:
+    """The superblock of an area that begins with this block, if its own was damaged."""
+    signature, _, _, _, ledger, term, number, flags, _ = _GROUP.unpack_from(block)
+    is_checkpoint = flags & _CHECKPOINT and flags & _FIRST
+    if signature != b"vlgr" or ledger != other.ledger.bytes or not is_checkpoint:
+        return None
+    return replace(
+        other,
+        number=other.number + 1,
+        promised=max(other.promised, term),
+        term=term,
+        first=number,
+        area=1 - other.area,
+        base=(0, 0),
+    )
 
 
 def _parse_group(

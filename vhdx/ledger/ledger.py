@@ -30,6 +30,8 @@ to the area that is not in use; when they are durable, a superblock makes that a
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 import threading
 from typing import TYPE_CHECKING, NamedTuple
 from uuid import UUID, uuid4
@@ -40,6 +42,7 @@ from vhdx.errors import (
     InvalidArgumentError,
     NoSpaceError,
     PoisonedError,
+    Reason,
     VhdxError,
 )
 from vhdx.interrupts import uninterruptible
@@ -104,6 +107,7 @@ class Ledger:
         self._checkpoints = 0  # that wait or are under way
         self._checkpointed = 0  # records that the newest checkpoint stands for
         self._ended: VhdxError | None = None
+        self._process = os.getpid()
 
     # ---- the beginning ----
 
@@ -136,21 +140,25 @@ class Ledger:
         uuids = tuple(names) if names is not None else tuple(uuid4() for _ in members)
         if len(set(uuids)) != len(members):
             raise InvalidArgumentError("each member needs a name of its own")
-        ledger_uuid = identity or uuid4()
+        if any(a is not b and _overlap(a, b) for a in members for b in members):
+            raise InvalidArgumentError("two members share a region")
+        ledger_uuid, term = identity or uuid4(), _first_term()
         sides = [
             Side(
                 member,
+                uuids[index],
+                index,
                 Superblock(
-                    ledger_uuid, uuids, index, 0, 1, 1, 0, 1, area_length(member.length), (0, 0)
+                    ledger_uuid, uuids, index, 0, term, term, 0, 1, area_length(member.length), (0, 0)
                 ),
             )
             for index, member in enumerate(members)
         ]
-        writer = cls.writer_type(sides, pool)
+        writer = cls.writer_type(uuids, sides, pool)
         for block in range(2):
             offsets = [side.member.offset + block * BLOCK for side in sides]
             writer.write(sides, offsets, bytes(BLOCK))
-        writer.write_checkpoint([[]], 1, base=(0, 0))
+        writer.write_checkpoint([[]], term, base=(0, 0))
         for side in sides:
             if side.error is not None:
                 raise side.error
@@ -174,29 +182,20 @@ class Ledger:
             NoSpaceError: half of the members or more are too small for what the others hold.
         """
         found = read_members(members, identity)
-        sides = [side for side, _ in found.sides]
-        writer = cls.writer_type(sides, pool)
-        writer.promise(max(side.superblock.promised for side in sides) + 1)
-        best, known = max(
-            (
-                (area, list_)
-                for (side, area), list_ in zip(found.sides, found.lists, strict=False)
-                if side.in_step and area is not None
-            ),
+        voters = [side for side, _ in found.sides]
+        sides = voters + found.rejoining
+        writer = cls.writer_type(found.members, sides, pool)
+        writer.promise(max(side.superblock.promised for side in voters) + 1, voters)
+        best, newest = max(
+            ((area, side) for side, area in found.sides if side.in_step),
             key=lambda one: one[0].position,
         )
-        if known != writer.members:
+        if newest.superblock.members != found.members:
             raise PoisonedError("the member that knew the newest list of members failed: try again")
-        behind = {
-            side.superblock.index
-            for side, area in found.sides
-            if area is None or area.position != best.position
-        }
-        missed = [
-            side.name
-            for side, area in found.sides
-            if area is None or best.has_succeeded_since(area.position)
-        ]
+        behind = {side.index for side, area in found.sides if area.position != best.position}
+        missed = [side.name for side, area in found.sides if best.has_succeeded_since(area.position)]
+        missed += [side.name for side in found.rejoining]
+        behind |= {side.index for side in found.rejoining}
         batches = [[record for batch in best.batches() for record in batch]]
         if writer.packed_length(batches) > best.length:
             batches = best.batches()  # as they are, they fit where they were
@@ -205,7 +204,7 @@ class Ledger:
         writer.write_checkpoint(batches, term, base=best.next_base)
         out = sorted(set(writer.out_of_step) | behind)
         records = [record for batch in batches for record in batch]
-        positions = {side.name: area.position for side, area in found.sides if area is not None}
+        positions = {side.name: area.position for side, area in found.sides}
         return Recovered(cls(writer), records, out, missed, positions)
 
     @staticmethod
@@ -217,7 +216,8 @@ class Ledger:
     @staticmethod
     def read(members: Sequence[Member], *, identity: UUID | None = None) -> list[Record]:
         """What :meth:`recover` would find; changes nothing, and raises what it raises."""
-        best = max(read_members(members, identity).areas, key=lambda area: area.position)
+        found = read_members(members, identity).sides
+        best = max((area for _, area in found), key=lambda area: area.position)
         return [record for batch in best.batches() for record in batch]
 
     # ---- records ----
@@ -252,6 +252,9 @@ class Ledger:
         After a crash during a commit its first records may be there and the rest missing; none is
         there in part.
         """
+        self._check_process()
+        if not isinstance(payload, (bytes, bytearray, memoryview)):
+            raise InvalidArgumentError("the payload of a record is bytes")
         record = Record(kind, bytes(payload))
         check_record(record)
         with self._lock:
@@ -267,6 +270,7 @@ class Ledger:
             NoSpaceError: they do not fit; they stay appended. Write a checkpoint.
             PoisonedError: too few members have them. Whether they last is open until a recovery.
         """
+        self._check_process()
         with self._lock:
             wanted = self._appended
             # A checkpoint goes first: its parts do not have what was appended after its call.
@@ -292,8 +296,9 @@ class Ledger:
             NoSpaceError: they do not fit; nothing was changed.
             PoisonedError: as for :meth:`commit`.
         """
-        records = [Record(kind, payload) for kind, payload in parts]
-        self._replace_records(lambda: self._writer.write_checkpoint([records], self._writer.term))
+        self._replace_records(
+            parts, lambda records: self._writer.write_checkpoint([records], self._writer.term)
+        )
 
     @uninterruptible
     def add(self, member: Member, parts: Iterable[tuple[int, bytes]]) -> None:
@@ -304,30 +309,24 @@ class Ledger:
             parts: as for :meth:`checkpoint`.
 
         Raises:
-            InvalidArgumentError: it has no name of its own, or the region is unfit, or there are
-            too many. NoSpaceError: the records do not fit into its region; nothing was changed.
-            VhdxError: it cannot be written; nothing was changed.
+            InvalidArgumentError: it has no name of its own, the region is unfit or a member's, or
+                there are too many.
+            NoSpaceError: the records do not fit into its region; nothing was changed.
+            VhdxError: reason CANCELLED: another checkpoint came first, so these parts are old. Or it
+                cannot be written; nothing was changed.
         """
-        records = [Record(kind, payload) for kind, payload in parts]
-        check_region(member)
-        members, name = self._writer.members, member.name
-        if name is None or name in members or len(members) == MOST_MEMBERS:
-            raise InvalidArgumentError("the new member needs a name of its own, and room in the list")
-        if self._writer.packed_length([records]) > area_length(member.length):
-            raise NoSpaceError("the records do not fit there", path=member.device.path)
-        _erase_superblocks(member)
 
-        def write() -> None:
-            names = (*self._writer.members, name)
-            new = Superblock(
-                self.identity, names, len(names) - 1, 0, self._writer.term, 0, 0, 1,
-                area_length(member.length), (0, 0),
-            )  # fmt: skip
-            changed = [side.moved_to(names) for side in self._writer.sides]
-            joining = Side(member, new)
-            self._writer.change_members([*changed, joining], [records], joining)
+        def write(records: list[Record]) -> None:
+            writer, name = self._writer, member.name
+            if name is None or name in writer.members or len(writer.members) == MOST_MEMBERS:
+                raise InvalidArgumentError("the new member needs a name of its own, and room")
+            self._check_new_region(member, records)
+            names = (*writer.members, name)
+            joining = writer.new_side(member, names)
+            writer.try_member(joining, [records])
+            writer.change_members(names, [*writer.sides, joining], [records], joining)
 
-        self._replace_records(write)
+        self._replace_records(parts, write, is_change=True)
 
     @uninterruptible
     def rejoin(self, member: Member, parts: Iterable[tuple[int, bytes]]) -> None:
@@ -339,19 +338,20 @@ class Ledger:
 
         Raises:
             InvalidArgumentError: there is no such member, or the region is unfit.
-            VhdxError: it cannot be written; nothing was changed.
+            VhdxError: as for :meth:`add`.
         """
-        records = [Record(kind, payload) for kind, payload in parts]
-        check_region(member)
-        if member.name not in self._writer.members:
-            raise InvalidArgumentError("it is not a member")
-        _erase_superblocks(member)
 
-        def write() -> None:
-            self._writer.rejoin(member)
-            self._writer.write_checkpoint([records], self._writer.term)
+        def write(records: list[Record]) -> None:
+            writer = self._writer
+            if member.name not in writer.members:
+                raise InvalidArgumentError("it is not a member")
+            self._check_new_region(member, records)
+            side = writer.new_side(member, writer.members)
+            writer.try_member(side, [records])
+            writer.rejoin(side)
+            writer.write_checkpoint([records], writer.term)
 
-        self._replace_records(write)
+        self._replace_records(parts, write, is_change=True)
 
     @uninterruptible
     def remove(self, name: UUID, parts: Iterable[tuple[int, bytes]]) -> None:
@@ -359,17 +359,27 @@ class Ledger:
 
         Raises:
             InvalidArgumentError: there is no such member, or it is the last.
+            VhdxError: reason CANCELLED, as for :meth:`add`.
         """
-        records = [Record(kind, payload) for kind, payload in parts]
-        if name not in self._writer.members or len(self._writer.members) == 1:
-            raise InvalidArgumentError("it is not a member, or it is the last one")
 
-        def write() -> None:
-            names = tuple(each for each in self._writer.members if each != name)
-            changed = [side.moved_to(names) for side in self._writer.sides if side.name != name]
-            self._writer.change_members(changed, [records])
+        def write(records: list[Record]) -> None:
+            writer = self._writer
+            if name not in writer.members or len(writer.members) == 1:
+                raise InvalidArgumentError("it is not a member, or it is the last one")
+            names = tuple(each for each in writer.members if each != name)
+            rest = [side for side in writer.sides if side.name != name]
+            writer.change_members(names, rest, [records])
 
-        self._replace_records(write)
+        self._replace_records(parts, write, is_change=True)
+
+    def _check_new_region(self, member: Member, records: list[Record]) -> None:
+        check_region(member)
+        if any(
+            side.name != member.name and _overlap(side.member, member) for side in self._writer.sides
+        ):
+            raise InvalidArgumentError("the region is that of a member", path=member.device.path)
+        if self._writer.packed_length([records]) > area_length(member.length):
+            raise NoSpaceError("the records do not fit there", path=member.device.path)
 
     def _exclusively(self, work: Callable[[], bool]) -> bool:
         """Does something to the writer while nothing is written."""
@@ -378,16 +388,28 @@ class Ledger:
                 self._changed.wait()
             return work()
 
-    def _replace_records(self, write: Callable[[], None]) -> None:
+    def _replace_records(
+        self,
+        parts: Iterable[tuple[int, bytes]],
+        write: Callable[[list[Record]], None],
+        *,
+        is_change: bool = False,
+    ) -> None:
         """Around a checkpoint, which stands for all that was appended before the call."""
+        self._check_process()
+        records = [Record(kind, payload) for kind, payload in parts]
         with self._lock:
             upto = self._appended
             self._checkpoints += 1
         try:
             covered = self._begin_checkpoint(upto)
             if covered is not None:
-                with self._writing(covered, upto):
-                    write()
+                with self._writing(covered, upto, is_checkpoint=True):
+                    write(records)
+            elif is_change:
+                raise VhdxError(
+                    "another checkpoint came first: build the records again", reason=Reason.CANCELLED
+                )
         finally:
             with self._lock:
                 self._checkpoints -= 1
@@ -404,11 +426,12 @@ class Ledger:
             later = self._appended - upto  # all of them are pending: no commit began meanwhile
             covered = self._pending[: len(self._pending) - later]
             self._pending, self._writes = self._pending[len(covered) :], True
-            self._checkpointed = upto
             return covered
 
     def close(self) -> None:
         """Ends the ledger; what was appended and not committed is lost. The devices stay open."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             while self._writes:
                 self._changed.wait()
@@ -417,18 +440,29 @@ class Ledger:
 
     # ---- writing; one thread at a time ----
 
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:  # another thread may have held the lock at the fork
+            raise ClosedError(
+                "the ledger belongs to the process that opened it, not to its child",
+                reason=Reason.FORKED,
+            )
+
     def _check_locked(self) -> None:
         if self._ended is not None:
             raise type(self._ended)(self._ended.message, reason=self._ended.reason)
 
     @contextlib.contextmanager
-    def _writing(self, records: list[Record], upto: int) -> Iterator[None]:
+    def _writing(
+        self, records: list[Record], upto: int, *, is_checkpoint: bool = False
+    ) -> Iterator[None]:
         """Around the one write that is under way: its ``records`` make the first ``upto`` durable."""
         self._writer.touched = False
         try:
             yield
             with self._lock:
                 self._durable = max(self._durable, upto)
+                if is_checkpoint:
+                    self._checkpointed = upto
         except BaseException as error:
             with self._lock:
                 self._pending[:0] = records
@@ -445,8 +479,12 @@ class Ledger:
                 self._changed.notify_all()
 
 
-def _erase_superblocks(member: Member) -> None:
-    """A superblock of another ledger, or an older one, must not be taken for a newer one."""
-    for block in range(2):
-        member.device.write(bytes(BLOCK), member.offset + block * BLOCK)
-    member.device.flush()
+def _overlap(a: Member, b: Member) -> bool:
+    """Whether two regions share bytes of one device."""
+    is_same = a.device is b.device or a.device.handle == b.device.handle
+    return is_same and a.offset < b.offset + b.length and b.offset < a.offset + a.length
+
+
+def _first_term() -> int:
+    """Of a new ledger: what an older one left in the regions must not continue it."""
+    return 1 + secrets.randbits(40)

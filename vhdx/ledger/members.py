@@ -16,8 +16,10 @@ from vhdx.ledger.layout import (
     Superblock,
     area_length,
     area_offset,
+    has_later_commit,
     parse_area,
     parse_superblock,
+    supposed_superblock,
 )
 
 if TYPE_CHECKING:
@@ -28,26 +30,33 @@ __all__ = ["Found", "Side", "blank", "do_on_all", "read_area", "read_members"]
 
 @dataclass
 class Side:
-    """A member as this process knows it."""
+    """A member as this process knows it.
+
+    Attributes:
+        member: the region.
+        name: its UUID.
+        index: in the list of all members.
+        superblock: the newest on the device; its list may be older.
+        in_step: it has every record.
+        error: why not.
+        left_out: nothing is written to it, though it may work.
+    """
 
     member: Member
+    name: UUID
+    index: int
     superblock: Superblock
     in_step: bool = True
     error: VhdxError | None = None
-    left_out: bool = False  # nothing is written to it, though it may work
+    left_out: bool = False
 
     @property
     def inactive(self) -> int:
         return 1 - self.superblock.area
 
-    @property
-    def name(self) -> UUID:
-        return self.superblock.members[self.superblock.index]
-
     def moved_to(self, members: tuple[UUID, ...]) -> Side:
         """The same member in another list."""
-        superblock = replace(self.superblock, members=members, index=members.index(self.name))
-        return Side(self.member, superblock, self.in_step, self.error, self.left_out)
+        return replace(self, index=members.index(self.name))
 
     def read_again(self) -> bool:
         """Whether one that failed can be used again; what it holds is read from it."""
@@ -64,7 +73,7 @@ class Side:
             return True  # it holds nothing that could be lost
         if now.ledger != self.superblock.ledger or now.members[now.index] != self.name:
             return False
-        self.superblock = replace(now, members=self.superblock.members, index=self.superblock.index)
+        self.superblock = now
         return True
 
     def offset_in(self, area: int, at: int) -> int:
@@ -100,16 +109,18 @@ class Found(NamedTuple):
     """The members that are there.
 
     Attributes:
-        sides: with their records; None for one that has none. First those that have a ledger.
-        lists: for each of those that have a ledger, the list of members that it knows.
+        members: the list of all.
+        sides: those that have the ledger, with their records.
+        rejoining: those that have none, and are named.
     """
 
-    sides: list[tuple[Side, Area | None]]
-    lists: list[tuple[UUID, ...]]
+    members: tuple[UUID, ...]
+    sides: list[tuple[Side, Area]]
+    rejoining: list[Side]
 
-    @property
-    def areas(self) -> list[Area]:
-        return [area for _, area in self.sides if area is not None]
+
+class _Unsupported(Exception):
+    """A superblock of a newer version."""
 
 
 def read_members(members: Sequence[Member], identity: UUID | None) -> Found:
@@ -123,18 +134,17 @@ def read_members(members: Sequence[Member], identity: UUID | None) -> Found:
     errors: list[VhdxError] = []
     for member in members:
         try:
-            superblock = _read_superblock(member)
-            one = None if superblock is None else _read_area(member, superblock)
-        except UnsupportedError:
-            raise  # without that member, what came after its last version would be undone
+            superblock, area = _read(member, identity)
+        except _Unsupported as error:  # without it, what came after its last version would be undone
+            raise UnsupportedError(str(error), path=member.device.path) from error
         except VhdxError as error:
             errors.append(error)
             continue
-        if one is None or (identity is not None and one[0].superblock.ledger != identity):
+        if superblock is None or area is None:
             unknown.append((member, 0 if superblock is None else superblock.number))
             continue
-        ledger, name = one[0].superblock.ledger, one[0].name
-        if any(side.superblock.ledger != ledger for side, _ in found.values()):
+        name = superblock.members[superblock.index]
+        if any(side.superblock.ledger != superblock.ledger for side, _ in found.values()):
             raise DamagedError("the devices belong to different ledgers", path=member.device.path)
         if name in found:
             raise DamagedError(
@@ -142,13 +152,17 @@ def read_members(members: Sequence[Member], identity: UUID | None) -> Found:
                 path=member.device.path,
                 hint="one of them is a copy: take it away",
             )
-        found[name] = one
+        found[name] = Side(member, name, superblock.index, superblock), area
     if not found:
         if errors:
             raise errors[0]
         raise DamagedError("there is no ledger", path=members[0].device.path if members else None)
     newest = max(found.values(), key=lambda one: one[1].position)[0].superblock
-    sides = [one for name, one in found.items() if name in newest.members]
+    sides = [
+        (side.moved_to(newest.members), area)
+        for name, (side, area) in found.items()
+        if name in newest.members
+    ]
     if 2 * len(sides) <= len(newest.members):
         why = f"; {errors[0]}" if errors else ""
         raise HostIOError(
@@ -157,22 +171,21 @@ def read_members(members: Sequence[Member], identity: UUID | None) -> Found:
             reason=Reason.NO_QUORUM,
             hint="bring back the missing devices",
         )
-    lists = [side.superblock.members for side, _ in sides]
     rejoining = [
-        (Side(member, blank(newest, member, number)), None)
+        blank(newest, newest.members, member, number)
         for member, number in unknown
         if member.name in newest.members and member.name not in found
     ]
-    moved = [(side.moved_to(newest.members), area) for side, area in sides]
-    return Found([*moved, *rejoining], lists)
+    return Found(newest.members, sides, rejoining)
 
 
-def blank(like: Superblock, member: Member, number: int) -> Superblock:
-    """The superblock of a member whose region holds no ledger."""
+def blank(like: Superblock, members: tuple[UUID, ...], member: Member, number: int) -> Side:
+    """A member whose region holds no ledger, and whose last superblock had this number."""
     assert member.name is not None
-    return replace(
+    superblock = replace(
         like,
-        index=like.members.index(member.name),
+        members=members,
+        index=members.index(member.name),
         number=number,
         promised=0,
         term=0,
@@ -181,25 +194,71 @@ def blank(like: Superblock, member: Member, number: int) -> Superblock:
         area_length=area_length(member.length),
         base=(0, 0),
     )
+    return Side(member, member.name, superblock.index, superblock)
+
+
+def _superblocks(member: Member, identity: UUID | None = None) -> list[Superblock | bool | None]:
+    """Both superblocks; None for one that is damaged, False for one that was never written."""
+    found: list[Superblock | bool | None] = []
+    for i in range(2):
+        block = member.device.read(BLOCK, member.offset + i * BLOCK)
+        try:
+            parsed = parse_superblock(block, member.length, identity)
+        except UnsupportedError as error:
+            raise _Unsupported(error.message) from error
+        found.append(parsed if parsed is not None or any(block) else False)
+    return found
 
 
 def _read_superblock(member: Member) -> Superblock | None:
-    blocks = [member.device.read(BLOCK, member.offset + i * BLOCK) for i in range(2)]
-    parsed = [parse_superblock(block, member.length) for block in blocks]
-    valid = [each for each in parsed if each is not None]
+    valid = [each for each in _superblocks(member) if isinstance(each, Superblock)]
     return max(valid, key=lambda superblock: superblock.number, default=None)
 
 
-def read_area(member: Member) -> Area | None:
-    """What a member holds; None if it has no ledger."""
-    superblock = _read_superblock(member)
-    found = None if superblock is None else _read_area(member, superblock)
-    return None if found is None else found[1]
-
-
-def _read_area(member: Member, superblock: Superblock) -> tuple[Side, Area] | None:
-    """None if it has no whole checkpoint."""
-    side = Side(member, superblock)
-    content = member.device.read(superblock.area_length, side.offset_in(superblock.area, 0))
+def _area_of(member: Member, superblock: Superblock, *, is_certain: bool = True) -> Area | None:
+    at = member.offset + area_offset(superblock.area, superblock.area_length)
+    content = member.device.read(superblock.area_length, at)
     area = parse_area(content, superblock)
-    return None if area is None else (side, area)
+    if area is not None and is_certain and has_later_commit(content, superblock, area):
+        raise DamagedError(
+            "a commit in the middle of the ledger is damaged, and later ones are not",
+            path=member.device.path,
+            hint="use another member of the ledger",
+        )
+    return area
+
+
+def _read(member: Member, identity: UUID | None) -> tuple[Superblock | None, Area | None]:
+    """The superblock that counts, and its records; None where there is none.
+
+    If one superblock is damaged, its area may be newer than that of the other. That is certain if
+    the area has more than a checkpoint: commits begin when the superblock is durable.
+    """
+    both = _superblocks(member, identity)
+    valid = [each for each in both if isinstance(each, Superblock)]
+    if not valid:
+        return None, None
+    superblock = max(valid, key=lambda each: each.number)
+    if identity is not None and superblock.ledger != identity:
+        return superblock, None
+    area = _area_of(member, superblock)
+    if None in both:
+        at = member.offset + area_offset(1 - superblock.area, superblock.area_length)
+        other = supposed_superblock(member.device.read(BLOCK, at), superblock)
+        newer = None if other is None else _area_of(member, other)
+        is_newer = newer is not None and (area is None or newer.position > area.position)
+        if other is not None and newer is not None and is_newer and newer.has_commits:
+            return other, newer
+    return superblock, area
+
+
+def read_area(member: Member) -> Area | None:
+    """What a member holds; None if it has no ledger.
+
+    Raises:
+        VhdxError: it cannot be read, or is damaged.
+    """
+    try:
+        return _read(member, None)[1]
+    except _Unsupported as error:
+        raise UnsupportedError(str(error), path=member.device.path) from error

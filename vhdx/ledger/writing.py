@@ -21,18 +21,19 @@ class Writer:
     nothing may be written any more before a recovery.
 
     Args:
+        members: names of all.
         sides: the members that are there.
         pool: lends threads for I/O to several members at once.
 
     Attributes:
         touched: a write has begun; whoever begins an operation sets it to False.
-        members: all of them, also those that are away.
+        members: names of all, also of those that are away.
         sequence: of the next group.
     """
 
-    def __init__(self, sides: list[Side], pool: plane.Pool) -> None:
+    def __init__(self, members: tuple[UUID, ...], sides: list[Side], pool: plane.Pool) -> None:
         first = sides[0].superblock
-        self.identity, self.members = first.ledger, first.members
+        self.identity, self.members = first.ledger, members
         self.sides, self._pool = sides, pool
         self.term, self.sequence, self._before, self.tail = first.term, first.first, 0, 0
         self.touched = False
@@ -45,7 +46,7 @@ class Writer:
     @property
     def out_of_step(self) -> list[int]:
         """Indexes of members that failed, or that are away."""
-        present = {side.superblock.index for side in self.sides if side.in_step}
+        present = {side.index for side in self.sides if side.in_step}
         return sorted(set(range(len(self.members))) - present)
 
     def in_step(self) -> list[Side]:
@@ -133,16 +134,22 @@ class Writer:
         sides = self.make_durable(sides, "checkpoint")
         self._need_most(sides)
         wanted = {
-            side.superblock.index: replace(
-                side.superblock, term=term, first=self.sequence, area=side.inactive, base=base
+            side.index: replace(
+                side.superblock,
+                members=self.members,
+                index=side.index,
+                promised=max(side.superblock.promised, term),
+                term=term,
+                first=self.sequence,
+                area=side.inactive,
+                base=base,
             )
             for side in sides
         }
         if joining is not None:
             # It must know that it is a member before another one says so: else the others could
             # miss it for a majority, and it would have nothing to recover from.
-            index = joining.superblock.index
-            first = {index: wanted.pop(index)} if index in wanted else {}
+            first = {joining.index: wanted.pop(joining.index)} if joining.index in wanted else {}
             if not self._write_superblocks(first, "joining"):
                 raise PoisonedError(f"the new member could not be written: {joining.error}")
         done = self._write_superblocks(wanted, "superblock")
@@ -150,18 +157,38 @@ class Writer:
         self.term, self.tail = term, len(data)
         self.sequence, self._before = sequence, before
 
+    def try_member(self, side: Side, batches: list[list[Record]]) -> None:
+        """Writes a checkpoint to a member that joins, before anything of the others is touched.
+
+        Raises:
+            VhdxError: it cannot be written.
+        """
+        data, _, _ = self._pack_checkpoint(batches, self.term)
+        member = side.member
+        for block in range(2):  # a superblock of another ledger must not be taken for a newer one
+            member.device.write(bytes(BLOCK), member.offset + block * BLOCK)
+        member.device.write(data, side.offset_in(side.inactive, 0))
+        member.device.flush()
+
     def change_members(
-        self, changed: list[Side], batches: list[list[Record]], joining: Side | None = None
+        self,
+        members: tuple[UUID, ...],
+        changed: list[Side],
+        batches: list[list[Record]],
+        joining: Side | None = None,
     ) -> None:
         """Writes a checkpoint that has other members than before: one more, or one less.
 
         Args:
-            changed: all members that are there, with superblocks that have the new list.
+            members: names of all.
+            changed: those that are there.
             batches: the records.
             joining: the one of them that is new.
         """
         before = self.sides, self.members
-        self.sides, self.members = changed, changed[0].superblock.members
+        self.sides = [side.moved_to(members) for side in changed]
+        self.members = members
+        joining = next((s for s in self.sides if joining and s.name == joining.name), None)
         try:
             self.write_checkpoint(batches, self.term, joining)
         except NoSpaceError:
@@ -179,25 +206,27 @@ class Writer:
                 side.in_step, side.left_out = False, True
         return True
 
-    def rejoin(self, member: Member) -> None:
+    def rejoin(self, side: Side) -> None:
         """Lets the next checkpoint go to a member that was away or left out, too."""
-        side = Side(member, blank(self.sides[0].superblock, member, 0))
-        self.sides = [each for each in self.sides if each.name != member.name] + [side]
+        self.sides = [each for each in self.sides if each.name != side.name] + [side]
 
-    def promise(self, term: int) -> None:
-        promises = {
-            side.superblock.index: replace(side.superblock, promised=term) for side in self.sides
-        }
+    def new_side(self, member: Member, members: tuple[UUID, ...]) -> Side:
+        """A member of this list without anything in its region."""
+        return blank(self.sides[0].superblock, members, member, 0)
+
+    def promise(self, term: int, voters: list[Side]) -> None:
+        """Claims a term on more than half; only those count that have the ledger."""
+        promises = {side.index: replace(side.superblock, promised=term) for side in voters}
         self._need_most(self._write_superblocks(promises, "promise"))
 
     def _write_superblocks(self, wanted: dict[int, Superblock], what: str) -> list[Side]:
         """Writes each over the older one of its member; returns those where it is durable."""
-        sides = [side for side in self.sides if side.superblock.index in wanted]
+        sides = [side for side in self.sides if side.index in wanted]
         for side in sides:
-            new = wanted[side.superblock.index]
-            new = wanted[new.index] = replace(new, number=new.number + 1)
+            new = wanted[side.index]
+            new = wanted[side.index] = replace(new, number=new.number + 1)
             self.write([side], [side.member.offset + new.number % 2 * BLOCK], new.pack())
         sides = self.make_durable(sides, what)
         for side in sides:  # what one that failed holds is read again before it is used
-            side.superblock = wanted[side.superblock.index]
+            side.superblock = wanted[side.index]
         return sides

@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vhdx.arrays import np
-from vhdx.errors import ClosedError, HostIOError, VhdxError
+from vhdx.errors import ClosedError, HostIOError, InvalidArgumentError, VhdxError
 from vhdx.plane import failures, gil
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.callback import upcalls
@@ -144,6 +144,14 @@ class Layout(Device):
         path: str | None = None,
     ) -> None:
         np.uint64  # noqa: B018 - fail here if numpy cannot be loaded
+        powers = all(n > 0 and n & (n - 1) == 0 for n in (interleave, slab))
+        if (
+            not (1 <= columns <= MOST_COLUMNS and 1 <= copies <= MOST_COPIES and powers)
+            or not 4096 <= interleave <= slab
+            or not 65536 <= slab <= 1 << 40
+            or not 0 <= size <= largest_size <= 1 << 56
+        ):
+            raise InvalidArgumentError("a layout of these terms is impossible", path=path)
         identity = failures.new_identity()
         terms = ffi.new(
             "vx_layout_terms *",
@@ -325,8 +333,7 @@ class Layout(Device):
 
     def close(self) -> None:
         """Fails every further request with ClosedError, and waits for those under way."""
-        lib.vx_device_set_state(self.handle, failures.E_CLOSED)
-        lib.vx_layout_mark(self.handle, 0, 0, False)  # waits for them
+        lib.vx_layout_close(self.handle)
         self._handler = None  # breaks a cycle, so that this object is freed at once
 
 
