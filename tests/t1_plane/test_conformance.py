@@ -434,3 +434,15 @@ def test_stub_names_what_the_library_has():
     names |= {n.target.id for n in body if isinstance(n, ast.AnnAssign)}
     assert names == set(dir(lib))
     assert ffi.sizeof("vx_extent") == 24
+
+
+def test_a_failure_gives_the_callers_memory_back():
+    """Else the garbage collector clears a memoryview that is lent out, and the process crashes."""
+    small = plane.Memory(4096)
+    kept = []
+    for operation in (small.write, small.read_into):
+        view = memoryview(bytearray(8192))
+        with pytest.raises(RangeError) as caught:
+            operation(view, 0)
+        kept.append(caught.value)
+        view.release()  # refused while it is lent out

@@ -5,12 +5,23 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 import subprocess
+import sys
 
 import pytest
 
 import vhdx
-from vhdx.errors import ExistsError, InUseError, NoSpaceError, UnsupportedError
+from vhdx.errors import (
+    ExistsError,
+    InUseError,
+    InvalidArgumentError,
+    NoSpaceError,
+    NotFoundError,
+    ReadOnlyError,
+    UnsupportedError,
+)
+from vhdx.image.storage import share_storage
 from vhdx.units import MIB
 
 SIZE = 160 * MIB
@@ -198,3 +209,107 @@ def test_a_device_that_is_mounted_is_not_written(device, tmp_path, peer):
     finally:
         subprocess.run(["umount", mount], check=True)
     assert subprocess.run(["e2fsck", "-fn", device], check=False, capture_output=True).returncode == 0
+
+
+@pytest.fixture
+def other_node(device, tmp_path):
+    """A second node of the device, as containers have them."""
+    number = os.stat(device).st_rdev
+    node = tmp_path / "node"
+    os.mknod(node, 0o600 | stat.S_IFBLK, number)
+    return str(node)
+
+
+def test_a_second_node_of_a_device_is_the_same_device(device, other_node):
+    vhdx.create(device, 20 * MIB, force=True)
+    with vhdx.open(device, "r+"):
+        for mode in ("r", "r+"):
+            with pytest.raises(InUseError):
+                vhdx.open(other_node, mode)
+        with pytest.raises(InUseError):
+            vhdx.create(other_node, 20 * MIB, force=True)
+    with vhdx.open(other_node), pytest.raises(InUseError, match="in use by"):
+        vhdx.open(device, "r+")
+
+
+def test_source_and_destination_on_the_same_storage_are_refused(device, tmp_path):
+    backing = tmp_path / "backing"
+    vhdx.create(device, 20 * MIB, force=True)
+    before = backing.read_bytes()
+    second = subprocess.run(
+        ["losetup", "--find", "--show", backing], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        for source, destination in [(device, second), (backing, device), (device, backing)]:
+            with pytest.raises(InvalidArgumentError, match="same storage"):
+                vhdx.convert(source, destination, to="vhdx", force=True, format="raw")
+    finally:
+        subprocess.run(["losetup", "--detach", second], check=True)
+    assert backing.read_bytes() == before
+
+
+def test_two_partitions_of_a_disk_are_two_storages(tmp_path):
+    disk = tmp_path / "disk"
+    with disk.open("wb") as file:
+        file.truncate(64 * MIB)
+    script = "label: gpt\nsize=16MiB\nsize=16MiB\n"
+    subprocess.run(["sfdisk", "-q", disk], input=script, text=True, check=True)
+    path = subprocess.run(
+        ["losetup", "-P", "--find", "--show", disk], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    try:
+        if not os.path.exists(f"{path}p2"):
+            pytest.skip("the kernel makes no nodes of partitions")
+        assert share_storage(path, f"{path}p1")
+        assert share_storage(f"{path}p2", path)
+        assert share_storage(f"{path}p1", str(disk))
+        assert not share_storage(f"{path}p1", f"{path}p2")
+    finally:
+        subprocess.run(["losetup", "--detach", path], check=True)
+
+
+def test_a_conversion_that_is_killed_leaves_no_image_on_a_device(device, tmp_path):
+    raw = tmp_path / "disk.raw"
+    with raw.open("wb") as file:
+        for _ in range(128):
+            file.write(os.urandom(MIB))
+    code = (
+        "import os, vhdx\n"
+        f"vhdx.convert({str(raw)!r}, {device!r}, to='vhdx', force=True,"
+        " progress=lambda done, total: os._exit(9) if done > total // 2 else None)\n"
+    )
+    for kind in ("dynamic", "fixed"):
+        vhdx.create(device, 20 * MIB, force=True)
+        run = subprocess.run([sys.executable, "-c", code.replace("to=", f"type={kind!r}, to=")])
+        assert run.returncode == 9
+        with pytest.raises(UnsupportedError, match="format is unknown"):
+            vhdx.open(device)
+    vhdx.convert(raw, device, to="vhdx", force=True)
+    assert content(device) == raw.read_bytes()
+
+
+def test_a_device_that_is_too_small_for_a_conversion_says_what_it_holds(device, tmp_path):
+    raw = tmp_path / "large.raw"
+    with raw.open("wb") as file:
+        for _ in range(SIZE // MIB + 20):
+            file.write(os.urandom(MIB))
+    with pytest.raises(NoSpaceError, match="the block device holds no image now"):
+        vhdx.convert(raw, device, to="vhdx", force=True)
+
+
+def test_a_read_only_device_is_not_opened_for_writing(device):
+    vhdx.create(device, 20 * MIB, force=True)
+    subprocess.run(["blockdev", "--setro", device], check=True)
+    try:
+        with pytest.raises(ReadOnlyError, match="the block device is read-only"):
+            vhdx.open(device, "r+")
+        with pytest.raises(ReadOnlyError, match="the block device is read-only"):
+            vhdx.create(device, 20 * MIB, force=True)
+        vhdx.open(device).close()
+    finally:
+        subprocess.run(["blockdev", "--setrw", device], check=True)
+
+
+def test_a_device_that_does_not_exist_is_not_made(device):
+    with pytest.raises(NotFoundError, match="no such device"):
+        vhdx.create("/dev/no-such-device.vhdx", 20 * MIB)

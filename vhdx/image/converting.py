@@ -26,7 +26,7 @@ from vhdx.image.vhdx import layout
 from vhdx.image.vhdx.engine import Engine
 from vhdx.image.vhdx.structure import read_structure
 from vhdx.interrupts import uninterruptible
-from vhdx.place import key_of, of, spelled
+from vhdx.place import key_of, of, shares_storage, spelled
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
@@ -114,6 +114,13 @@ def convert(
     Raises:
         VhdxError: as :func:`vhdx.open` and :func:`vhdx.create`; reason CANCELLED when cancelled.
     """
+    if not _is_same_file(source, destination) and shares_storage(source, destination):
+        raise InvalidArgumentError(
+            "source and destination are on the same storage: a disk and its partition, or a loop "
+            "device and its file",
+            path=destination,
+            hint="choose another destination",
+        )
     if _is_same_file(source, destination):
         raise InvalidArgumentError(
             "source and destination are the same file",
@@ -179,10 +186,31 @@ def convert(
             host, read_structure(host), None, write=True, pool=plane.shared_pool(plane.Level.IMAGE)
         )
         try:
+            finish = _hide(leaf)
             _Copy(disk, engine.map, progress, cancel).run()
         finally:
             engine.close()
+        finish()
         return size - disk.size
+
+
+def _hide(leaf: plane.Device) -> Callable[[], None]:
+    """On a block device, takes the signature of the image away until the copy is complete.
+
+    Else a crash would leave an image that opens and holds a part of the disk. Returns what writes it.
+    """
+    if not leaf.is_block_device:
+        return lambda: None
+    signature = leaf.read(4096, 0)
+    leaf.write(bytes(4096), 0)
+    leaf.flush()
+
+    def finish() -> None:
+        leaf.flush()
+        leaf.write(signature, 0)
+        leaf.flush()
+
+    return finish
 
 
 def _is_same_file(source: StrPath, destination: StrPath) -> bool:

@@ -26,6 +26,7 @@ from vhdx.image.attributes import OWN_PREFIX, check_owner, copy_attributes
 from vhdx.image.dropped import closed_so_far, wait_for_dropped
 from vhdx.image.names import rename_new, sync_directory
 from vhdx.image.partial import create_partial
+from vhdx.image.storage import is_read_only, kernel_node, share_storage
 from vhdx.place import open_file
 
 # Whoever opens files of any place takes `open_file` from here: that makes the host's files known.
@@ -105,8 +106,17 @@ def _exclusively(path: str) -> int:
 
 
 def _busy(path: str) -> InUseError:
+    who = ""
+    with contextlib.suppress(OSError):
+        fd = os.open(kernel_node(path), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            who = lock.holders(fd)
+        finally:
+            os.close(fd)
     return InUseError(
-        "the block device is mounted, or in use by another program or device",
+        f"the block device is in use by {who}"
+        if who
+        else "the block device is mounted, or in use by another program or device",
         path=path,
         hint="unmount it, or choose another device",
     )
@@ -189,6 +199,11 @@ class HostPlace:
         raise InUseError("its name keeps moving to another file", path=path, hint="try again")
 
     def draft(self, path: str, *, sparse: bool = True, bulk: bool = False) -> _HostDraft:
+        directory = os.path.dirname(os.path.realpath(path))
+        if directory == "/dev":
+            raise NotFoundError(
+                "there is no such device", path=path, hint="a file in /dev would lie in memory"
+            )
         return _HostDraft(path, sparse=sparse, bulk=bulk)
 
     def overwrite(self, path: str, *, sparse: bool = True) -> _DeviceDraft:
@@ -197,7 +212,7 @@ class HostPlace:
     @contextlib.contextmanager
     def guard(self, path: str) -> Iterator[None]:
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | _exclusively(path))
+            fd = os.open(kernel_node(path), os.O_RDWR | os.O_CLOEXEC | _exclusively(path))
         except PermissionError:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # the directory decides who replaces it
         except OSError as error:
@@ -222,6 +237,9 @@ class HostPlace:
     def kind(self, path: str) -> str | None:
         found = Path(path)
         return "device" if found.is_block_device() else "file" if found.is_file() else None
+
+    def shares_storage(self, path: str, other: str) -> bool:
+        return share_storage(path, other)
 
     def is_same_name(self, path: str, other: str) -> bool:
         if os.path.realpath(path) == os.path.realpath(other):
@@ -292,7 +310,8 @@ def _open_once(path: str, *, write: bool, sparse: bool, locked: bool) -> HostFil
     try:
         # O_NONBLOCK: opening a FIFO must not wait for its other end.
         flags = (os.O_RDWR if write else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK
-        fd = os.open(name, flags | (_exclusively(name) if write and locked else 0))
+        exclusively = _exclusively(name) if write and locked else 0
+        fd = os.open(kernel_node(name), flags | exclusively)
     except FileNotFoundError as error:
         raise NotFoundError("there is no such file", path=name) from error
     except ValueError as error:
@@ -316,9 +335,16 @@ def _open_once(path: str, *, write: bool, sparse: bool, locked: bool) -> HostFil
         if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
             kind = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
             raise HostIOError(f"it is {kind}", reason=Reason.NOT_A_FILE, path=name)
+        is_device = stat.S_ISBLK(status.st_mode)
+        if is_device and write and is_read_only(fd):
+            raise ReadOnlyError(
+                "the block device is read-only", path=name, hint="blockdev --setrw allows writing"
+            )
         if locked:
             lock.acquire(fd, name, write=write)
         size = os.lseek(fd, 0, os.SEEK_END)  # under the lock, so the size is stable
+        if is_device and size == 0:
+            raise HostIOError("the block device has no medium: it has 0 bytes", path=name)
     except BaseException:
         os.close(fd)
         raise

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from vhdx.errors import HostIOError, InUseError
 
-__all__ = ["acquire", "downgrade"]
+__all__ = ["acquire", "downgrade", "holders"]
 
 _USED, _UNSHARED = 100, 200
 _CONSISTENT_READ, _WRITE, _WRITE_UNCHANGED, _RESIZE = 0, 1, 2, 3
@@ -69,7 +69,7 @@ def acquire(fd: int, path: str, *, write: bool) -> bool:
         for byte in mine:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
         raise InUseError(
-            f"it is in use by {_holders(fd) or 'another program'}, so it cannot be opened for "
+            f"it is in use by {holders(fd) or 'another program'}, so it cannot be opened for "
             + ("writing" if write else "reading"),
             path=path,
             hint="close it there first (vhdx stop, if a server of yours has it)",
@@ -84,7 +84,7 @@ def downgrade(fd: int) -> None:
             fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_UNLCK, byte))
 
 
-def _holders(fd: int) -> str:
+def holders(fd: int) -> str:
     """The processes that hold locks on the file, as far as /proc shows them."""
     status = os.fstat(fd)
     inode = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"

@@ -81,7 +81,10 @@ def new_file(path: StrPath, *, force: bool, sparse: bool = True) -> Iterator[pla
         except BaseException as error:
             abandon(leaf)
             if isinstance(error, VhdxError) and leaf.is_erased:
+                error.path = os.fspath(path)
                 error.message = error.message.replace("nothing was left behind", _LOST)
+                if _LOST not in error.message:
+                    error.message += f"; {_LOST}"
             raise
         try:
             draft.take(target, replace=force)

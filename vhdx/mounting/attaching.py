@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from vhdx import image
+from vhdx import image, place
 from vhdx.errors import (
     ExistsError,
     HostIOError,
@@ -60,17 +60,16 @@ def require_root() -> None:
 
 
 def key_of(path: StrPath) -> tuple[int, int]:
-    """Device and inode of an image.
+    """Device and inode of an image; of a block device its number, which all of its nodes have.
 
     Raises:
         NotFoundError, HostIOError: it cannot be found.
     """
     try:
-        status = os.stat(path)
+        return place.of(path).key(place.spelled(path))
     except OSError as error:
         kind = NotFoundError if isinstance(error, FileNotFoundError) else HostIOError
         raise kind(f"it cannot be found: {error.strerror}", path=os.fsdecode(path)) from error
-    return status.st_dev, status.st_ino
 
 
 class Wish(NamedTuple):

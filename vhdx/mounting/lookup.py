@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vhdx import place
 from vhdx.errors import InvalidArgumentError, NotFoundError
 from vhdx.mounting import records, system
 
@@ -29,8 +30,7 @@ def find_image(target: StrPath) -> tuple[tuple[int, int], str | None] | None:
         if system.disk_of(path) in {each.path for each in attachment.devices} | {attachment.view}:
             return attachment.key, None
     with contextlib.suppress(OSError):
-        status = os.stat(path)
-        key = (status.st_dev, status.st_ino)
+        key = place.of(path).key(path)
         if any(attachment.key == key for attachment in found) or records.was_begun(key):
             return key, None
     for attachment in found:

@@ -211,6 +211,7 @@ class Device:
             failures.failure_buffer(),
         )
         if code:
+            ffi.release(view)  # a traceback must not keep the caller's memory lent out
             failures.raise_for(code, self.path)
         return length
 
@@ -241,6 +242,7 @@ class Device:
             failures.failure_buffer(),
         )
         if code:
+            ffi.release(view)
             failures.raise_for(code, self.path)
         return length
 
@@ -328,6 +330,8 @@ class Device:
                 self.handle, array, len(steps), _thread.time, failures.failure_buffer()
             )
         if code:
+            for view in keep:
+                ffi.release(view)
             failures.raise_for(code, self.path)
 
     def freeze(self) -> None:

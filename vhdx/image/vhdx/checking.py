@@ -358,7 +358,7 @@ def _entries(report: Report, host: ImageFile, structure: Structure) -> None:
             repair=True,
         )
     report.leaked = taken.free_bytes(size)
-    if report.leaked:
+    if report.leaked and not host.leaf.is_block_device:
         report.add(
             "leaked",
             NOTE,
