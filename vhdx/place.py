@@ -14,6 +14,7 @@ Methods that change or look up names raise the :class:`OSError` that the host's 
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from typing import TYPE_CHECKING, Protocol
@@ -33,6 +34,7 @@ __all__ = [
     "key_of",
     "of",
     "open_file",
+    "provide",
     "real",
     "register",
     "shares_storage",
@@ -168,6 +170,7 @@ class Place(Protocol):
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/+")
 _places: dict[str, Place] = {}
+_modules: dict[str, str] = {}  # that register a place when they are imported
 
 
 def register(scheme: str, place: Place) -> None:
@@ -175,11 +178,20 @@ def register(scheme: str, place: Place) -> None:
     _places[scheme] = place
 
 
+def provide(scheme: str, module: str) -> None:
+    """Says which module registers the place of a scheme; it is imported when it is needed."""
+    _modules[scheme] = module
+
+
+def _is_known(scheme: str) -> bool:
+    return scheme in _places or scheme in _modules
+
+
 def spelled(path: str | os.PathLike[str]) -> str:
     """The path as places and ``pathlib`` know it: one slash after a scheme that is registered."""
     text = os.fsdecode(path)
     match = _SCHEME.match(text)
-    if match is None or match[1] not in _places:
+    if match is None or not _is_known(match[1]):
         return text
     return f"{match[1]}:/{text[match.end() :]}"
 
@@ -187,13 +199,17 @@ def spelled(path: str | os.PathLike[str]) -> str:
 def of(path: str | os.PathLike[str]) -> Place:
     """The place that a path belongs to."""
     match = _SCHEME.match(os.fsdecode(path))
-    return _places[match[1] if match is not None and match[1] in _places else ""]
+    if match is None or not _is_known(match[1]):
+        return _places[""]
+    if match[1] not in _places:
+        importlib.import_module(_modules[match[1]])
+    return _places[match[1]]
 
 
 def is_host(path: str | os.PathLike[str]) -> bool:
     """Whether the path is one of the host's file systems."""
     match = _SCHEME.match(os.fsdecode(path))
-    return match is None or match[1] not in _places
+    return match is None or not _is_known(match[1])
 
 
 def open_file(

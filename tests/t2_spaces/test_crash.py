@@ -47,7 +47,7 @@ class Life:
         self.place = DiskPlace(dict(zip(self.names, self.bases, strict=True)), self.log)
         self.size = 5 * SLAB * columns
         specs = [DiskSpec(n, p) for n, p in zip(self.names, self.place.paths(), strict=True)]
-        self.pool = Pool.create("p", specs, slab=SLAB, retire=RetirePolicy.NEVER)
+        self.pool = Pool.create("p", specs, slab=SLAB, retire=RetirePolicy.NEVER, known=False)
         self.pool.create_space(
             "s",
             self.size,

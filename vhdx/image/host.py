@@ -360,3 +360,4 @@ def _open_once(path: str, *, write: bool, sparse: bool, locked: bool) -> HostFil
 
 
 place.register("", HostPlace())
+place.provide("space", "vhdx.volume.place")

@@ -8,7 +8,13 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from vhdx.arrays import np
-from vhdx.errors import ClosedError, HostIOError, InvalidArgumentError, VhdxError
+from vhdx.errors import (
+    ClosedError,
+    HostIOError,
+    InvalidArgumentError,
+    NoSpaceError,
+    VhdxError,
+)
 from vhdx.plane import failures, gil
 from vhdx.plane._native import ffi, lib
 from vhdx.plane.callback import upcalls
@@ -128,6 +134,8 @@ class Layout(Device):
         slots: members of a column: one more than copies.
     """
 
+    is_block_device = True
+
     def __init__(
         self,
         handler: LayoutHandler,
@@ -194,6 +202,23 @@ class Layout(Device):
         if not issubclass(kind, HostIOError):
             kind = HostIOError if fault.code != failures.E_POISONED else kind
         return kind(message, reason=reason, path=None if disk is None else disk.path, hint=hint)
+
+    def resize(self, size: int) -> None:
+        """A space keeps its size, as a block device does; its owner makes it larger (:meth:`grow`).
+
+        Raises:
+            NoSpaceError: it is smaller.
+        """
+        if size > self.size:
+            raise NoSpaceError(
+                f"the space has {self.size} bytes, and {size} are needed",
+                path=self.path,
+                hint="make the space larger",
+            )
+
+    def grow(self, size: int) -> None:
+        """Makes the device larger."""
+        super().resize(size)
 
     def set_disk(self, index: int, disk: Device) -> None:
         """Adds a disk at an index that has none, at any time."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 from vhdx import place, plane
 from vhdx.errors import (
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from vhdx.interrupts import Cancel, Progress
-    from vhdx.spaces.state import Event
+    from vhdx.spaces.state import Event, Owner
 
     StrPath = str | os.PathLike[str]
 
@@ -238,6 +238,11 @@ class Pool:
         return self._core.state.settings.name
 
     @property
+    def id(self) -> UUID:
+        """The pool's UUID."""
+        return self._core.state.settings.id
+
+    @property
     def read_only(self) -> bool:
         """Whether it is open for reading only."""
         return self._core.read_only
@@ -409,6 +414,14 @@ class Pool:
             if attached is not None:
                 attached.grow()
 
+    def has_volume(self, name: str) -> bool:
+        """Whether the space holds a volume; else it is a raw disk.
+
+        Raises:
+            NotFoundError: there is no such space.
+        """
+        return self._space(name).has_volume
+
     def space_names(self) -> list[str]:
         """The names of all spaces."""
         return [space.name for space in self._core.state.spaces.values()]
@@ -440,6 +453,21 @@ class Pool:
     def device(self, number: int) -> plane.Layout:
         """The device of a space that is in use."""
         return self._core.spaces[number].layout
+
+    def attach_owner(self, number: int, owner: Owner) -> None:
+        """Gives ``owner`` what it recorded for a space, and what it records from now on."""
+        core = self._core
+        with core.lock:
+            kept = core.state.owners.get(number)
+            for payload in () if kept is None else list(kept.records()):
+                owner.apply(payload)
+            core.state.owners[number] = owner
+
+    def commit_owner(self, number: int, payloads: Iterable[bytes]) -> None:
+        """Makes records of a space's owner durable, and applies them to it."""
+        core = self._core
+        with core.lock:
+            core.commit([core.state.owner_record(number, payload) for payload in payloads])
 
     def give_back(self, number: int) -> None:
         """Ends a use of a space."""

@@ -92,7 +92,7 @@ class Space:
         state = self.state
         self.unreconciled = _longer(self.unreconciled, len(state.rows))
         self.refresh(0, len(state.rows))
-        self.layout.resize(state.size)
+        self.layout.grow(state.size)
 
     def forget_disk(self, index: int) -> None:
         """The disk is closed next; waits for its requests. Under the pool's lock."""

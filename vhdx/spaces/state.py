@@ -30,7 +30,7 @@ import struct
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from uuid import UUID
 
 import numpy.typing as npt
@@ -55,6 +55,7 @@ __all__ = [
     "Event",
     "Kind",
     "Out",
+    "Owner",
     "PoolSettings",
     "PoolState",
     "SpaceState",
@@ -277,6 +278,29 @@ def _runs(numbers: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
         yield int(numbers[start]), int(numbers[end - 1]) + 1
 
 
+class Owner(Protocol):
+    """Keeps the metadata of a space's content."""
+
+    def apply(self, payload: bytes) -> None:
+        """Adds what one record says."""
+
+    def records(self) -> Iterable[bytes]:
+        """Records that stand for the whole."""
+
+
+class _Kept:
+    """The records of an owner that is not there."""
+
+    def __init__(self) -> None:
+        self._payloads: list[bytes] = []
+
+    def apply(self, payload: bytes) -> None:
+        self._payloads.append(payload)
+
+    def records(self) -> list[bytes]:
+        return self._payloads
+
+
 class PoolState:
     """The state of a pool.
 
@@ -285,7 +309,7 @@ class PoolState:
         disks: by index.
         spaces: by number.
         events: the newest.
-        owners: records of the owners of spaces' content, by the spaces' numbers.
+        owners: of spaces' content, by the spaces' numbers.
     """
 
     def __init__(self, settings: PoolSettings) -> None:
@@ -293,7 +317,7 @@ class PoolState:
         self.disks: dict[int, DiskState] = {}
         self.spaces: dict[int, SpaceState] = {}
         self.events: deque[Event] = deque(maxlen=_MOST_EVENTS)
-        self.owners: dict[int, list[bytes]] = {}
+        self.owners: dict[int, Owner] = {}
         self.event_number = 0
 
     @classmethod
@@ -344,7 +368,7 @@ class PoolState:
             self.event_number = max(self.event_number, event.number)
         elif kind == Kind.OWNER:
             number = _NUMBER.unpack_from(payload)[0]
-            self.owners.setdefault(number, []).append(payload[_NUMBER.size :])
+            self.owners.setdefault(number, _Kept()).apply(payload[_NUMBER.size :])
         else:
             raise DamagedError(f"a record of the unknown kind {kind}")
 
@@ -439,7 +463,8 @@ class PoolState:
             marks = sorted(space.marks)
             for at in range(0, len(marks), _MOST_IN_RECORD // 8):
                 yield self.marks_record(space, marks[at : at + _MOST_IN_RECORD // 8], marked=True)
-            for payload in self.owners.get(space.number, []):
+            owner = self.owners.get(space.number)
+            for payload in () if owner is None else owner.records():
                 yield self.owner_record(space.number, payload)
         for event in self.events:
             yield self.event_record(event)

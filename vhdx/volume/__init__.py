@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: MIT
+"""Volumes: named files on spaces, and the place ``space://pool/space/name`` of images."""
+
+from vhdx.volume.place import lend_pool, opened_pool
+from vhdx.volume.volume import FileInfo, Volume
+
+__all__ = ["FileInfo", "Volume", "lend_pool", "opened_pool"]
