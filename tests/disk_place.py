@@ -73,6 +73,12 @@ class DiskPlace:
                 self.memories[name].write(content, 0)
         place.register(SCHEME, self)
 
+    def add(self, name: str, content: bytes) -> None:
+        """A new disk, not recorded."""
+        self.keys[name] = (9, 1000 + len(self.memories))
+        self.memories[name] = plane.Memory(len(content))
+        self.memories[name].write(content, 0)
+
     def hold(self, name: str) -> plane.Injector:
         """What fails requests of the open disk."""
         return self.open_files[name][-1].hold

@@ -122,7 +122,9 @@ _PARTS = {
     "mounting",
     "plane",
     "qos",
+    "spaces",
     "units",
+    "volume",
 }
 
 

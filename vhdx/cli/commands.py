@@ -14,7 +14,7 @@ from vhdx.cli.output import VhdxGroup, raise_from_now
 __all__ = ["main"]
 
 _IMAGES, _SERVING, _QOS = "vhdx.cli.images", "vhdx.cli.serving", "vhdx.cli.qos"
-_MOUNTING, _FILES = "vhdx.cli.mounting", "vhdx.cli.files"
+_MOUNTING, _FILES, _POOLS = "vhdx.cli.mounting", "vhdx.cli.files", "vhdx.cli.pools"
 _HOMES = {
     "create": _IMAGES,
     "info": _IMAGES,
@@ -40,10 +40,13 @@ _HOMES = {
     "cp": _FILES,
     "qos": _QOS,
     "top": _QOS,
+    "pool": _POOLS,
+    "space": _POOLS,
+    "volume": _POOLS,
 }
 _READING = {"info", "map", "dump", "ps", "mounts", "ls", "cat"}
 """Commands that change nothing, so a signal ends them at once."""
-_OTHER_NAMES = {"map": "map_extents"}
+_OTHER_NAMES = {"map": "map_extents", "volume": "volume_group"}
 
 
 def _load(name: str) -> None:
@@ -55,10 +58,13 @@ def _load(name: str) -> None:
         lazy.load_everything("vhdx.mounting")
     if home == _FILES:
         lazy.load_everything("vhdx.files", but=("vhdx.files.reader", "vhdx.files.copying"))
-    if home in {_IMAGES, _MOUNTING}:
+    if home == _POOLS:
+        lazy.load_everything("vhdx.spaces")
+        lazy.load_everything("vhdx.volume")
+    if home in {_IMAGES, _MOUNTING, _POOLS}:
         lazy.load_everything("vhdx.image")
     terminal = sys.stderr is not None and sys.stderr.isatty()
-    if home in {_IMAGES, _MOUNTING, _FILES} and terminal:
+    if home in {_IMAGES, _MOUNTING, _FILES, _POOLS} and terminal:
         importlib.import_module("vhdx.cli.progress")
 
 

@@ -219,6 +219,16 @@ class Pool:
                 core.ledger.close()
             _close_disks(core)
 
+    def abandon(self) -> None:
+        """Ends repairs and closes the disks as they are, as the end of the process would."""
+        self._closed = True
+        for part in (self._watcher, self._repairer):
+            if part is not None:
+                part.close()
+        for space in self._core.spaces.values():
+            space.layout.close()
+        _close_disks(self._core)
+
     def __enter__(self) -> Pool:
         return self
 
@@ -266,7 +276,7 @@ class Pool:
         resiliency: Resiliency = Resiliency.MIRROR,
         copies: int | None = None,
         columns: int | None = None,
-        interleave: int = DEFAULT_INTERLEAVE,
+        interleave: int | None = None,
         provisioning: Provisioning = Provisioning.THIN,
         media: MediaType = MediaType.UNSPECIFIED,
         has_volume: bool = True,
@@ -278,9 +288,10 @@ class Pool:
             size: bytes, a multiple of 4096.
             resiliency: simple or mirror.
             copies: of a mirror, 2 or 3; 2 when None.
-            columns: over how many disks each copy is striped; as many as the disks allow, up to 8
-                (simple) or 4 (mirror), when None.
-            interleave: bytes on a column before the next one, a power of two.
+            columns: over how many disks each copy is striped. When None as many as the disks allow,
+                up to 8 (simple) or 4 (mirror), and for a mirror one disk is left for rebuilding.
+            interleave: bytes on a column before the next one, a power of two; when None 256 KiB, or
+                the slab if that is smaller.
             provisioning: thin takes slabs when they are written first, fixed takes all now.
             media: use only disks of this type.
             has_volume: it will hold a volume with files.
@@ -342,7 +353,9 @@ class Pool:
         most = len(usable) // space.copies
         kind = "simple space" if space.copies == 1 else f"mirror of {space.copies} copies"
         if wanted is None:
-            wanted = max(1, min(most, _MOST_COLUMNS[space.resiliency]))
+            # A mirror leaves a disk out, so that there is room to rebuild another one.
+            spared = len(usable) - (1 if space.copies > 1 else 0)
+            wanted = max(1, min(spared // space.copies, _MOST_COLUMNS[space.resiliency]))
         if not 1 <= wanted <= plane.MOST_COLUMNS:
             raise InvalidArgumentError(f"a space has 1 to {plane.MOST_COLUMNS} columns")
         if wanted > most:
@@ -766,7 +779,9 @@ def _copies(resiliency: Resiliency, copies: int | None) -> int:
     return copies
 
 
-def _checked_interleave(interleave: int, slab: int) -> int:
+def _checked_interleave(interleave: int | None, slab: int) -> int:
+    if interleave is None:
+        return min(DEFAULT_INTERLEAVE, slab)
     if interleave < 4096 or interleave > slab or interleave & (interleave - 1):
         raise InvalidArgumentError(
             f"an interleave of {interleave} bytes is impossible",

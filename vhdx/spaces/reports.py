@@ -209,7 +209,7 @@ def report_of(
         why = None
         if core.broken is not None:
             pool_status, why = PoolStatus.READ_ONLY, core.broken.message
-        elif core.read_only or settings.read_only:
+        elif settings.read_only:
             pool_status, why = PoolStatus.READ_ONLY, "by policy"
         health = pool_status.health
         if core.broken is not None:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from vhdx import place, plane
 from vhdx.errors import (
+    ExistsError,
     HostIOError,
     InUseError,
     InvalidArgumentError,
@@ -25,11 +26,20 @@ from vhdx.errors import (
     Reason,
     VhdxError,
 )
+from vhdx.interrupts import uninterruptible
 from vhdx.spaces import Pool, hints
 from vhdx.volume.state import PAGE
-from vhdx.volume.volume import Volume
+from vhdx.volume.volume import FileInfo, Volume
 
-__all__ = ["SCHEME", "SpacePlace", "lend_pool", "opened_pool"]
+__all__ = [
+    "SCHEME",
+    "SpacePlace",
+    "lend_pool",
+    "list_files",
+    "opened_pool",
+    "remove_file",
+    "rename_file",
+]
 
 SCHEME = "space"
 _LINGER = 0.5  # seconds for which a pool stays open after its last use
@@ -456,3 +466,59 @@ def opened_pool(name: str) -> Pool | None:
     """The pool of this name, if this process has it open for its paths."""
     opened = _place._pools.get(name)
     return None if opened is None else opened.pool
+
+
+def list_files(path: str) -> list[FileInfo]:
+    """The files of a volume, ``space://pool/space``.
+
+    Raises:
+        NotFoundError, InvalidArgumentError: there is none.
+    """
+    _check(path)
+    with _place.using(path) as volume:
+        return volume.files()
+
+
+@uninterruptible
+def rename_file(path: str, other: str, *, force: bool = False) -> None:
+    """Renames a file of a volume.
+
+    Raises:
+        NotFoundError: there is no such file.
+        ExistsError: there is one of the new name.
+        InvalidArgumentError: they are not in one volume.
+    """
+    if _check(path, is_file=True)[:2] != _check(other, is_file=True)[:2]:
+        raise InvalidArgumentError("a file is renamed inside its volume", hint="use vhdx volume cp")
+    if not force and _place.exists(other):
+        raise ExistsError("it exists already", path=other, hint="use --force (force=True)")
+    try:
+        _place.rename(path, other)
+    except FileNotFoundError as error:
+        raise NotFoundError("there is no such file", path=path) from error
+
+
+@uninterruptible
+def remove_file(path: str) -> None:
+    """Removes a file of a volume that nobody uses.
+
+    Raises:
+        NotFoundError: there is no such file.
+        InUseError: it is open.
+    """
+    _check(path, is_file=True)
+    try:
+        with _place.guard(path):
+            pass
+        _place.remove(path)
+    except FileNotFoundError as error:
+        raise NotFoundError("there is no such file", path=path) from error
+
+
+def _check(path: str, *, is_file: bool = False) -> _Path:
+    if place.is_host(path):
+        raise InvalidArgumentError("it is no path in a pool", path=path, hint="space://POOL/SPACE")
+    parts = _parts(path)
+    if is_file and not parts.name:
+        raise InvalidArgumentError("it names no file", path=path, hint="space://POOL/SPACE/NAME")
+    return parts
