@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT
-"""Measures and reports: ``python -m bench nbd|api|stall|chain|convert|qos|start|mount|stack``.
+"""Measures and reports: ``python -m bench nbd|api|stall|chain|convert|qos|start|mount|stack|spaces``.
 
 ``--quick`` gives a first look. Prints a table and writes JSON and Markdown.
 """
@@ -13,13 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import api, chain, convert, mount, nbd, qos, stack, stall, start
+from bench import api, chain, convert, mount, nbd, qos, spaces, stack, stall, start
 from bench.conditions import Places, machine
 
 HERE = Path(__file__).parent
 BENCHMARKS = {
     "nbd": nbd, "api": api, "stall": stall, "chain": chain, "convert": convert, "qos": qos,
-    "start": start, "mount": mount, "stack": stack,
+    "start": start, "mount": mount, "stack": stack, "spaces": spaces,
 }  # fmt: skip
 
 

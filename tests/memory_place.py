@@ -205,9 +205,6 @@ class MemoryPlace:
     def kind(self, path: str) -> str | None:
         return "file" if path in self.inodes else None
 
-    def shares_storage(self, path: str, other: str) -> bool:
-        return self.key(path) == self.key(other)
-
     def is_same_name(self, path: str, other: str) -> bool:
         return path == other
 

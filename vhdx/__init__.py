@@ -55,11 +55,13 @@ if TYPE_CHECKING:
         undo,
     )
     from vhdx.image.converting import convert
+    from vhdx.spaces import DiskSpec, Pool
 
 __all__ = [
     "ClosedError",
     "DamagedError",
     "Disk",
+    "DiskSpec",
     "ExistsError",
     "Extent",
     "ExtentState",
@@ -72,6 +74,7 @@ __all__ = [
     "NoSpaceError",
     "NotFoundError",
     "PoisonedError",
+    "Pool",
     "RangeError",
     "ReadOnlyError",
     "Reason",
@@ -107,6 +110,7 @@ _HOMES = {
     "vhdx.front.nbd": "Server",
     "vhdx.mounting": "mounted",
     "vhdx.host": "Limits",
+    "vhdx.spaces": "DiskSpec Pool",
     "vhdx.errors": " ".join(name for name in __all__ if name.endswith("Error")) + " Reason",
 }
 _find = lazy.exports(__name__, _HOMES)

@@ -37,7 +37,6 @@ __all__ = [
     "provide",
     "real",
     "register",
-    "shares_storage",
     "spelled",
 ]
 
@@ -127,9 +126,6 @@ class Place(Protocol):
 
         A block device keeps its name and size, and cannot be replaced.
         """
-
-    def shares_storage(self, path: str, other: str) -> bool:
-        """Whether two paths of this place lead to bytes in common, perhaps by different devices."""
 
     def is_same_name(self, path: str, other: str) -> bool:
         """Whether both are one name, and not two names of one file."""
@@ -222,12 +218,6 @@ def open_file(
 def real(path: str | os.PathLike[str]) -> str:
     """The absolute path, with links resolved."""
     return of(path).real(spelled(path))
-
-
-def shares_storage(path: str | os.PathLike[str], other: str | os.PathLike[str]) -> bool:
-    """Whether a change of one can change the other."""
-    there = of(path)
-    return there is of(other) and there.shares_storage(spelled(path), spelled(other))
 
 
 def key_of(path: str | os.PathLike[str]) -> Key | None:

@@ -271,7 +271,7 @@ def test_two_partitions_of_a_disk_are_two_storages(tmp_path):
 def test_a_conversion_that_is_killed_leaves_no_image_on_a_device(device, tmp_path):
     raw = tmp_path / "disk.raw"
     with raw.open("wb") as file:
-        for _ in range(128):
+        for _ in range(64):
             file.write(os.urandom(MIB))
     code = (
         "import os, vhdx\n"
@@ -280,7 +280,9 @@ def test_a_conversion_that_is_killed_leaves_no_image_on_a_device(device, tmp_pat
     )
     for kind in ("dynamic", "fixed"):
         vhdx.create(device, 20 * MIB, force=True)
-        run = subprocess.run([sys.executable, "-c", code.replace("to=", f"type={kind!r}, to=")])
+        run = subprocess.run(
+            [sys.executable, "-c", code.replace("to=", f"type={kind!r}, block_size=1 << 20, to=")]
+        )
         assert run.returncode == 9
         with pytest.raises(UnsupportedError, match="format is unknown"):
             vhdx.open(device)

@@ -58,7 +58,7 @@ def test_everything_exported_is_there_and_documented():
         assert getattr(vhdx, name).__doc__, name
     public = {n for n in dir(vhdx) if not n.startswith("_")}
     modules = {"control", "errors", "files", "format", "front", "host", "image"} | {
-        "mounting", "plane", "qos", "units", "cli",
+        "mounting", "plane", "qos", "spaces", "units", "volume", "cli",
     }  # fmt: skip
     assert public - modules == set(vhdx.__all__)
 

@@ -19,6 +19,7 @@ from vhdx.image.host import HostFile
 from vhdx.image.opening import open_disk
 from vhdx.image.replacing import new_file
 from vhdx.image.reserving import reserve
+from vhdx.image.storage import share_storage
 from vhdx.image.vhd.footer import find_footer
 from vhdx.image.vhd.layout import check_vhd, write_vhd
 from vhdx.image.vhd.opening import open_vhd
@@ -26,7 +27,7 @@ from vhdx.image.vhdx import layout
 from vhdx.image.vhdx.engine import Engine
 from vhdx.image.vhdx.structure import read_structure
 from vhdx.interrupts import uninterruptible
-from vhdx.place import key_of, of, shares_storage, spelled
+from vhdx.place import is_host, key_of, of, spelled
 from vhdx.units import MIB, round_up
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def convert(
     Raises:
         VhdxError: as :func:`vhdx.open` and :func:`vhdx.create`; reason CANCELLED when cancelled.
     """
-    if not _is_same_file(source, destination) and shares_storage(source, destination):
+    if not _is_same_file(source, destination) and _share_storage(source, destination):
         raise InvalidArgumentError(
             "source and destination are on the same storage: a disk and its partition, or a loop "
             "device and its file",
@@ -192,6 +193,14 @@ def convert(
             engine.close()
         finish()
         return size - disk.size
+
+
+def _share_storage(source: StrPath, destination: StrPath) -> bool:
+    return (
+        is_host(source)
+        and is_host(destination)
+        and share_storage(os.fspath(source), os.fspath(destination))
+    )
 
 
 def _hide(leaf: plane.Device) -> Callable[[], None]:

@@ -26,7 +26,7 @@ from vhdx.image.attributes import OWN_PREFIX, check_owner, copy_attributes
 from vhdx.image.dropped import closed_so_far, wait_for_dropped
 from vhdx.image.names import rename_new, sync_directory
 from vhdx.image.partial import create_partial
-from vhdx.image.storage import is_read_only, kernel_node, share_storage
+from vhdx.image.storage import is_read_only, kernel_node
 from vhdx.place import open_file
 
 # Whoever opens files of any place takes `open_file` from here: that makes the host's files known.
@@ -237,9 +237,6 @@ class HostPlace:
     def kind(self, path: str) -> str | None:
         found = Path(path)
         return "device" if found.is_block_device() else "file" if found.is_file() else None
-
-    def shares_storage(self, path: str, other: str) -> bool:
-        return share_storage(path, other)
 
     def is_same_name(self, path: str, other: str) -> bool:
         if os.path.realpath(path) == os.path.realpath(other):

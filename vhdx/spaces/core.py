@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from vhdx import plane
 from vhdx.arrays import np
@@ -47,13 +47,33 @@ from vhdx.spaces.states import DiskStatus
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from vhdx.spaces.space import Space
 
-__all__ = ["Core"]
+__all__ = ["Attached", "Core"]
 
 _GROUP_OVERHEAD = 4096 + 64  # bytes in the ledger, beside the records
 _RECORD_OVERHEAD = 16
 _NOTES_SECONDS = 10.0
+
+
+class Attached(Protocol):
+    """A space that is attached (:class:`vhdx.spaces.space.Space`)."""
+
+    layout: plane.Layout
+    unreconciled: npt.NDArray[np.bool_]
+    filling: dict[tuple[int, int, int], tuple[int, int]]
+
+    @property
+    def state(self) -> SpaceState:
+        """What the ledger says of it."""
+
+    def refresh(self, first: int, count: int) -> set[int]:
+        """Tells C about rows; returns disks that are out and have the last copy of some."""
+
+    def forget_disk(self, index: int) -> None:
+        """The disk is closed next."""
+
+    def grow(self) -> None:
+        """Takes over a larger size."""
 
 
 class Core:
@@ -79,7 +99,7 @@ class Core:
         self.lock = threading.RLock()
         self.state, self.disks = state, disks
         self.slabs = Slabs(state)
-        self.spaces: dict[int, Space] = {}
+        self.spaces: dict[int, Attached] = {}
         self.read_only = ledger is None
         self.broken: VhdxError | None = None
         self.changed = threading.Event()

@@ -25,8 +25,7 @@ from vhdx.units import MIB
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from vhdx.spaces.core import Core
-    from vhdx.spaces.space import Space
+    from vhdx.spaces.core import Attached, Core
 
 __all__ = ["Job", "Repairer", "leaves_slabs"]
 
@@ -179,7 +178,7 @@ class Repairer:
 
     # ---- the three kinds ----
 
-    def _reconcile(self, space: Space, row: int) -> None:
+    def _reconcile(self, space: Attached, row: int) -> None:
         """Makes the copies of a row equal to the one that is read since the crash."""
         core, state = self._core, space.state
         with core.lock:
@@ -197,7 +196,7 @@ class Repairer:
             space.unreconciled[row] = False
             space.refresh(row, 1)
 
-    def _resync(self, space: Space, job: Job) -> None:
+    def _resync(self, space: Attached, job: Job) -> None:
         core = self._core
         with core.lock:
             source = self._source(space.state, job.row, job.column)
@@ -214,7 +213,7 @@ class Repairer:
             core.commit(list(core.state.rows_records(state, job.row, rows)))
             space.refresh(job.row, 1)
 
-    def _rebuild(self, space: Space, job: Job) -> None:
+    def _rebuild(self, space: Attached, job: Job) -> None:
         core = self._core
         key = (job.row, job.column)
         with core.lock:
@@ -276,7 +275,7 @@ class Repairer:
             raise NoSpaceError("another slab of the column is being filled")
         return disk, core.slabs.take(disk), free[0]
 
-    def _switch(self, space: Space, job: Job, slot: int) -> bool:
+    def _switch(self, space: Attached, job: Job, slot: int) -> bool:
         """Records that the new slab takes the place of the old one; under the core's lock."""
         core, state = self._core, space.state
         filled = space.filling.get((job.row, job.column, slot))
@@ -301,7 +300,7 @@ class Repairer:
             raise VhdxError("there is no copy to repair it from", reason=Reason.IO)
         return column * state.slots + int(np.flatnonzero(readable)[0])
 
-    def _copy(self, space: Space, row: int, source: int, target: int, *, compares: bool) -> None:
+    def _copy(self, space: Attached, row: int, source: int, target: int, *, compares: bool) -> None:
         """Copies a slab; a disk that fails is taken out."""
         slab = self._core.state.settings.slab
         for at in range(0, slab, _PIECE):
@@ -317,7 +316,7 @@ class Repairer:
             if space.layout.changes_and_reads() != before:
                 time.sleep(min(0.1, time.monotonic() - began))
 
-    def _blame(self, space: Space, row: int, members: tuple[int, int], error: VhdxError) -> None:
+    def _blame(self, space: Attached, row: int, members: tuple[int, int], error: VhdxError) -> None:
         """Takes out the disk whose path the error names, if it is not the only copy."""
         core = self._core
         if isinstance(error, (NoSpaceError, ClosedError)):

@@ -13,8 +13,7 @@ from vhdx.units import MIB
 
 if TYPE_CHECKING:
     from vhdx.interrupts import Cancel, Progress
-    from vhdx.spaces.core import Core
-    from vhdx.spaces.space import Space
+    from vhdx.spaces.core import Attached, Core
 
 __all__ = ["Difference", "Scrubbed", "scrub"]
 
@@ -73,7 +72,7 @@ class Scrubbed:
 
 def scrub(
     core: Core,
-    spaces: Sequence[Space],
+    spaces: Sequence[Attached],
     *,
     repair: bool,
     progress: Progress | None = None,
@@ -110,7 +109,7 @@ def scrub(
 
 
 def _compare(
-    core: Core, space: Space, row: int, column: int, at: int, length: int
+    core: Core, space: Attached, row: int, column: int, at: int, length: int
 ) -> Iterator[tuple[Difference, int]]:
     verdicts = space.layout.compare(row, column, at, length)
     for block in np.flatnonzero(verdicts).tolist():
@@ -133,7 +132,7 @@ def _note(found: Scrubbed, difference: Difference) -> None:
         found.differences.append(difference)
 
 
-def _mend(space: Space, row: int, column: int, offset: int, verdict: int) -> None:
+def _mend(space: Attached, row: int, column: int, offset: int, verdict: int) -> None:
     """Copies a block from a member of the majority to those that differ from it."""
     slots = space.state.slots
     entries = space.layout.read_entries(row, 1)[0]

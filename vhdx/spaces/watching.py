@@ -21,9 +21,8 @@ from vhdx.spaces.states import DiskStatus, RetirePolicy, Usage
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from vhdx.spaces.core import Core
+    from vhdx.spaces.core import Attached, Core
     from vhdx.spaces.repairing import Repairer
-    from vhdx.spaces.space import Space
 
 __all__ = ["Watcher", "clean_marks"]
 
@@ -193,7 +192,7 @@ class Watcher:
                     self._changed.pop((number, row), None)
 
 
-def clean_marks(core: Core, space: Space, rows: Iterable[int]) -> None:
+def clean_marks(core: Core, space: Attached, rows: Iterable[int]) -> None:
     """Takes marks away from rows whose copies are all there, in step, and durable.
 
     Raises:
@@ -230,7 +229,7 @@ def clean_marks(core: Core, space: Space, rows: Iterable[int]) -> None:
                 space.layout.mark(row, 1, marked=True)
 
 
-def _is_whole(core: Core, space: Space, row: int) -> bool:
+def _is_whole(core: Core, space: Attached, row: int) -> bool:
     """Whether every member of the row takes part; a flush may have found that one does not."""
     members = space.state.rows[row]
     return all(

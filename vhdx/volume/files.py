@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Protocol
 
 from vhdx import plane
 from vhdx.arrays import np
@@ -14,7 +16,7 @@ from vhdx.volume.state import PAGE, runs_of
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from vhdx.volume.volume import Volume
+    from vhdx.volume.state import Pages, VolumeState
 
 __all__ = ["LARGEST_FILE", "VolumeFile"]
 
@@ -22,10 +24,29 @@ LARGEST_FILE = 65 * TIB
 _GRANT = 64  # pages at a time, for writes into holes
 
 
+class Owner(Protocol):
+    """The volume of a file (:class:`vhdx.volume.volume.Volume`)."""
+
+    lock: threading.RLock
+    state: VolumeState
+    pages: Pages
+    device: plane.Device
+    read_only: bool
+
+    def path_of(self, number: int) -> str:
+        """A path of a file, for messages."""
+
+    def commit(self, payloads: Iterable[bytes]) -> None:
+        """Makes records durable, and applies them."""
+
+    def take_zeroed(self, count: int, least: int) -> npt.NDArray[np.int64]:
+        """Takes free pages and makes them read zeros."""
+
+
 class _Device(plane.Map):
     """The page table of a file; a change of its size is its owner's."""
 
-    def __init__(self, owner: VolumeFile, volume: Volume, size: int) -> None:
+    def __init__(self, owner: VolumeFile, volume: Owner, size: int) -> None:
         super().__init__(
             owner,
             size,
@@ -52,7 +73,7 @@ class VolumeFile:
         device: reads and writes it.
     """
 
-    def __init__(self, volume: Volume, number: int) -> None:
+    def __init__(self, volume: Owner, number: int) -> None:
         self._volume, self.id = volume, number
         self._granted: set[int] = set()  # under the volume's lock
         self.device = _Device(self, volume, volume.state.files[number].size)

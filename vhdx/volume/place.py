@@ -394,9 +394,6 @@ class SpacePlace:
         finally:
             self.end_use(opened)
 
-    def shares_storage(self, path: str, other: str) -> bool:
-        return self.real(path) == self.real(other)
-
     def is_same_name(self, path: str, other: str) -> bool:
         return self.real(path) == self.real(other)
 

@@ -16,6 +16,7 @@ from vhdx.volume.state import PAGE, FileState, Pages, VolumeState
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from vhdx import plane
     from vhdx.spaces import Pool
 
 __all__ = ["FileInfo", "Volume"]
@@ -75,7 +76,7 @@ class Volume:
         self._pool, self.name = pool, name
         self.number = pool.take(name)
         try:
-            self.device = pool.device(self.number)
+            self.device: plane.Device = pool.device(self.number)
             self.read_only = pool.read_only
             self.state = VolumeState()
             pool.attach_owner(self.number, self.state)
