@@ -505,7 +505,7 @@ def test_a_region_of_a_device_is_respected():
 
 
 def test_golden_bytes(monkeypatch):
-    monkeypatch.setattr("vhdx.ledger.ledger._first_term", lambda: 1)
+    monkeypatch.setattr("vhdx.ledger.founding.first_term", lambda: 1)
     device = plane.Memory(8 * BLOCK)
     names = [UUID(int=1), UUID(int=2)]
     other = plane.Memory(8 * BLOCK)

@@ -31,32 +31,26 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import threading
 from typing import TYPE_CHECKING, NamedTuple
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from vhdx import plane
 from vhdx.errors import (
     ClosedError,
     InvalidArgumentError,
-    NoSpaceError,
     PoisonedError,
     Reason,
     VhdxError,
 )
 from vhdx.interrupts import uninterruptible
+from vhdx.ledger.founding import found, recover
 from vhdx.ledger.layout import (
-    BLOCK,
-    MOST_MEMBERS,
     Member,
     Record,
-    Superblock,
-    area_length,
     check_record,
-    check_region,
 )
-from vhdx.ledger.members import Side, read_area, read_members
+from vhdx.ledger.members import read_area, read_members
 from vhdx.ledger.writing import Writer
 
 if TYPE_CHECKING:
@@ -133,36 +127,7 @@ class Ledger:
                 the names do not fit.
             VhdxError: a member cannot be written.
         """
-        if not 1 <= len(members) <= MOST_MEMBERS:
-            raise InvalidArgumentError(f"a ledger has 1 to {MOST_MEMBERS} members")
-        for member in members:
-            check_region(member)
-        uuids = tuple(names) if names is not None else tuple(uuid4() for _ in members)
-        if len(set(uuids)) != len(members):
-            raise InvalidArgumentError("each member needs a name of its own")
-        if any(a is not b and _overlap(a, b) for a in members for b in members):
-            raise InvalidArgumentError("two members share a region")
-        ledger_uuid, term = identity or uuid4(), _first_term()
-        sides = [
-            Side(
-                member,
-                uuids[index],
-                index,
-                Superblock(
-                    ledger_uuid, uuids, index, 0, term, term, 0, 1, area_length(member.length), (0, 0)
-                ),
-            )
-            for index, member in enumerate(members)
-        ]
-        writer = cls.writer_type(uuids, sides, pool)
-        for block in range(2):
-            offsets = [side.member.offset + block * BLOCK for side in sides]
-            writer.write(sides, offsets, bytes(BLOCK))
-        writer.write_checkpoint([[]], term, base=(0, 0))
-        for side in sides:
-            if side.error is not None:
-                raise side.error
-        return cls(writer)
+        return cls(found(cls.writer_type, members, pool, identity, names))
 
     @classmethod
     def recover(
@@ -181,30 +146,9 @@ class Ledger:
             HostIOError: reason NO_QUORUM: half of the members or more are away.
             NoSpaceError: half of the members or more are too small for what the others hold.
         """
-        found = read_members(members, identity)
-        voters = [side for side, _ in found.sides]
-        sides = voters + found.rejoining
-        writer = cls.writer_type(found.members, sides, pool)
-        writer.promise(max(side.superblock.promised for side in voters) + 1, voters)
-        best, newest = max(
-            ((area, side) for side, area in found.sides if side.in_step),
-            key=lambda one: one[0].position,
-        )
-        if newest.superblock.members != found.members:
-            raise PoisonedError("the member that knew the newest list of members failed: try again")
-        behind = {side.index for side, area in found.sides if area.position != best.position}
-        missed = [side.name for side, area in found.sides if best.has_succeeded_since(area.position)]
-        missed += [side.name for side in found.rejoining]
-        behind |= {side.index for side in found.rejoining}
-        batches = [[record for batch in best.batches() for record in batch]]
-        if writer.packed_length(batches) > best.length:
-            batches = best.batches()  # as they are, they fit where they were
-        writer.sequence = best.position[1] + 1
-        term = max(side.superblock.promised for side in sides)
-        writer.write_checkpoint(batches, term, base=best.next_base)
+        writer, best, missed, positions, behind = recover(cls.writer_type, members, pool, identity)
         out = sorted(set(writer.out_of_step) | behind)
-        records = [record for batch in batches for record in batch]
-        positions = {side.name: area.position for side, area in found.sides}
+        records = [record for batch in best.batches() for record in batch]
         return Recovered(cls(writer), records, out, missed, positions)
 
     @staticmethod
@@ -244,7 +188,10 @@ class Ledger:
 
     def leave_out(self, name: UUID) -> bool:
         """Writes no more to a member until it rejoins; False if the others are no majority."""
-        return self._exclusively(lambda: self._writer.leave_out(name))
+        with self._lock:
+            while self._writes:
+                self._changed.wait()
+            return self._writer.leave_out(name)
 
     def append(self, kind: int, payload: bytes) -> None:
         """Adds a record; it is durable when a later :meth:`commit` returns.
@@ -315,18 +262,9 @@ class Ledger:
             VhdxError: reason CANCELLED: another checkpoint came first, so these parts are old. Or it
                 cannot be written; nothing was changed.
         """
-
-        def write(records: list[Record]) -> None:
-            writer, name = self._writer, member.name
-            if name is None or name in writer.members or len(writer.members) == MOST_MEMBERS:
-                raise InvalidArgumentError("the new member needs a name of its own, and room")
-            self._check_new_region(member, records)
-            names = (*writer.members, name)
-            joining = writer.new_side(member, names)
-            writer.try_member(joining, [records])
-            writer.change_members(names, [*writer.sides, joining], [records], joining)
-
-        self._replace_records(parts, write, is_change=True)
+        self._replace_records(
+            parts, lambda records: self._writer.add_member(member, [records]), is_change=True
+        )
 
     @uninterruptible
     def rejoin(self, member: Member, parts: Iterable[tuple[int, bytes]]) -> None:
@@ -340,18 +278,9 @@ class Ledger:
             InvalidArgumentError: there is no such member, or the region is unfit.
             VhdxError: as for :meth:`add`.
         """
-
-        def write(records: list[Record]) -> None:
-            writer = self._writer
-            if member.name not in writer.members:
-                raise InvalidArgumentError("it is not a member")
-            self._check_new_region(member, records)
-            side = writer.new_side(member, writer.members)
-            writer.try_member(side, [records])
-            writer.rejoin(side)
-            writer.write_checkpoint([records], writer.term)
-
-        self._replace_records(parts, write, is_change=True)
+        self._replace_records(
+            parts, lambda records: self._writer.rejoin_member(member, [records]), is_change=True
+        )
 
     @uninterruptible
     def remove(self, name: UUID, parts: Iterable[tuple[int, bytes]]) -> None:
@@ -361,32 +290,9 @@ class Ledger:
             InvalidArgumentError: there is no such member, or it is the last.
             VhdxError: reason CANCELLED, as for :meth:`add`.
         """
-
-        def write(records: list[Record]) -> None:
-            writer = self._writer
-            if name not in writer.members or len(writer.members) == 1:
-                raise InvalidArgumentError("it is not a member, or it is the last one")
-            names = tuple(each for each in writer.members if each != name)
-            rest = [side for side in writer.sides if side.name != name]
-            writer.change_members(names, rest, [records])
-
-        self._replace_records(parts, write, is_change=True)
-
-    def _check_new_region(self, member: Member, records: list[Record]) -> None:
-        check_region(member)
-        if any(
-            side.name != member.name and _overlap(side.member, member) for side in self._writer.sides
-        ):
-            raise InvalidArgumentError("the region is that of a member", path=member.device.path)
-        if self._writer.packed_length([records]) > area_length(member.length):
-            raise NoSpaceError("the records do not fit there", path=member.device.path)
-
-    def _exclusively(self, work: Callable[[], bool]) -> bool:
-        """Does something to the writer while nothing is written."""
-        with self._lock:
-            while self._writes:
-                self._changed.wait()
-            return work()
+        self._replace_records(
+            parts, lambda records: self._writer.remove_member(name, [records]), is_change=True
+        )
 
     def _replace_records(
         self,
@@ -442,10 +348,7 @@ class Ledger:
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:  # another thread may have held the lock at the fork
-            raise ClosedError(
-                "the ledger belongs to the process that opened it, not to its child",
-                reason=Reason.FORKED,
-            )
+            raise ClosedError("it belongs to the process that opened it", reason=Reason.FORKED)
 
     def _check_locked(self) -> None:
         if self._ended is not None:
@@ -477,14 +380,3 @@ class Ledger:
             with self._lock:
                 self._writes = False
                 self._changed.notify_all()
-
-
-def _overlap(a: Member, b: Member) -> bool:
-    """Whether two regions share bytes of one device."""
-    is_same = a.device is b.device or a.device.handle == b.device.handle
-    return is_same and a.offset < b.offset + b.length and b.offset < a.offset + a.length
-
-
-def _first_term() -> int:
-    """Of a new ledger: what an older one left in the regions must not continue it."""
-    return 1 + secrets.randbits(40)

@@ -25,7 +25,7 @@ from vhdx.ledger.layout import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Found", "Side", "blank", "do_on_all", "read_area", "read_members"]
+__all__ = ["Found", "Side", "blank", "do_on_all", "overlap", "read_area", "read_members"]
 
 
 @dataclass
@@ -78,6 +78,12 @@ class Side:
 
     def offset_in(self, area: int, at: int) -> int:
         return self.member.offset + area_offset(area, self.superblock.area_length) + at
+
+
+def overlap(a: Member, b: Member) -> bool:
+    """Whether two regions share bytes of one device."""
+    is_same = a.device is b.device or a.device.handle == b.device.handle
+    return is_same and a.offset < b.offset + b.length and b.offset < a.offset + a.length
 
 
 def do_on_all(

@@ -7,9 +7,18 @@ from dataclasses import replace
 from uuid import UUID
 
 from vhdx import plane
-from vhdx.errors import NoSpaceError, PoisonedError
-from vhdx.ledger.layout import BLOCK, Member, Record, Superblock, pack_groups
-from vhdx.ledger.members import Side, blank, do_on_all
+from vhdx.errors import InvalidArgumentError, NoSpaceError, PoisonedError
+from vhdx.ledger.layout import (
+    BLOCK,
+    MOST_MEMBERS,
+    Member,
+    Record,
+    Superblock,
+    area_length,
+    check_region,
+    pack_groups,
+)
+from vhdx.ledger.members import Side, blank, do_on_all, overlap
 
 __all__ = ["Writer"]
 
@@ -206,13 +215,41 @@ class Writer:
                 side.in_step, side.left_out = False, True
         return True
 
-    def rejoin(self, side: Side) -> None:
-        """Lets the next checkpoint go to a member that was away or left out, too."""
-        self.sides = [each for each in self.sides if each.name != side.name] + [side]
+    def add_member(self, member: Member, batches: list[list[Record]]) -> None:
+        """Adds a member; see :meth:`vhdx.ledger.Ledger.add`."""
+        name = member.name
+        if name is None or name in self.members or len(self.members) == MOST_MEMBERS:
+            raise InvalidArgumentError("the new member needs a name of its own, and room")
+        self._check_new_region(member, batches)
+        names = (*self.members, name)
+        joining = blank(self.sides[0].superblock, names, member, 0)
+        self.try_member(joining, batches)
+        self.change_members(names, [*self.sides, joining], batches, joining)
 
-    def new_side(self, member: Member, members: tuple[UUID, ...]) -> Side:
-        """A member of this list without anything in its region."""
-        return blank(self.sides[0].superblock, members, member, 0)
+    def rejoin_member(self, member: Member, batches: list[list[Record]]) -> None:
+        """Takes a member back; see :meth:`vhdx.ledger.Ledger.rejoin`."""
+        if member.name not in self.members:
+            raise InvalidArgumentError("it is not a member")
+        self._check_new_region(member, batches)
+        side = blank(self.sides[0].superblock, self.members, member, 0)
+        self.try_member(side, batches)
+        self.sides = [each for each in self.sides if each.name != side.name] + [side]
+        self.write_checkpoint(batches, self.term)
+
+    def remove_member(self, name: UUID, batches: list[list[Record]]) -> None:
+        """Removes a member; see :meth:`vhdx.ledger.Ledger.remove`."""
+        if name not in self.members or len(self.members) == 1:
+            raise InvalidArgumentError("it is not a member, or it is the last one")
+        names = tuple(each for each in self.members if each != name)
+        self.change_members(names, [s for s in self.sides if s.name != name], batches)
+
+    def _check_new_region(self, member: Member, batches: list[list[Record]]) -> None:
+        check_region(member)
+        others = (side.member for side in self.sides if side.name != member.name)
+        if any(overlap(other, member) for other in others):
+            raise InvalidArgumentError("the region is that of a member", path=member.device.path)
+        if self.packed_length(batches) > area_length(member.length):
+            raise NoSpaceError("the records do not fit there", path=member.device.path)
 
     def promise(self, term: int, voters: list[Side]) -> None:
         """Claims a term on more than half; only those count that have the ledger."""
