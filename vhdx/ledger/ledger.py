@@ -370,11 +370,7 @@ class Ledger:
             with self._lock:
                 self._pending[:0] = records
                 if self._writer.touched:
-                    self._ended = (
-                        error
-                        if isinstance(error, PoisonedError)
-                        else PoisonedError(f"a write to the ledger failed: {error!r}")
-                    )
+                    self._ended = PoisonedError(f"a write to the ledger failed: {error}")
             raise
         finally:
             with self._lock:
