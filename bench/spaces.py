@@ -209,7 +209,7 @@ def _rebuild(work: Path, rounds: int, size: int) -> list[dict[str, Any]]:
             used = max(pool.report().disks, key=lambda disk: disk.used_slabs)
             slabs = used.used_slabs
             Path(used.path).unlink()
-            pool.look()
+            pool.settle(0)
             began = time.monotonic()
             pool.repair()
             rebuilding = time.monotonic() - began

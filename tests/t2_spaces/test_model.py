@@ -92,7 +92,7 @@ class Model:
         if self._can_lose():
             name = self.rng.choice(self._takes_part())
             self.away[name] = self.place.take_away(name)
-            self.pool.look()
+            self.pool.settle(0)
             assert name not in self._takes_part()
 
     def fail(self) -> None:
@@ -114,7 +114,7 @@ class Model:
                 at = DISK - 512 * KIB
                 memory.write(self.rng.randbytes(256 * KIB), at)
             self.place.bring_back(name, self.away.pop(name))
-            self.pool.look()
+            self.pool.settle(0)
             assert self.pool.settle(60)
             assert name in self._takes_part()
 

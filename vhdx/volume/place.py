@@ -62,7 +62,7 @@ class SpaceFile:
         pool = zlib.crc32(opened.pool.id.bytes)
         if volume is None:
             self.key = (1 << 62 | pool, number << 32)
-            self.leaf: plane.Device = opened.pool.device(number)
+            self.leaf: plane.Device = opened.pool.leases.device(number)
         else:
             self.key = (1 << 62 | pool, volume.number << 32 | number)
             self.leaf = volume.file(number).device
@@ -94,7 +94,7 @@ class SpaceFile:
         self._closed = True
         try:
             if self._volume is None:
-                self._opened.pool.give_back(self._number)
+                self._opened.pool.leases.give_back(self._number)
                 self._owner._release_space(self._opened, self._number)
             else:
                 self._volume.release(self._number, write=self._write, locked=self._locked)
@@ -174,17 +174,17 @@ class SpacePlace:
     def _open_space(
         self, path: str, opened: OpenPool, parts: PoolPath, *, write: bool, sparse: bool
     ) -> SpaceFile:
-        if not parts.space or opened.pool.has_volume(parts.space):
+        if not parts.space or opened.pool.leases.has_volume(parts.space):
             raise HostIOError(
                 "it is a volume" if parts.space else "it is a pool",
                 reason=Reason.NOT_A_FILE,
                 path=path,
                 hint="name a file in it",
             )
-        number = opened.pool.take(parts.space)
+        number = opened.pool.leases.take(parts.space)
         users = self._raw.setdefault(number, [])
         if users and (write or any(users)):
-            opened.pool.give_back(number)
+            opened.pool.leases.give_back(number)
             raise InUseError("it is open already in this process", path=path)
         users.append(write)
         return SpaceFile(self, path, opened, None, number, write=write, locked=True, sparse=sparse)
@@ -242,7 +242,7 @@ class SpacePlace:
             if parts.space not in opened.pool.space_names():
                 return None
             if not parts.name:
-                return None if opened.pool.has_volume(parts.space) else "device"
+                return None if opened.pool.leases.has_volume(parts.space) else "device"
             names = self.pools.volume(opened, parts).state.names
             return "file" if parts.name in names else None
         finally:

@@ -148,7 +148,7 @@ class OpenPools:
         with self._lock:
             found = opened.volumes.get(parts.space)
             if found is None:
-                if not opened.pool.has_volume(parts.space):
+                if not opened.pool.leases.has_volume(parts.space):
                     raise InvalidArgumentError(
                         f"space {parts.space!r} is a raw disk, and has no files", path=parts.pool
                     )

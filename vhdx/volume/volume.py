@@ -74,23 +74,23 @@ class Volume:
     def __init__(self, pool: Pool, name: str) -> None:
         self.lock = threading.RLock()
         self._pool, self.name = pool, name
-        self.number = pool.take(name)
+        self.number = pool.leases.take(name)
         try:
-            self.device: plane.Device = pool.device(self.number)
+            self.device: plane.Device = pool.leases.device(self.number)
             self.read_only = pool.read_only
             self.state = VolumeState()
-            pool.attach_owner(self.number, self.state)
+            pool.leases.attach_owner(self.number, self.state)
             self.pages = Pages(self.state, self.device.size // PAGE)
             self._open: dict[int, _Open] = {}
             if not self.read_only:
                 self._remove_nameless()
         except BaseException:
-            pool.give_back(self.number)
+            pool.leases.give_back(self.number)
             raise
 
     def close(self) -> None:
         """Gives the space back; no file may be open."""
-        self._pool.give_back(self.number)
+        self._pool.leases.give_back(self.number)
 
     @property
     def is_used(self) -> bool:
@@ -106,7 +106,7 @@ class Volume:
 
     def commit(self, payloads: Iterable[bytes]) -> None:
         """Makes records durable, and applies them."""
-        self._pool.commit_owner(self.number, payloads)
+        self._pool.leases.commit_owner(self.number, payloads)
 
     def take_zeroed(self, count: int, least: int) -> npt.NDArray[np.int64]:
         """Takes free pages and makes them read zeros."""
