@@ -34,7 +34,6 @@ __all__ = [
     "key_of",
     "of",
     "open_file",
-    "provide",
     "real",
     "register",
     "spelled",
@@ -166,17 +165,13 @@ class Place(Protocol):
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/+")
 _places: dict[str, Place] = {}
-_modules: dict[str, str] = {}  # that register a place when they are imported
+# That register the places of schemes; imported when a path of theirs is used first.
+_modules = {"": "vhdx.image.host", "space": "vhdx.volume.place"}
 
 
 def register(scheme: str, place: Place) -> None:
     """Makes ``place`` the place of paths with this scheme; "" is the host."""
     _places[scheme] = place
-
-
-def provide(scheme: str, module: str) -> None:
-    """Says which module registers the place of a scheme; it is imported when it is needed."""
-    _modules[scheme] = module
 
 
 def _is_known(scheme: str) -> bool:
@@ -195,11 +190,10 @@ def spelled(path: str | os.PathLike[str]) -> str:
 def of(path: str | os.PathLike[str]) -> Place:
     """The place that a path belongs to."""
     match = _SCHEME.match(os.fsdecode(path))
-    if match is None or not _is_known(match[1]):
-        return _places[""]
-    if match[1] not in _places:
-        importlib.import_module(_modules[match[1]])
-    return _places[match[1]]
+    scheme = match[1] if match is not None and _is_known(match[1]) else ""
+    if scheme not in _places:
+        importlib.import_module(_modules[scheme])
+    return _places[scheme]
 
 
 def is_host(path: str | os.PathLike[str]) -> bool:

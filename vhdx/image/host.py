@@ -357,4 +357,3 @@ def _open_once(path: str, *, write: bool, sparse: bool, locked: bool) -> HostFil
 
 
 place.register("", HostPlace())
-place.provide("space", "vhdx.volume.place")

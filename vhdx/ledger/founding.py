@@ -79,6 +79,7 @@ class Start(NamedTuple):
         missed: names of members that lacked a commit that had succeeded.
         positions: where each member was.
         behind: indexes of members that were not where the best one was.
+        base: a member that missed nothing is there or later.
     """
 
     writer: Writer
@@ -86,6 +87,7 @@ class Start(NamedTuple):
     missed: list[UUID]
     positions: dict[UUID, tuple[int, int]]
     behind: set[int]
+    base: tuple[int, int]
 
 
 def recover(
@@ -120,4 +122,5 @@ def recover(
         missed + [side.name for side in there.rejoining],
         {side.name: area.position for side, area in there.sides},
         behind | {side.index for side in there.rejoining},
+        best.next_base,
     )

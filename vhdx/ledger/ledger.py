@@ -76,6 +76,7 @@ class Recovered(NamedTuple):
     out_of_step: list[int]
     missed: list[UUID]
     positions: dict[UUID, tuple[int, int]]
+    base: tuple[int, int]
 
 
 class Ledger:
@@ -146,10 +147,10 @@ class Ledger:
             HostIOError: reason NO_QUORUM: half of the members or more are away.
             NoSpaceError: half of the members or more are too small for what the others hold.
         """
-        writer, best, missed, positions, behind = recover(cls.writer_type, members, pool, identity)
-        out = sorted(set(writer.out_of_step) | behind)
-        records = [record for batch in best.batches() for record in batch]
-        return Recovered(cls(writer), records, out, missed, positions)
+        start = recover(cls.writer_type, members, pool, identity)
+        out = sorted(set(start.writer.out_of_step) | start.behind)
+        records = [record for batch in start.best.batches() for record in batch]
+        return Recovered(cls(start.writer), records, out, start.missed, start.positions, start.base)
 
     @staticmethod
     def position_of(member: Member) -> tuple[int, int] | None:

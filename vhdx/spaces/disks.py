@@ -169,9 +169,9 @@ class PhysicalDisk:
             _make_file(path, spec.size)
         file = place.open_file(path, write=True)
         try:
-            _check_size(path, file.leaf.size, slab)
             if spec.size is None and not force:
                 _refuse_content(file)
+            _check_size(path, file.leaf.size, slab)
             label = new_label(
                 pool, uuid4(), size=file.leaf.size // 4096 * 4096, slab=slab,
                 pool_name=pool_name, disk_name=spec.name,

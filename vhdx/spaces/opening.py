@@ -159,7 +159,7 @@ def _judge(
             physical = present.get(index)
             if physical is None and disk.out is None:
                 status, text = _why_missing(disk, errors)
-                core.take_out(index, status, text)
+                core.take_out(index, status, text, position=recovered.base)
             elif physical is not None and disk.out is None and disk.id in recovered.missed:
                 core.disks.pop(index, None)
                 core.take_out(
