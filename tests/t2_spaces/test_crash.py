@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 from collections.abc import Iterator
@@ -15,8 +16,18 @@ from vhdx import plane
 from vhdx.errors import VhdxError
 from vhdx.ledger import Member
 from vhdx.ledger.members import read_area
-from vhdx.spaces import DiskSpec, Pool, Provisioning, Resiliency, RetirePolicy
+from vhdx.spaces import (
+    DiskSpec,
+    Event,
+    Pool,
+    Provisioning,
+    Resiliency,
+    RetirePolicy,
+    watching,
+)
+from vhdx.spaces.core import Core
 from vhdx.spaces.label import place_parts
+from vhdx.spaces.state import PoolState
 
 KIB = 1 << 10
 SLAB = 64 * KIB
@@ -63,7 +74,12 @@ class Life:
     def write(self) -> None:
         """One write, zero, trim of whole rows, or flush."""
         with self.pool.lease("s") as device:
-            kind = self.rng.randrange(8)
+            kind = self.rng.randrange(9)
+            if kind == 8:  # a whole row is given back, and what it had must not show again
+                row = self.size // 5
+                offset = self.rng.randrange(5) * row
+                self.history.change(offset, bytes(row), lambda: device.trim(offset, row))
+                return
             offset = self.rng.randrange(self.size // SECTOR) * SECTOR
             length = min(self.size - offset, self.rng.choice([1, 3, 9, 40, 130]) * SECTOR)
             fua = self.rng.random() < 0.2
@@ -139,9 +155,9 @@ class Life:
             pool.close()
 
 
-def lives(seed: int, disks: int, copies: int, columns: int) -> Life:
+def lives(seed: int, disks: int, copies: int, columns: int, steps: int = 20) -> Life:
     life = Life(disks, copies, columns, seed)
-    for _ in range(20):
+    for _ in range(steps):
         life.write()
     if life.rng.random() < 0.5:
         life.pool.close()
@@ -168,6 +184,82 @@ def test_every_crash_state(disks, copies, columns):
         assert failure is None, (crash.now, crash.is_old, failure)
         seen += 1
     assert seen > 80
+
+
+@contextlib.contextmanager
+def _at_site(log: Log, name: str) -> Iterator[None]:
+    before, log.site = log.site, name
+    try:
+        yield
+    finally:
+        log.site = before
+
+
+def _log_of(core: Core) -> Log:
+    backend = getattr(next(iter(core.disks.values())).file.leaf, "backend", None)
+    return Log() if backend is None else backend.log
+
+
+def _finds_something(copies: int, seeds: int, without: str | None = None) -> bool:
+    for seed in range(seeds):
+        rng = random.Random(seed)
+        life = lives(seed, 3, copies, 1, steps=30)
+        for crash in life.crashes(rng, 3, faulty=0, without=without):
+            if life.wrong(crash) is not None:
+                return True
+    return False
+
+
+def test_new_slabs_must_read_zeros_durably(monkeypatch):
+    """Else a crash shows what was there before."""
+    zero = Core._zero
+
+    def named(self, taken):
+        with _at_site(_log_of(self), "zero"):
+            return zero(self, taken)
+
+    monkeypatch.setattr(Core, "_zero", named)
+    # A trim is only a hint: these disks keep what they had.
+    monkeypatch.setattr(Core, "give_back_space", lambda self, index, slab: None)
+    life = Life(3, 1, 1, seed=1)
+    whole = b"secret!!" * (life.size // 8)
+    with life.pool.lease("s") as device:
+        life.history.change(0, whole, lambda: device.write(whole, 0))
+        life.history.flush(device.flush)
+        for row in range(5):
+            at = row * SLAB
+            life.history.change(at, bytes(SLAB), lambda at=at: device.trim(at, SLAB))
+            life.history.flush(device.flush)
+            data = bytes([row + 1]) * SECTOR
+            life.history.change(at, data, lambda at=at, data=data: device.write(data, at))
+    life.pool.close()
+    crashes = list(life.crashes(random.Random(1), 4, faulty=0, without="zero"))
+    assert any(life.wrong(crash) for crash in crashes)
+    crashes = list(life.crashes(random.Random(1), 2, faulty=0))
+    assert not any(life.wrong(crash) for crash in crashes)
+
+
+def test_rows_must_be_marked_before_they_are_changed(monkeypatch):
+    """Else copies that a crash left different are not made equal."""
+    monkeypatch.setattr(
+        PoolState, "marks_record", staticmethod(lambda space, rows, marked: event(space))
+    )
+
+    def event(space):
+        return PoolState.event_record(Event(1, 0, "nothing", "instead of a mark"))
+
+    assert _finds_something(2, 10)
+
+
+def test_marks_go_away_only_when_all_copies_are_durable(monkeypatch):
+    clean = watching.clean_marks
+
+    def named(core, space, rows):
+        with _at_site(_log_of(core), "clean"):
+            return clean(core, space, rows)
+
+    monkeypatch.setattr("vhdx.spaces.pool.clean_marks", named)
+    assert _finds_something(2, 30, without="clean")
 
 
 @pytest.mark.soak

@@ -92,10 +92,10 @@ class OpenPools:
         """Begins a use of a pool, which is opened if it is not open."""
         with self._lock:
             opened = self._pools.get(name)
-            if opened is not None and opened.owned and not opened.uses:
-                if hints.find_hint(name).pool != opened.pool.id:  # another pool has the name now
-                    self._close(opened)
-                    opened = None
+            is_idle = opened is not None and opened.owned and not opened.uses
+            if opened is not None and is_idle and hints.find_hint(name).pool != opened.pool.id:
+                self._close(opened)  # another pool has the name now
+                opened = None
             if opened is not None and write and opened.pool.read_only:
                 if opened.uses or not opened.owned:
                     raise ReadOnlyError("the pool is open for reading only", path=name)
