@@ -11,6 +11,7 @@ import click
 
 from vhdx import spaces, volume
 from vhdx.cli.output import SIZE, change, json_option, print_json, print_table, progress_bar
+from vhdx.control.pools import PoolOfServer, pool_of_server
 from vhdx.errors import InvalidArgumentError
 from vhdx.spaces import hints
 from vhdx.spaces.disks import DiskSpec
@@ -89,7 +90,11 @@ _where = click.option(
 )
 
 
-def _opened(name: str, paths: tuple[str, ...], mode: str = "r+") -> spaces.Pool:
+def _opened(name: str, paths: tuple[str, ...], mode: str = "r+") -> spaces.Pool | PoolOfServer:
+    """The pool, or the server that has it open."""
+    served = None if paths else pool_of_server(name)
+    if served is not None:
+        return served
     pool = spaces.Pool.open(name, mode, disks=paths)
     for path, error in pool.problems.items():
         click.echo(f"vhdx: warning: {error if error.path else f'{path}: {error}'}", err=True)

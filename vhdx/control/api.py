@@ -40,6 +40,7 @@ __all__ = [
     "PolicyChanged",
     "PolicyRemoved",
     "RemovePolicy",
+    "Request",
     "ResizeArguments",
     "Resized",
     "ServerReport",
@@ -58,7 +59,7 @@ VERSION = 2
 _Kind = TypeVar("_Kind")
 
 
-class _Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A request from a client; unknown fields are refused."""
 
 
@@ -134,11 +135,11 @@ class ServerReport(_Reply, frozen=True):
 # ---- operations on a disk ----
 
 
-class NoArguments(_Request, frozen=True):
+class NoArguments(Request, frozen=True):
     """The arguments of operations that take none."""
 
 
-class ResizeArguments(_Request, frozen=True):
+class ResizeArguments(Request, frozen=True):
     """See :meth:`vhdx.Disk.resize`; ``size`` in bytes."""
 
     size: int
@@ -146,13 +147,13 @@ class ResizeArguments(_Request, frozen=True):
     unsafe: bool = False
 
 
-class SnapshotArguments(_Request, frozen=True):
+class SnapshotArguments(Request, frozen=True):
     """See :meth:`vhdx.Disk.snapshot`; ``checkpoint`` is an absolute path."""
 
     checkpoint: str | None = None
 
 
-class OperationRequest(_Request, frozen=True):
+class OperationRequest(Request, frozen=True):
     """An operation on an export; its arguments are checked by the operation."""
 
     export: str
@@ -189,13 +190,13 @@ ExtentItems = list[tuple[int, int, ExtentState, int | None]]
 # ---- QoS ----
 
 
-class Subscribe(_Request, frozen=True):
+class Subscribe(Request, frozen=True):
     """Keeps sampling on for this many seconds, at most a day."""
 
     seconds: float
 
 
-class ChangeDisk(_Request, frozen=True, tag_field="change", tag="disk"):
+class ChangeDisk(Request, frozen=True, tag_field="change", tag="disk"):
     """Changes the QoS settings of a disk; see :meth:`vhdx.qos.Domain.set_disk`."""
 
     name: str
@@ -203,7 +204,7 @@ class ChangeDisk(_Request, frozen=True, tag_field="change", tag="disk"):
     policy: str | None = None
 
 
-class ChangePolicy(_Request, frozen=True, tag_field="change", tag="policy"):
+class ChangePolicy(Request, frozen=True, tag_field="change", tag="policy"):
     """Creates a policy or changes one.
 
     Attributes:
@@ -219,7 +220,7 @@ class ChangePolicy(_Request, frozen=True, tag_field="change", tag="policy"):
     policy_id: str | None = None
 
 
-class RemovePolicy(_Request, frozen=True, tag_field="change", tag="remove_policy"):
+class RemovePolicy(Request, frozen=True, tag_field="change", tag="remove_policy"):
     """Removes the policy of that name or id."""
 
     name: str

@@ -230,13 +230,15 @@ def servers(*, everywhere: bool = False) -> list[ServerInfo]:
 
 def _owners(path: str | os.PathLike[str], among: list[ServerInfo], *, by_name: bool) -> list[Owner]:
     importlib.import_module("vhdx.image.host")  # makes the host's files known; it takes a moment
-    key = place.key_of(path)
-    name = os.path.abspath(os.fsdecode(path))
+    in_pool = not place.is_host(path)  # the owner of the pool has it, so its files have no key here
+    key = None if in_pool else place.key_of(path)
+    name = place.spelled(path) if in_pool else os.path.abspath(os.fsdecode(path))
     return [
         Owner(server, export.name)
         for server in among
         for export in server.exports
-        if export.key == key or (by_name and export.path == name)
+        if (not in_pool and export.key == key)
+        or ((by_name or in_pool) and place.spelled(export.path) == name)
     ]
 
 

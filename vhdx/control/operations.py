@@ -153,6 +153,10 @@ def chosen(name: str) -> Operation:
         NotFoundError: there is none.
     """
     operation = OPERATIONS.get(name)
+    if operation is None and name.startswith("pool-"):
+        from vhdx.control import pools
+
+        operation = pools.OPERATIONS.get(name)
     if operation is None:
         raise NotFoundError(f"there is no operation {name!r}")
     return operation

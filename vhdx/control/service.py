@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from vhdx import place
 from vhdx.control import api
 from vhdx.control.metrics import METRICS_TYPE, exposition
 from vhdx.control.operations import Operation, Stream, chosen, refusal
@@ -189,7 +190,7 @@ class Control:
             api.ExportReport(
                 name=name,
                 uri=uris[name],
-                path=os.path.abspath(disk.path),
+                path=os.path.abspath(disk.path) if place.is_host(disk.path) else disk.path,
                 key=disk.key,
                 format=disk.format,
                 virtual_size=disk.size,

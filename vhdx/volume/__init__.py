@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: MIT
 """Volumes: named files on spaces, and the place ``space://pool/space/name`` of images."""
 
-from vhdx.volume.place import lend_pool, list_files, opened_pool, remove_file, rename_file
+from vhdx.volume.place import (
+    lend_pool,
+    list_files,
+    opened_pool,
+    pool_of,
+    remove_file,
+    rename_file,
+)
 from vhdx.volume.volume import FileInfo, Volume
 
 __all__ = [
@@ -10,6 +17,7 @@ __all__ = [
     "lend_pool",
     "list_files",
     "opened_pool",
+    "pool_of",
     "remove_file",
     "rename_file",
 ]

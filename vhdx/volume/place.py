@@ -33,6 +33,7 @@ __all__ = [
     "lend_pool",
     "list_files",
     "opened_pool",
+    "pool_of",
     "remove_file",
     "rename_file",
 ]
@@ -317,6 +318,11 @@ def lend_pool(pool: Pool) -> Iterator[None]:
 def opened_pool(name: str) -> Pool | None:
     """The pool of this name, if this process has it open for its paths."""
     return _pools.find(name)
+
+
+def pool_of(path: str) -> str | None:
+    """The name of the pool that a path leads into; None for a path of the host."""
+    return None if place.is_host(path) else parts_of(path).pool
 
 
 def list_files(path: str) -> list[FileInfo]:
