@@ -94,3 +94,37 @@ def test_two_disks_of_a_three_way_mirror_are_lost_under_load(tmp_path, peer):
         assert pool.scrub().different == 0
         assert pool.report().spaces[0].status == "OK"
     assert not vhdx.check(image).errors
+
+
+def test_a_served_pool_is_asked_through_its_server(tmp_path):
+    paths = [tmp_path / f"d{i}.img" for i in range(4)]
+    specs = [DiskSpec(f"d{i}", path, 256 * MIB) for i, path in enumerate(paths)]
+    with Pool.create("p", specs, slab=4 * MIB, retire_seconds=3600) as pool:
+        pool.create_space("s", 100 * MIB, copies=2, columns=1)
+    image = "space://p/s/disk.vhdx"
+    vhdx.create(image, 64 * MIB, block_size=MIB)
+    time.sleep(0.7)
+
+    def run(*command: str) -> str:
+        done = subprocess.run([*VHDX, *command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    with vhdx.serve({"disk": image}):
+        assert "d3" in run("pool", "status", "p")
+        assert "virtual_size" in run("info", image, "--json")
+        run("resize", image, "80M")
+        run("pool", "add", "p", "--disk", f"d4={tmp_path / 'd4.img'}:256M")
+        paths[0].unlink()
+        run("pool", "repair", "p")
+        run("pool", "remove", "p", "d0")
+        run("pool", "usage", "p", "d1", "spare")
+        run("pool", "usage", "p", "d1", "auto")
+        run("space", "create", "p", "t", "--size", "20M", "--raw")
+        run("space", "resize", "p", "t", "40M")
+        run("space", "delete", "p", "t", "--force")
+        assert "all copies are equal" in run("pool", "scrub", "p")
+    time.sleep(0.7)
+    with Pool.open("p") as pool:
+        assert [disk.name for disk in pool.report().disks] == ["d1", "d2", "d3", "d4"]
+        assert pool.space_names() == ["s"]

@@ -146,17 +146,14 @@ class Operation(NamedTuple):
     run: Callable[[Stream, Disk, Any], Any]
 
 
-def chosen(name: str) -> Operation:
-    """The operation of that name.
+def chosen(name: str, others: Callable[[], Mapping[str, Operation]]) -> Operation:
+    """The operation of that name, or of ``others`` if its name begins with "pool-".
 
     Raises:
         NotFoundError: there is none.
     """
-    operation = OPERATIONS.get(name)
-    if operation is None and name.startswith("pool-"):
-        from vhdx.control import pools
-
-        operation = pools.OPERATIONS.get(name)
+    known = others() if name.startswith("pool-") else OPERATIONS
+    operation = known.get(name)
     if operation is None:
         raise NotFoundError(f"there is no operation {name!r}")
     return operation

@@ -61,6 +61,12 @@ def _is_a_fault(record: logging.LogRecord) -> bool:
 _http_log.addFilter(_is_a_fault)
 
 
+def _pool_operations() -> Mapping[str, Operation]:
+    from vhdx.control import pools  # numpy and more, for servers of images in pools only
+
+    return pools.OPERATIONS
+
+
 class Control:
     """The control socket of ``server``, from now until the server has closed.
 
@@ -314,7 +320,7 @@ class Control:
 
     def _wanted(self, request: web.Request, body: bytes) -> tuple[Operation, Disk, Any]:
         """Decodes a request into its operation, the disk, and the arguments."""
-        operation = chosen(request.match_info["operation"])
+        operation = chosen(request.match_info["operation"], _pool_operations)
         found = api.decode_request(body, api.OperationRequest)
         disk = self._server.exports().get(found.export)
         if disk is None:
