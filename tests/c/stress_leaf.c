@@ -20,7 +20,9 @@
 static vx_device *file;
 static int descriptor;
 static _Atomic uint64_t durable[THREADS]; /* what a finished barrier found in the file */
-static _Atomic bool lost, failing, stop; /* lost: from now on; failing: nobody was told */
+enum loss { NO_LOSS, LOSS, TOLD };
+static _Atomic int loss; /* writes are lost from now on; and somebody was told */
+static _Atomic bool stop;
 static _Atomic uint64_t flushes, barriers, failed;
 
 int __wrap_fdatasync(int fd);
@@ -34,6 +36,13 @@ static uint64_t value_of(uint32_t thread)
     return value;
 }
 
+/* Whether this barrier is the one that is told of the loss. */
+static bool is_told(void)
+{
+    int unknown = LOSS;
+    return atomic_compare_exchange_strong(&loss, &unknown, TOLD);
+}
+
 /* In place of the kernel's: it makes durable what is there when it begins, and takes a while. When
  * writes are lost, the first barrier that looks is told, at its end; others succeed. */
 int __wrap_fdatasync(int fd)
@@ -44,11 +53,11 @@ int __wrap_fdatasync(int fd)
         found[i] = value_of(i);
     usleep(300);
     atomic_fetch_add(&barriers, 1);
-    if (atomic_exchange(&failing, false)) {
+    if (is_told()) {
         atomic_store(&failed, 1);
         return -1;
     }
-    if (atomic_load(&lost))
+    if ((atomic_load(&loss) != NO_LOSS))
         return 0;
     for (uint32_t i = 0; i < THREADS; i++)
         if (found[i] > atomic_load(&durable[i]))
@@ -62,13 +71,13 @@ ssize_t __wrap_pwritev2(int fd, const struct iovec *pieces, int count, off_t off
     if (!(flags & RWF_DSYNC))
         return n;
     usleep(100);
-    if (atomic_exchange(&failing, false)) {
+    if (is_told()) {
         usleep(500); /* the other barrier is quicker to say that all is well */
         atomic_store(&failed, 1);
         return -1;
     }
     uint64_t thread = (uint64_t)offset / SECTOR, value = value_of((uint32_t)thread);
-    if (!atomic_load(&lost) && value > atomic_load(&durable[thread]))
+    if (!(atomic_load(&loss) != NO_LOSS) && value > atomic_load(&durable[thread]))
         atomic_store(&durable[thread], value);
     return n;
 }
@@ -83,7 +92,7 @@ static void *work(void *argument)
                                thread * SECTOR, &failure);
         if (code == 0 && !fua)
             code = vx_transfer(file, VX_FLUSH, 0, NULL, 0, 0, &failure);
-        CHECK(code == 0 || atomic_load(&lost));
+        CHECK(code == 0 || (atomic_load(&loss) != NO_LOSS));
         CHECK(!(told && code == 0));
         if (code != 0)
             break;
@@ -106,13 +115,12 @@ static void once(int milliseconds)
     file = vx_file_create(descriptor, 1 << 20, 0, 9);
     memset((void *)durable, 0, sizeof durable);
     atomic_store(&failed, 0);
-    atomic_store(&lost, false);
+    atomic_store(&loss, NO_LOSS);
     atomic_store(&stop, false);
     for (uint32_t i = 0; i < THREADS; i++)
         pthread_create(&threads[i], NULL, work, (void *)(uintptr_t)i);
     usleep((useconds_t)milliseconds * 1000);
-    atomic_store(&lost, true);
-    atomic_store(&failing, true);
+    atomic_store(&loss, LOSS);
     for (int tenth = 0; tenth < 50 && !atomic_load(&failed); tenth++)
         usleep(100000);
     CHECK_EQ(failed, 1); /* else nobody makes barriers any more */
