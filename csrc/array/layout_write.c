@@ -196,7 +196,7 @@ static target *equalise(change *c, uint16_t part)
 /* Nobody reads it before the owner has taken it out: another copy may have the new content. */
 static void suspect(change *c, const target *t)
 {
-    if (t->in_step)
+    if (t->result != VX_E_NOSPACE) /* a slab that is being filled found no space */
         atomic_store(&c->layout->disks[t->disk].suspect, true);
 }
 

@@ -23,6 +23,7 @@ from vhdx.spaces import (
     Provisioning,
     Resiliency,
     RetirePolicy,
+    allocating,
     watching,
 )
 from vhdx.spaces.core import Core
@@ -212,13 +213,13 @@ def _finds_something(copies: int, seeds: int, without: str | None = None) -> boo
 
 def test_new_slabs_must_read_zeros_durably(monkeypatch):
     """Else a crash shows what was there before."""
-    zero = Core._zero
+    zero = allocating.zero_slabs
 
-    def named(self, taken):
-        with _at_site(_log_of(self), "zero"):
-            return zero(self, taken)
+    def named(core, taken):
+        with _at_site(_log_of(core), "zero"):
+            return zero(core, taken)
 
-    monkeypatch.setattr(Core, "_zero", named)
+    monkeypatch.setattr(allocating, "zero_slabs", named)
     # A trim is only a hint: these disks keep what they had.
     monkeypatch.setattr(Core, "give_back_space", lambda self, index, slab: None)
     life = Life(3, 1, 1, seed=1)
@@ -242,7 +243,7 @@ def test_new_slabs_must_read_zeros_durably(monkeypatch):
 def test_rows_must_be_marked_before_they_are_changed(monkeypatch):
     """Else copies that a crash left different are not made equal."""
     monkeypatch.setattr(
-        PoolState, "marks_record", staticmethod(lambda space, rows, marked: event(space))
+        PoolState, "marks_records", staticmethod(lambda space, rows, marked: [event(space)])
     )
 
     def event(space):
@@ -254,9 +255,9 @@ def test_rows_must_be_marked_before_they_are_changed(monkeypatch):
 def test_marks_go_away_only_when_all_copies_are_durable(monkeypatch):
     clean = watching.clean_marks
 
-    def named(core, space, rows):
+    def named(core, space, rows, **how):
         with _at_site(_log_of(core), "clean"):
-            return clean(core, space, rows)
+            return clean(core, space, rows, **how)
 
     monkeypatch.setattr("vhdx.spaces.pool.clean_marks", named)
     assert _finds_something(2, 30, without="clean")

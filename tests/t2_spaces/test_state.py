@@ -106,8 +106,10 @@ def pool_state() -> PoolState:
     rows[1, 0, 2] = (3, IN_STEP, 0, 1)
     for record in state.rows_records(state.spaces[1], 3, rows):
         state.apply(*record)
-    state.apply(*state.marks_record(state.spaces[1], [3, 4], marked=True))
-    state.apply(*state.marks_record(state.spaces[1], [4], marked=False))
+    for record in state.marks_records(state.spaces[1], [3, 4], marked=True):
+        state.apply(*record)
+    for record in state.marks_records(state.spaces[1], [4], marked=False):
+        state.apply(*record)
     state.apply(*state.event_record(Event(1, 123, "disk-out", "gone", "d1")))
     out = Out(1, DiskStatus.IO_ERROR, "write", 5, 6, modified=77)
     state.disks[1].out = out

@@ -121,7 +121,7 @@ def pool() -> None:
     type=click.Choice([policy.word for policy in RetirePolicy]),
     default="always",
     show_default=True,
-    help="Replace disks that fail: auto by a hot spare only, always also in free space.",
+    help="Replace disks that fail. auto: only by a hot spare; always: also in free space.",
 )
 @click.option(
     "--retire-after",
@@ -435,7 +435,7 @@ def create_space(
 @space.command("delete")
 @click.argument("pool_name", metavar="POOL")
 @click.argument("name")
-@click.option("--force", is_flag=True, help="Its files are lost.")
+@click.option("--force", is_flag=True, help="Delete it although its files are lost.")
 def delete_space(pool_name: str, name: str, force: bool) -> None:
     """Delete a space and everything in it."""
     if not force:

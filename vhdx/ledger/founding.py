@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from uuid import UUID, uuid4
 
@@ -13,8 +13,8 @@ from vhdx.errors import InvalidArgumentError, PoisonedError
 from vhdx.ledger.layout import (
     BLOCK,
     MOST_MEMBERS,
-    Area,
     Member,
+    Record,
     Superblock,
     area_length,
     check_region,
@@ -22,7 +22,11 @@ from vhdx.ledger.layout import (
 from vhdx.ledger.members import Side, overlap, read_members
 from vhdx.ledger.writing import Writer
 
-__all__ = ["found", "recover"]
+__all__ = ["Amend", "found", "recover"]
+
+Amend = Callable[[list[Record], list[UUID], tuple[int, int], bool], list[Record]]
+"""Gets the records, the members that missed commits, the base, and whether nothing is written to
+these members; returns the records to be written."""
 
 
 def first_term() -> int:
@@ -75,18 +79,18 @@ class Start(NamedTuple):
 
     Attributes:
         writer: of the ledger.
-        best: the records.
+        records: what was written, one after the other.
+        out_of_step: indexes of members that are away, failed, or were not where the best one was.
         missed: names of members that lacked a commit that had succeeded.
-        positions: where each member was.
-        behind: indexes of members that were not where the best one was.
+        positions: where each member was: term, and sequence of its last group.
         base: a member that missed nothing is there or later.
     """
 
     writer: Writer
-    best: Area
+    records: list[Record]
+    out_of_step: list[int]
     missed: list[UUID]
     positions: dict[UUID, tuple[int, int]]
-    behind: set[int]
     base: tuple[int, int]
 
 
@@ -95,6 +99,7 @@ def recover(
     members: Sequence[Member],
     pool: plane.Pool,
     identity: UUID | None,
+    amend: Amend | None,
 ) -> Start:
     """Recovers a ledger; see :meth:`vhdx.ledger.Ledger.recover`."""
     there = read_members(members, identity)
@@ -108,19 +113,27 @@ def recover(
     )
     if newest.superblock.members != there.members:
         raise PoisonedError("the member that knew the newest list of members failed: try again")
-    batches = [[record for batch in best.batches() for record in batch]]
-    if writer.packed_length(batches) > best.length:
-        batches = best.batches()  # as they are, they fit where they were
+    missed = [side.name for side, area in there.sides if best.has_succeeded_since(area.position)]
+    missed += [side.name for side in there.rejoining]
+    records = [record for batch in best.batches() for record in batch]
+    if amend is None:
+        batches = [records]
+        if writer.packed_length(batches) > best.length:
+            batches = best.batches()  # as they are, they fit where they were
+    else:
+        left = all(writer.leave_out(name) for name in missed)
+        records = amend(records, missed, best.next_base, left)
+        batches = [records]
     writer.sequence = best.position[1] + 1
     term = max(side.superblock.promised for side in sides)
     writer.write_checkpoint(batches, term, base=best.next_base)
     behind = {side.index for side, area in there.sides if area.position != best.position}
-    missed = [side.name for side, area in there.sides if best.has_succeeded_since(area.position)]
+    behind |= {side.index for side in there.rejoining}
     return Start(
         writer,
-        best,
-        missed + [side.name for side in there.rejoining],
+        records,
+        sorted(behind.union(writer.out_of_step)),
+        missed,
         {side.name: area.position for side, area in there.sides},
-        behind | {side.index for side in there.rejoining},
         best.next_base,
     )

@@ -44,13 +44,13 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.interrupts import uninterruptible
-from vhdx.ledger.founding import found, recover
+from vhdx.ledger.founding import Amend, found, recover
 from vhdx.ledger.layout import (
     Member,
     Record,
     check_record,
 )
-from vhdx.ledger.members import read_area, read_members
+from vhdx.ledger.members import look
 from vhdx.ledger.writing import Writer
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class Recovered(NamedTuple):
             had missed commits and did not fail has everything again.
         missed: names of members that are there, and lack a commit that had succeeded without them:
             they were away, or they are old copies.
+        positions: where each member that is there was: term, and sequence of its last group.
+        base: the position of a member that missed nothing is this or later.
     """
 
     ledger: Ledger
@@ -132,7 +134,12 @@ class Ledger:
 
     @classmethod
     def recover(
-        cls, members: Sequence[Member], pool: plane.Pool, *, identity: UUID | None = None
+        cls,
+        members: Sequence[Member],
+        pool: plane.Pool,
+        *,
+        identity: UUID | None = None,
+        amend: Amend | None = None,
     ) -> Recovered:
         """Opens a ledger, also after a crash, and writes a checkpoint of what was found.
 
@@ -140,6 +147,8 @@ class Ledger:
             members: those that are there, in any order.
             pool: as for :meth:`create`.
             identity: the UUID that the ledger must have; any if None.
+            amend: what is written is what it returns. Then members that missed commits get nothing
+                before they rejoin, if there is a majority without them.
 
         Raises:
             DamagedError: no member has a ledger, they are of several ledgers, or one is there twice.
@@ -147,23 +156,13 @@ class Ledger:
             HostIOError: reason NO_QUORUM: half of the members or more are away.
             NoSpaceError: half of the members or more are too small for what the others hold.
         """
-        start = recover(cls.writer_type, members, pool, identity)
-        out = sorted(set(start.writer.out_of_step) | start.behind)
-        records = [record for batch in start.best.batches() for record in batch]
-        return Recovered(cls(start.writer), records, out, start.missed, start.positions, start.base)
-
-    @staticmethod
-    def position_of(member: Member) -> tuple[int, int] | None:
-        """Term and sequence of the last group that a member has; None if it has no ledger."""
-        area = read_area(member)
-        return None if area is None else area.position
+        start = recover(cls.writer_type, members, pool, identity, amend)
+        return Recovered(cls(start.writer), *start[1:])
 
     @staticmethod
     def read(members: Sequence[Member], *, identity: UUID | None = None) -> list[Record]:
         """What :meth:`recover` would find; changes nothing, and raises what it raises."""
-        found = read_members(members, identity).sides
-        best = max((area for _, area in found), key=lambda area: area.position)
-        return [record for batch in best.batches() for record in batch]
+        return look(members, identity)[0]
 
     # ---- records ----
 
@@ -181,6 +180,11 @@ class Ledger:
     def out_of_step(self) -> list[int]:
         """Indexes of members that failed, or that were away at the recovery."""
         return self._writer.out_of_step
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether it failed or was closed: nothing can be written any more."""
+        return self._ended is not None
 
     @property
     def position(self) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from vhdx.ledger.layout import (
     BLOCK,
     Area,
     Member,
+    Record,
     Superblock,
     area_length,
     area_offset,
@@ -25,7 +26,18 @@ from vhdx.ledger.layout import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Found", "Side", "blank", "do_on_all", "overlap", "read_area", "read_members"]
+__all__ = [
+    "Found",
+    "Side",
+    "blank",
+    "do_on_all",
+    "look",
+    "overlap",
+    "position_of",
+    "read_area",
+    "read_members",
+    "read_superblock",
+]
 
 
 @dataclass
@@ -65,7 +77,7 @@ class Side:
         device = self.member.device
         try:
             device.flush()  # a device that lost a write stays poisoned
-            now = _read_superblock(self.member)
+            now = read_superblock(self.member)
         except VhdxError as error:
             self.error = error
             return False
@@ -216,7 +228,8 @@ def _superblocks(member: Member, identity: UUID | None = None) -> list[Superbloc
     return found
 
 
-def _read_superblock(member: Member) -> Superblock | None:
+def read_superblock(member: Member) -> Superblock | None:
+    """The newest superblock of a member, of whatever ledger."""
     valid = [each for each in _superblocks(member) if isinstance(each, Superblock)]
     return max(valid, key=lambda superblock: superblock.number, default=None)
 
@@ -268,3 +281,18 @@ def read_area(member: Member) -> Area | None:
         return _read(member, None)[1]
     except _Unsupported as error:
         raise UnsupportedError(str(error), path=member.device.path) from error
+
+
+def position_of(member: Member) -> tuple[int, int] | None:
+    """Term and sequence of the last group that a member has; None if it has no ledger."""
+    area = read_area(member)
+    return None if area is None else area.position
+
+
+def look(members: Sequence[Member], identity: UUID | None) -> tuple[list[Record], list[UUID]]:
+    """What a recovery would find: the records, and members that lack a commit that had succeeded."""
+    found = read_members(members, identity)
+    best = max((area for _, area in found.sides), key=lambda area: area.position)
+    missed = [s.name for s, area in found.sides if best.has_succeeded_since(area.position)]
+    records = [record for batch in best.batches() for record in batch]
+    return records, missed + [side.name for side in found.rejoining]

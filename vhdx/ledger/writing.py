@@ -18,7 +18,7 @@ from vhdx.ledger.layout import (
     check_region,
     pack_groups,
 )
-from vhdx.ledger.members import Side, blank, do_on_all, overlap
+from vhdx.ledger.members import Side, blank, do_on_all, overlap, read_superblock
 
 __all__ = ["Writer"]
 
@@ -231,8 +231,19 @@ class Writer:
         if member.name not in self.members:
             raise InvalidArgumentError("it is not a member")
         self._check_new_region(member, batches)
-        side = blank(self.sides[0].superblock, self.members, member, 0)
-        self.try_member(side, batches)
+        known = read_superblock(member)
+        if (
+            known is not None
+            and known.ledger == self.identity
+            and known.index < len(known.members)
+            and known.members[known.index] == member.name
+        ):
+            # It keeps what it has until the new superblock is durable.
+            index = self.members.index(member.name)
+            side = Side(member, member.name, index, known)
+        else:
+            side = blank(self.sides[0].superblock, self.members, member, 0)
+            self.try_member(side, batches)
         self.sides = [each for each in self.sides if each.name != side.name] + [side]
         self.write_checkpoint(batches, self.term)
 

@@ -132,6 +132,7 @@ class Layout(Device):
 
     Attributes:
         slots: members of a column: one more than copies.
+        largest_size: bytes to which it can grow.
     """
 
     is_block_device = True
@@ -166,7 +167,7 @@ class Layout(Device):
             (columns, copies, interleave, slab, size, largest_size, thin, delayed),
         )
         super().__init__(lib.vx_layout_create(terms, pool.handle, identity, upcalls()), path)
-        self.slots = copies + 1
+        self.slots, self.largest_size = copies + 1, largest_size
         self._members = columns * self.slots
         self._handler: LayoutHandler | None = handler
         self._pool = pool

@@ -22,25 +22,21 @@ from typing import TYPE_CHECKING, Protocol
 from vhdx import plane
 from vhdx.arrays import np
 from vhdx.errors import (
-    ClosedError,
     NoSpaceError,
     PoisonedError,
     ReadOnlyError,
     VhdxError,
 )
 from vhdx.ledger import Ledger, Record
+from vhdx.ledger.layout import check_record
 from vhdx.spaces.disks import PhysicalDisk
-from vhdx.spaces.placement import DiskViews, Entries, Slabs, entries_of, takes_new_slabs
+from vhdx.spaces.placement import DiskViews, Entries, Slabs, entries_of
 from vhdx.spaces.state import (
-    IN_STEP,
-    NONE,
     DiskState,
     Event,
     Out,
     PoolState,
-    Rows,
     SpaceState,
-    new_rows,
 )
 from vhdx.spaces.states import DiskStatus
 
@@ -105,6 +101,7 @@ class Core:
         self.changed = threading.Event()
         self.listeners: list[Callable[[Event], None]] = []
         self.pool = plane.shared_pool(plane.Level.SPACE)
+        self.departures: dict[int, int] = {}  # how often a disk was taken out since the opening
         self._noted: dict[int, float] = {}  # when a failure of a disk was recorded last
         self._ledger = ledger
         self._acknowledged = (0, 0) if ledger is None else ledger.position
@@ -147,6 +144,8 @@ class Core:
                     hint="delete spaces or files; larger disks have more room",
                 )
             for record in wanted:
+                check_record(record)
+            for record in wanted:
                 self.ledger.append(*record)
                 self.state.apply(*record)
             before = self._acknowledged
@@ -166,16 +165,21 @@ class Core:
 
         Args:
             change: a method of the ledger; gets the records of the whole state.
-            records: applied to the state first.
+            records: applied to the state.
+
+        Raises:
+            VhdxError: the change is not possible; nothing was changed, unless the pool is broken now.
         """
         self.check()
-        for record in records:
-            self.state.apply(*record)
+        added = list(records)
         try:
-            change(list(self.state.records()))
+            change([*self.state.records(), *added])
         except VhdxError as error:
-            self.break_down(error)
+            if self.ledger.is_ended:
+                self.break_down(error)
             raise
+        for record in added:
+            self.state.apply(*record)
         before, self._acknowledged = self._acknowledged, self.ledger.position
         self._notice_failed_members(before)
 
@@ -204,7 +208,7 @@ class Core:
         """A disk that the ledger could not write to is out, before anybody relies on it."""
         names = [self.ledger.members[index] for index in self.ledger.out_of_step]
         for index, disk in list(self.state.disks.items()):
-            if disk.id in names and disk.out is None:
+            if disk.id in names and disk.out is None and index in self.disks:
                 self.take_out(
                     index, DiskStatus.IO_ERROR, "its metadata could not be written", position=before
                 )
@@ -224,6 +228,10 @@ class Core:
         disk = self.state.disks[index]
         if disk.out is not None:
             return
+        self.departures[index] = self.departures.get(index, 0) + 1
+        for space in self.spaces.values():  # slabs that are filled there are given up
+            for key in [key for key, (where, _) in space.filling.items() if where == index]:
+                self.slabs.release(*space.filling.pop(key))
         term, sequence = position or self._acknowledged
         out = Out(
             since=self.state.event_number + 1,
@@ -253,11 +261,18 @@ class Core:
         for space in self.spaces.values():
             space.forget_disk(index)
         disk = self.state.disks[index]
-        if self.ledger.leave_out(disk.id) and disk.out is not None:
-            out = replace(disk.out, modified=physical.modified())
-            with contextlib.suppress(NoSpaceError):
-                self.commit([self.state.disk_record(replace(disk, out=out))])
-        physical.close()
+        try:
+            if self.ledger.leave_out(disk.id) and disk.out is not None:
+                out = replace(disk.out, modified=physical.modified())
+                with contextlib.suppress(NoSpaceError):
+                    self.commit([self.state.disk_record(replace(disk, out=out))])
+        finally:
+            physical.close()
+
+    def note_trouble(self, error: Exception) -> None:
+        """Records that something in the background went wrong in a way that nobody expected."""
+        with self.lock, contextlib.suppress(VhdxError):
+            self.commit([self.event("trouble", f"{type(error).__name__}: {error}")])
 
     def note_failure(self, index: int, operation: plane.Operation, error: VhdxError) -> None:
         """Records that a disk failed a request that nothing else could answer; not too often."""
@@ -283,15 +298,12 @@ class Core:
     def entries(self, space: SpaceState, first: int, count: int) -> Entries:
         """What C may do with rows."""
         attached = self.spaces.get(space.number)
-        marked = np.zeros(count, np.bool_)
-        for row in space.marks:
-            if first <= row < first + count:
-                marked[row - first] = True
         unreconciled = np.zeros(count, np.bool_)
         if attached is not None:
             unreconciled = attached.unreconciled[first : first + count]
         slab = self.state.settings.slab
-        return entries_of(space.rows[first : first + count], marked, unreconciled, self.views(), slab)
+        rows, marked = space.rows[first : first + count], space.marked(first, count)
+        return entries_of(rows, marked, unreconciled, self.views(), slab)
 
     def refresh_all(self) -> set[int]:
         """Tells C about all rows; returns the disks that are out and have the last copy of some."""
@@ -300,74 +312,9 @@ class Core:
             needed |= space.refresh(0, len(space.state.rows))
         return needed
 
-    def allocate(self, space: SpaceState, rows: Sequence[int]) -> Rows:
-        """Takes slabs for rows that have none, and makes them read zeros, durably.
-
-        Returns:
-            The rows' members; nothing is recorded yet.
-
-        Raises:
-            NoSpaceError: there are too few disks with a free slab; nothing was taken.
-        """
-        while True:
-            found, taken = new_rows(len(rows), space.columns, space.slots), []
-            try:
-                for i in range(len(rows)):
-                    taken += self._allocate_row(space, found[i])
-                failed = self._zero(taken)
-            except BaseException:
-                self._give_back(taken)
-                raise
-            if failed is None:
-                return found
-            self._give_back(taken)  # without the disk that failed there may be room elsewhere
-
-    def _allocate_row(self, space: SpaceState, row: npt.NDArray[np.void]) -> list[tuple[int, int]]:
-        usable = [
-            i for i, d in self.state.disks.items() if i in self.disks and takes_new_slabs(d, space)
-        ]
-        count = space.columns * space.copies
-        chosen = self.slabs.choose(usable, count, f"a row of space {space.name!r}")
-        taken = []
-        for number, index in enumerate(chosen):
-            slab = self.slabs.take(index)
-            taken.append((index, slab))
-            row[number // space.copies, number % space.copies] = (index, IN_STEP, 0, slab)
-        return taken
-
-    def _give_back(self, taken: Iterable[tuple[int, int]]) -> None:
-        for index, slab in taken:
-            self.slabs.release(index, slab)
-
     def place_of(self, index: int, slab: int) -> int:
         """The offset of a slab on its disk, in bytes."""
         return self.state.disks[index].slabs_offset + slab * self.state.settings.slab
-
-    def _zero(self, taken: Sequence[tuple[int, int]]) -> int | None:
-        """Makes slabs read zeros, durably; or takes out a disk that fails, and returns its index.
-
-        Raises:
-            NoSpaceError: the host has no space for that.
-        """
-        for index in sorted({index for index, _ in taken}):
-            device = self.disks[index].device
-            try:
-                for other, slab in taken:
-                    if other == index:
-                        device.zero(self.place_of(index, slab), self.state.settings.slab)
-                device.flush()
-            except NoSpaceError:
-                raise
-            except ClosedError:
-                raise
-            except VhdxError as error:
-                self.take_out(index, DiskStatus.IO_ERROR, str(error))
-                return index
-        return None
-
-    def stored_rows(self, space: SpaceState) -> npt.NDArray[np.int64]:
-        """The rows that have slabs."""
-        return np.flatnonzero((space.rows["state"] != NONE).any(axis=(1, 2)))
 
     def usable(self, index: int) -> DiskState | None:
         """The disk, if it is open and takes part."""

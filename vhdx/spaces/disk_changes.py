@@ -132,6 +132,8 @@ def _empty(
 ) -> None:
     """Waits until the repairs have moved everything off the disk."""
     disk, pool = core.state.disks[index], core.state.settings.name
+    with core.lock:
+        repairer.try_again()
     total = core.slabs.used(index)
     while True:
         is_settled = repairer.wait(0.3)

@@ -99,11 +99,15 @@ class PhysicalDisk:
         self.file, self.label = file, label
         self.found_modified = self.modified()
         self.device: plane.Device = file.leaf
+        self.set_latency(latency)
+
+    def set_latency(self, latency: str | None) -> None:
+        """Makes it as slow as such a disk; before it is used."""
         if latency is not None:
             write_cache = latency != "hdd"
-            model = plane.Model(_MODELS[latency], label.size, write_cache=write_cache)
+            model = plane.Model(_MODELS[latency], self.label.size, write_cache=write_cache)
             pool = plane.shared_pool(plane.Level.SPACE)
-            self.device = plane.Delay(file.leaf, model, pool)
+            self.device = plane.Delay(self.file.leaf, model, pool)
 
     @property
     def id(self) -> UUID:
@@ -165,6 +169,8 @@ class PhysicalDisk:
             VhdxError: it cannot be made or opened.
         """
         path = os.fspath(spec.path)
+        if place.spelled(path).startswith("space:"):
+            raise InvalidArgumentError("a disk of a pool cannot lie in a pool", path=path)
         if spec.size is not None:
             _make_file(path, spec.size)
         file = place.open_file(path, write=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vhdx import plane
-from vhdx.errors import VhdxError
+from vhdx.errors import InUseError, VhdxError
 from vhdx.spaces import space_changes
 
 if TYPE_CHECKING:
@@ -27,7 +27,9 @@ class Leases:
 
     def __init__(self, core: Core, detached: dict[int, str]) -> None:
         self._core, self._detached = core, detached
-        self._uses: dict[int, int] = {}  # under the core's lock
+        self._uses: dict[int, int] = {}  # under the core's lock, as the others
+        self._raw: dict[int, list[bool]] = {}  # by space, for each use as a disk whether it writes
+        self._owned: set[int] = set()
 
     def names(self) -> list[str]:
         """The spaces that are in use."""
@@ -58,6 +60,30 @@ class Leases:
             self._uses[space.number] = self._uses.get(space.number, 0) + 1
             return space.number
 
+    def begin_raw(self, name: str, *, write: bool, locked: bool) -> int:
+        """Begins to use a space as a disk; returns its number, for :meth:`end_raw`.
+
+        Raises:
+            InUseError: it is open in a way that excludes this.
+        """
+        with self._core.lock:
+            number = self.take(name)
+            users = self._raw.setdefault(number, [])
+            if locked and users and (write or any(users)):
+                self.give_back(number)
+                pool = self._core.state.settings.name
+                raise InUseError(f"space {name!r} is open already in this process", path=pool)
+            if locked:
+                users.append(write)
+            return number
+
+    def end_raw(self, number: int, *, write: bool, locked: bool) -> None:
+        """Ends a use as a disk."""
+        with self._core.lock:
+            if locked:
+                self._raw[number].remove(write)
+            self.give_back(number)
+
     def device(self, number: int) -> plane.Layout:
         """The device of a space that is in use."""
         return self._core.spaces[number].layout
@@ -66,10 +92,18 @@ class Leases:
         """Gives ``owner`` what it recorded for a space, and what it records from now on."""
         core = self._core
         with core.lock:
+            if number in self._owned:
+                raise InUseError("the volume is open already", path=core.state.settings.name)
+            self._owned.add(number)
             kept = core.state.owners.get(number)
             for payload in () if kept is None else list(kept.records()):
                 owner.apply(payload)
             core.state.owners[number] = owner
+
+    def detach_owner(self, number: int) -> None:
+        """The owner records no more."""
+        with self._core.lock:
+            self._owned.discard(number)
 
     def commit_owner(self, number: int, payloads: Iterable[bytes]) -> None:
         """Makes records of a space's owner durable, and applies them to it."""

@@ -12,12 +12,13 @@ from uuid import UUID
 
 from vhdx import plane
 from vhdx.errors import DamagedError, HostIOError, InvalidArgumentError, Reason, VhdxError
-from vhdx.ledger import Ledger, Recovered
+from vhdx.ledger import Ledger, Record, Recovered
+from vhdx.ledger.members import look
 from vhdx.spaces.core import Core
 from vhdx.spaces.disks import PhysicalDisk, open_all
 from vhdx.spaces.returning import status_of, take_back
 from vhdx.spaces.space import Space
-from vhdx.spaces.state import NONE, DiskState, Out, PoolState
+from vhdx.spaces.state import NONE, DiskState, Event, Out, PoolState
 from vhdx.spaces.states import DiskStatus, Provisioning
 
 if TYPE_CHECKING:
@@ -50,8 +51,7 @@ def open_core(
     kept: list[ImageFile] = [file for file, _ in found]
     try:
         chosen = _of_one_pool(found, errors, pool)
-        opened = _open_ledger(chosen, errors, write=write)
-        core = opened
+        core = _open_ledger(chosen, errors, write=write)
         kept = []
     finally:
         for file in kept:
@@ -99,18 +99,20 @@ def _of_one_pool(
 def _open_ledger(
     chosen: Sequence[tuple[ImageFile, Label]], errors: dict[str, VhdxError], *, write: bool
 ) -> Core:
-    physical = {label.disk: (file, label) for file, label in chosen}
     disks = {label.disk: PhysicalDisk(file, label, None) for file, label in chosen}
     members = [disk.member for disk in disks.values()]
-    name = chosen[0][1].pool_name
+    name, identity = chosen[0][1].pool_name, chosen[0][1].pool
     recovered: Recovered | None = None
+    missed: list[UUID] = []
     try:
         if write:
             pool = plane.shared_pool(plane.Level.SPACE)
-            recovered = Ledger.recover(members, pool, identity=chosen[0][1].pool)
-            records = recovered.records
+            judge = _Judge(set(disks), errors)
+            recovered = Ledger.recover(members, pool, identity=identity, amend=judge.amend)
+            state = judge.state
         else:
-            records = Ledger.read(members, identity=chosen[0][1].pool)
+            records, missed = look(members, identity)
+            state = PoolState.from_records(records)
     except HostIOError as error:
         if error.reason is Reason.NO_QUORUM:
             raise HostIOError(
@@ -119,23 +121,63 @@ def _open_ledger(
                 hint="bring back missing disks, or name them with --disks (disks=)",
             ) from error
         raise
-    state = PoolState.from_records(records)
+    assert state is not None
     by_id = {disk.id: disk for disk in state.disks.values()}
     present: dict[int, PhysicalDisk] = {}
     for identity, disk in disks.items():
         known = by_id.get(identity)
         if known is None:
-            errors[disk.path] = DamagedError("it is no disk of the pool any more", path=disk.path)
+            errors[disk.path] = DamagedError("it no longer belongs to the pool", path=disk.path)
             continue
-        file, label = physical[identity]
-        present[known.index] = PhysicalDisk(file, label, known.latency)
-        present[known.index].found_modified = disk.found_modified  # before the recovery
+        present[known.index] = disk
+        disk.set_latency(known.latency)
     core = Core(state, None if recovered is None else recovered.ledger, {})
     if recovered is None:
-        _judge_for_reading(core, present)
+        _judge_for_reading(core, present, missed)
     else:
-        _judge(core, present, recovered, errors)
+        _take_part(core, present, recovered, errors)
     return core
+
+
+class _Judge:
+    """Says in what a recovery writes which disks are out: a crash cannot forget it then.
+
+    Args:
+        present: the disks that are there.
+        errors: why others could not be opened, by path.
+
+    Attributes:
+        state: with that.
+    """
+
+    def __init__(self, present: set[UUID], errors: dict[str, VhdxError]) -> None:
+        self._present, self._errors = present, errors
+        self.state: PoolState | None = None
+
+    def amend(
+        self,
+        records: list[Record],
+        missed: list[UUID],
+        base: tuple[int, int],
+        nothing_written: bool,
+    ) -> list[Record]:
+        state = self.state = PoolState.from_records(records)
+        for disk in list(state.disks.values()):
+            if disk.out is not None or (disk.id in self._present and disk.id not in missed):
+                continue
+            if disk.id in missed:
+                status = DiskStatus.STALE_METADATA
+                text = "it lacks changes that the others have: it was away, or is an old copy"
+            else:
+                status, text = _why_missing(disk, self._errors)
+            now = int(time.time() * 1000)
+            since = state.event_number + 1
+            is_lost = disk.id in missed and not nothing_written
+            out = Out(since, status, text, *base, all_stale=is_lost, time=now)
+            event = Event(since, now, "disk-out", f"{status.text}: {text}", disk.name)
+            state.apply(*state.disk_record(replace(disk, out=out)))
+            state.apply(*state.event_record(event))
+        return list(state.records())
 
 
 def _why_missing(disk: DiskState, errors: dict[str, VhdxError]) -> tuple[DiskStatus, str]:
@@ -145,53 +187,46 @@ def _why_missing(disk: DiskState, errors: dict[str, VhdxError]) -> tuple[DiskSta
     return status_of(error.message), error.message
 
 
-def _judge(
+def _take_part(
     core: Core,
     present: dict[int, PhysicalDisk],
     recovered: Recovered,
     errors: dict[str, VhdxError],
 ) -> None:
-    """Decides which disks take part; durable."""
+    """Lets the disks take part that do, and takes back those that were out."""
     state = core.state
     with core.lock:
         core.disks.update({i: p for i, p in present.items() if state.disks[i].out is None})
-        for index, disk in list(state.disks.items()):
-            physical = present.get(index)
-            if physical is None and disk.out is None:
-                status, text = _why_missing(disk, errors)
-                core.take_out(index, status, text, position=recovered.base)
-            elif physical is not None and disk.out is None and disk.id in recovered.missed:
-                core.disks.pop(index, None)
-                core.take_out(
-                    index,
-                    DiskStatus.STALE_METADATA,
-                    "it lacks changes that the others have: it was away, or is an old copy",
-                    all_stale=True,
-                )
+        outside = set(recovered.ledger.out_of_step)
+        names = recovered.ledger.members
         for index, physical in present.items():
             disk = state.disks[index]
-            if disk.out is not None:
-                position = recovered.positions.get(disk.id)
-                if disk.id in recovered.missed and disk.out.status is DiskStatus.STALE_METADATA:
-                    position = None
-                if not take_back(core, index, physical, position, rejoins=False):
-                    errors[physical.path] = DamagedError(
-                        "it is an old copy of a disk that has the only copy of some data",
-                        path=physical.path,
-                        hint="bring the newest one",
-                    )
+            if disk.out is None:
+                continue
+            position = recovered.positions.get(disk.id)
+            rejoins = disk.id in names and names.index(disk.id) in outside
+            if not take_back(core, index, physical, position, rejoins=rejoins):
+                errors[physical.path] = DamagedError(
+                    "it is an old copy of a disk that has the only copy of some data",
+                    path=physical.path,
+                    hint="bring the newest one",
+                )
 
 
-def _judge_for_reading(core: Core, present: dict[int, PhysicalDisk]) -> None:
-    """Disks that are out or missing are not read; nothing is recorded."""
+def _judge_for_reading(core: Core, present: dict[int, PhysicalDisk], missed: Sequence[UUID]) -> None:
+    """Disks that are out, missing or old are not read; nothing is recorded."""
     state = core.state
     for index, disk in list(state.disks.items()):
-        if index in present and disk.out is None:
+        if index in present and disk.out is None and disk.id not in missed:
             core.disks[index] = present[index]
         elif disk.out is None:
             now = int(time.time() * 1000)
             since = state.event_number + 1
-            out = Out(since, DiskStatus.LOST_COMMUNICATION, "it is missing", 0, 0, time=now)
+            status = DiskStatus.LOST_COMMUNICATION
+            text = "it is missing"
+            if index in present:
+                status, text = DiskStatus.STALE_METADATA, "it lacks changes that the others have"
+            out = Out(since, status, text, 0, 0, time=now)
             state.disks[index] = replace(disk, out=out)
 
 
@@ -205,7 +240,7 @@ def attach_spaces(core: Core) -> dict[int, str]:
     with core.lock:
         for number, space in list(core.state.spaces.items()):
             unfinished = space.provisioning is Provisioning.FIXED and bool(
-                (space.rows["state"] == NONE).all(axis=(1, 2)).any()
+                (space.rows["state"] == NONE).all()
             )
             if unfinished and not core.read_only:
                 core.commit([core.state.space_gone_record(number)])  # its creation was cut off

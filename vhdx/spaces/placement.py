@@ -48,17 +48,9 @@ class Slabs:
     def remove_disk(self, index: int) -> None:
         del self._used[index], self._free[index]
 
-    def free(self, index: int) -> int:
-        """Free slabs of a disk."""
-        return self._free[index]
-
     def used(self, index: int) -> int:
         """Slabs of a disk that are in use."""
         return len(self._used[index]) - self._free[index]
-
-    def most_used(self, index: int) -> npt.NDArray[np.bool_]:
-        """For each slab of a disk whether it is in use; not a copy."""
-        return self._used[index]
 
     def take(self, index: int) -> int:
         """Takes the first free slab of a disk that has one."""

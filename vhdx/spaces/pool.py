@@ -156,7 +156,7 @@ class Pool(SpacesOfPool, DisksOfPool):
         try:
             if not core.read_only and core.broken is None:
                 for space in core.spaces.values():
-                    clean_marks(core, space, sorted(space.state.marks))
+                    clean_marks(core, space, sorted(space.state.marks), is_closing=True)
                     space.layout.flush()
         finally:
             for space in core.spaces.values():

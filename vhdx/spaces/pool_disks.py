@@ -123,8 +123,10 @@ class DisksOfPool:
         Returns:
             False if that takes longer.
         """
-        if self._watcher is not None:
+        if self._watcher is not None and self._repairer is not None:
             self._watcher.look()
+            with self._core.lock:
+                self._repairer.try_again()
         return self._repairer is None or self._repairer.wait(seconds)
 
     @uninterruptible

@@ -9,51 +9,30 @@ which clients asked for something, a thread rests as long as the piece took.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
-from dataclasses import dataclass
+from collections import deque
 from typing import TYPE_CHECKING
 
 from vhdx import plane
 from vhdx.arrays import np
 from vhdx.errors import ClosedError, NoSpaceError, Reason, VhdxError
+from vhdx.spaces.jobs import Job, is_wanted, jobs_of
 from vhdx.spaces.placement import takes_new_slabs
-from vhdx.spaces.state import IN_STEP, NONE, STALE, DiskState, SpaceState
+from vhdx.spaces.state import IN_STEP, NONE, STALE, SpaceState
 from vhdx.spaces.states import DiskStatus, RetirePolicy, Usage
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from vhdx.spaces.core import Attached, Core
 
-__all__ = ["Job", "Repairer", "leaves_slabs"]
+__all__ = ["Repairer"]
 
 _PIECE = 4 * MIB
 _PAUSE = 0.05  # seconds until a thread that found nothing looks again, at least
 _THREADS = 2
-
-
-@dataclass(frozen=True)
-class Job:
-    """One slab to be filled.
-
-    Attributes:
-        kind: "resync" (a stale copy), "reconcile" (after a crash), or "rebuild" (onto another disk).
-        space: number.
-        row, column, slot: the member; of a rebuild the one that is replaced.
-    """
-
-    kind: str
-    space: int
-    row: int
-    column: int
-    slot: int
-
-
-def leaves_slabs(disk: DiskState) -> bool:
-    """Whether a repair moves everything off the disk."""
-    return disk.removing or disk.usage is Usage.RETIRED or (disk.out is not None and disk.out.retired)
+_MOST_QUEUED = 10_000
 
 
 class Repairer:
@@ -70,6 +49,7 @@ class Repairer:
         self._core = core
         self._stop = threading.Event()
         self._under_way: set[Job] = set()  # under the core's lock
+        self._queue: deque[Job] = deque()  # under the core's lock
         self._refused: dict[Job, str] = {}  # under the core's lock: why, until something changes
         self._idle = threading.Condition(core.lock)
         self.done = 0
@@ -91,21 +71,26 @@ class Repairer:
                 thread.join()
 
     def wait(self, seconds: float | None = None) -> bool:
-        """Waits until nothing is left that can be repaired; False after ``seconds``."""
+        """Waits until nothing is left that can be repaired; False after ``seconds``.
+
+        What could not be done is not tried again; see :meth:`try_again`.
+        """
         end = None if seconds is None else time.monotonic() + seconds
         with self._idle:
-            self._refused.clear()
             self._core.changed.set()
-            while self._core.broken is None and (self._under_way or self._next() is not None):
+            while self._core.broken is None and (self._under_way or self._has_jobs()):
                 rest = None if end is None else end - time.monotonic()
                 if rest is not None and rest <= 0:
                     return False
                 self._idle.wait(0.2 if rest is None else min(0.2, rest))
         return True
 
+    def _has_jobs(self) -> bool:
+        return any(job not in self._refused for job in jobs_of(self._core))
+
     def waiting(self) -> list[Job]:
         """Jobs that are left, also those that are under way; under the core's lock."""
-        return list(self._jobs())
+        return list(jobs_of(self._core))
 
     def refused(self) -> dict[Job, str]:
         """Jobs that could not be done, and why; under the core's lock."""
@@ -114,33 +99,24 @@ class Repairer:
     def try_again(self) -> None:
         """Something changed: what could not be done may be possible now. Under the core's lock."""
         self._refused.clear()
+        self._queue.clear()
         self._core.changed.set()
 
     # ---- jobs ----
 
-    def _jobs(self) -> Iterator[Job]:
-        core = self._core
-        for number, space in core.state.spaces.items():
-            attached = core.spaces.get(number)
-            if attached is None:
-                continue
-            rows = space.rows
-            for row in np.flatnonzero(attached.unreconciled).tolist():
-                yield Job("reconcile", number, row, 0, 0)
-            there = [i for i in core.state.disks if core.usable(i) is not None]
-            stale = (rows["state"] == STALE) & np.isin(rows["disk"], there)
-            leaving = [i for i, disk in core.state.disks.items() if leaves_slabs(disk)]
-            moving = (rows["state"] != NONE) & np.isin(rows["disk"], leaving)
-            for row, column, slot in np.argwhere(stale & ~moving).tolist():
-                yield Job("resync", number, row, column, slot)
-            for row, column, slot in np.argwhere(moving).tolist():
-                yield Job("rebuild", number, row, column, slot)
-
     def _next(self) -> Job | None:
+        """A job that can be begun; under the core's lock."""
         busy = {(job.space, job.row) for job in self._under_way}
-        for job in self._jobs():
-            if (job.space, job.row) not in busy and job not in self._refused:
-                return job
+        for _ in range(2):
+            for _ in range(len(self._queue)):
+                job = self._queue.popleft()
+                if (job.space, job.row) not in busy:
+                    return job
+                self._queue.append(job)
+            if self._queue:
+                return None
+            found = (job for job in jobs_of(self._core) if job not in self._refused)
+            self._queue.extend(itertools.islice(found, _MOST_QUEUED))
         return None
 
     def _work(self) -> None:
@@ -149,6 +125,8 @@ class Repairer:
             core.changed.clear()
             with core.lock:
                 job = self._next()
+                while job is not None and not is_wanted(core, job):
+                    job = self._next()
                 if job is not None:
                     self._under_way.add(job)
             if job is None:
@@ -158,9 +136,11 @@ class Repairer:
             try:
                 self._do(job)
                 self.done += 1
-            except VhdxError as error:
+            except Exception as error:
                 with core.lock:
                     self._refused[job] = str(error)
+                if not isinstance(error, VhdxError):
+                    core.note_trouble(error)
             finally:
                 with self._idle:
                     self._under_way.discard(job)
@@ -200,6 +180,8 @@ class Repairer:
         core = self._core
         with core.lock:
             source = self._source(space.state, job.row, job.column)
+            disk = int(space.state.rows[job.row, job.column, job.slot]["disk"])
+            departures = core.departures.get(disk, 0)
         target = job.column * space.state.slots + job.slot
         self._copy(space, job.row, source, target, compares=True)
         space.layout.flush()
@@ -207,8 +189,8 @@ class Repairer:
             state = space.state
             rows = state.rows[job.row : job.row + 1].copy()
             member = rows[0, job.column, job.slot]
-            if member["state"] != STALE or core.usable(int(member["disk"])) is None:
-                return  # it failed meanwhile
+            if member["state"] != STALE or core.departures.get(disk, 0) != departures:
+                return  # it failed meanwhile, and may have missed changes
             rows["state"][0, job.column, job.slot] = IN_STEP
             core.commit(list(core.state.rows_records(state, job.row, rows)))
             space.refresh(job.row, 1)
@@ -233,10 +215,12 @@ class Repairer:
                 moved = self._switch(space, job, slot)
         finally:
             with core.lock:
+                is_attached = core.spaces.get(job.space) is space
                 if not moved and space.filling.pop((*key, slot), None) is not None:
-                    space.refresh(job.row, 1)
                     core.slabs.release(disk, slab)
-                if space.state.copies == 1 and not space.filling:
+                    if is_attached:
+                        space.refresh(job.row, 1)
+                if is_attached and space.state.copies == 1 and not space.filling:
                     space.layout.set_moving(moving=False)
 
     def _take_target(self, state: SpaceState, job: Job) -> tuple[int, int, int]:

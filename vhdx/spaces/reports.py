@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vhdx.arrays import np
-from vhdx.spaces.repairing import leaves_slabs
+from vhdx.spaces.jobs import leaves_slabs
 from vhdx.spaces.state import NONE, STALE, DiskState, Event, SpaceState
 from vhdx.spaces.states import DiskStatus, Health, PoolStatus, SpaceStatus
 
@@ -144,9 +144,7 @@ def space_status(core: Core, space: SpaceState) -> SpaceStatus:
         return SpaceStatus.NO_REDUNDANCY
     stale = rows["state"] == STALE
     if is_out.any():
-        marked = np.zeros(len(rows), np.bool_)
-        marked[sorted(space.marks)] = True
-        behind = (is_out & marked[:, None, None]).any() or stale.any()
+        behind = (is_out & space.marked(0, len(rows))[:, None, None]).any() or stale.any()
         return SpaceStatus.DEGRADED if behind else SpaceStatus.INCOMPLETE
     if stale.any() or attached.unreconciled.any() or attached.filling:
         return SpaceStatus.IN_SERVICE

@@ -44,7 +44,27 @@ def take_back(
         return True
     is_old = out.all_stale or position is None or position < (out.term, out.sequence)
     is_untouched = not is_old and out.modified is not None and physical.found_modified == out.modified
+    was_open = core.disks.get(index)
     core.disks[index] = physical
+    try:
+        return _take_back(core, index, physical, is_old, is_untouched, rejoins=rejoins)
+    except BaseException:
+        if was_open is None:
+            core.disks.pop(index, None)
+        raise
+
+
+def _take_back(
+    core: Core,
+    index: int,
+    physical: PhysicalDisk,
+    is_old: bool,
+    is_untouched: bool,
+    *,
+    rejoins: bool,
+) -> bool:
+    state = core.state
+    disk = state.disks[index]
     records: list[Record] = []
     stale = 0
     for space in state.spaces.values():
@@ -59,9 +79,7 @@ def take_back(
             return False
         differs = mine & ~only
         if is_untouched:
-            marked = np.zeros(len(rows), np.bool_)
-            marked[sorted(space.marks)] = True
-            differs &= marked[:, None, None]
+            differs &= space.marked(0, len(rows))[:, None, None]
         changed = rows.copy()
         changed["state"][differs] = STALE
         for row in np.flatnonzero(differs.any(axis=(1, 2))).tolist():

@@ -85,7 +85,7 @@ def scrub(
         (space, row)
         for space in spaces
         if space.state.copies > 1
-        for row in core.stored_rows(space.state).tolist()
+        for row in space.state.stored_rows().tolist()
     ]
     total = sum(slab * space.state.columns for space, _ in work)
     for space, row in work:

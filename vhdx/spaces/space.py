@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from vhdx import plane
 from vhdx.arrays import np
 from vhdx.errors import NoSpaceError, VhdxError
+from vhdx.spaces.allocating import allocate, release_members
 from vhdx.spaces.state import NONE, new_rows
 from vhdx.spaces.states import DiskStatus, Provisioning
 from vhdx.units import TIB
@@ -50,7 +51,7 @@ class Space:
         self.filling: dict[tuple[int, int, int], tuple[int, int]] = {}
         self._attached: set[int] = set()
         if after_crash and state.copies > 1:
-            self.unreconciled[sorted(state.marks)] = True
+            self.unreconciled = state.marked(0, len(state.rows))
         if core.read_only:
             self.layout.freeze()
         core.spaces[state.number] = self
@@ -106,14 +107,19 @@ class Space:
         with core.lock:
             core.check()
             state = self.state
-            records = []
+            records, members = [], None
             if (state.rows[row]["state"] == NONE).all():
-                members = core.allocate(state, [row])
+                members = allocate(core, state, [row])
                 records += list(core.state.rows_records(state, row, members))
             if state.copies > 1 and row not in state.marks:
-                records.append(core.state.marks_record(state, [row], marked=True))
-            if records:
-                core.commit(records)
+                records += core.state.marks_records(state, [row], marked=True)
+            try:
+                if records:
+                    core.commit(records)
+            except NoSpaceError:
+                if members is not None:
+                    release_members(core, members)
+                raise
             self.unreconciled = _longer(self.unreconciled, len(self.state.rows))
             self.refresh(row, 1)
             self.layout.mark(row, 1, marked=True)
@@ -163,7 +169,7 @@ class Space:
             records += list(
                 core.state.rows_records(state, row, new_rows(1, state.columns, state.slots))
             )
-        records.append(core.state.marks_record(state, rows, marked=False))
+        records += core.state.marks_records(state, rows, marked=False)
         core.commit(records)
         self.unreconciled[rows] = False
         for row in rows:

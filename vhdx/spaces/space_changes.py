@@ -8,6 +8,7 @@ from uuid import uuid4
 
 from vhdx import plane
 from vhdx.errors import ExistsError, InvalidArgumentError, NoSpaceError, NotFoundError
+from vhdx.spaces.allocating import allocate, release_members
 from vhdx.spaces.core import Core
 from vhdx.spaces.disks import check_name
 from vhdx.spaces.space import LARGEST_SPACE, Space
@@ -80,12 +81,11 @@ def create(
 
 
 def _allocate_all(core: Core, space: SpaceState) -> None:
-    members = core.allocate(space, range(len(space.rows)))
+    members = allocate(core, space, range(len(space.rows)))
     try:
         core.commit(list(core.state.rows_records(space, 0, members)))
     except NoSpaceError:
-        for member in members[members["state"] != NONE]:
-            core.slabs.release(int(member["disk"]), int(member["slab"]))
+        release_members(core, members)
         raise
 
 
@@ -126,6 +126,8 @@ def delete(core: Core, name: str) -> None:
         )
         attached = core.spaces.pop(space.number, None)
         if attached is not None:
+            for where in attached.filling.values():
+                core.slabs.release(*where)
             attached.layout.close()
         for member in space.rows[space.rows["state"] != NONE]:
             index, slab = int(member["disk"]), int(member["slab"])
@@ -139,6 +141,13 @@ def resize(core: Core, name: str, size: int) -> None:
     with core.lock:
         core.check()
         space = find(core, name)
+        attached = core.spaces.get(space.number)
+        if attached is not None and size > attached.layout.largest_size:
+            raise InvalidArgumentError(
+                f"a space that is open cannot become larger than "
+                f"{format_size(attached.layout.largest_size)}",
+                path=core.state.settings.name,
+            )
         if _checked_size(size) < space.size:
             raise InvalidArgumentError(
                 f"space {name!r} has {space.size} bytes, and cannot become smaller",
@@ -148,11 +157,16 @@ def resize(core: Core, name: str, size: int) -> None:
         first = len(space.rows)
         records = [core.state.space_record(larger)]
         count = larger.row_count(core.state.settings.slab) - first
+        members = None
         if count > 0 and space.provisioning is Provisioning.FIXED:
-            members = core.allocate(space, range(first, first + count))
+            members = allocate(core, space, range(first, first + count))
             records += core.state.rows_records(space, first, members)
-        core.commit(records)
-        attached = core.spaces.get(space.number)
+        try:
+            core.commit(records)
+        except NoSpaceError:
+            if members is not None:
+                release_members(core, members)
+            raise
         if attached is not None:
             attached.grow()
 

@@ -215,6 +215,16 @@ class SpaceState:
         """Rows of slabs of so many bytes."""
         return -(-self.size // (slab * self.columns))
 
+    def stored_rows(self) -> npt.NDArray[np.int64]:
+        """The rows that have slabs."""
+        return np.flatnonzero((self.rows["state"] != NONE).any(axis=(1, 2)))
+
+    def marked(self, first: int, count: int) -> npt.NDArray[np.bool_]:
+        """Which of these rows have a mark."""
+        found = np.zeros(count, np.bool_)
+        found[[row - first for row in self.marks if first <= row < first + count]] = True
+        return found
+
 
 @dataclass
 class Event:
@@ -437,9 +447,14 @@ class PoolState:
             yield Record(Kind.ROWS, head + rows[at : at + step].tobytes())
 
     @staticmethod
-    def marks_record(space: SpaceState, rows: Iterable[int], *, marked: bool) -> Record:
+    def marks_records(space: SpaceState, rows: Iterable[int], *, marked: bool) -> list[Record]:
         numbers = np.array(sorted(rows), "<u8")
-        return Record(Kind.MARKS, _MARKS.pack(space.number, marked) + numbers.tobytes())
+        step = _MOST_IN_RECORD // 8
+        head = _MARKS.pack(space.number, marked)
+        return [
+            Record(Kind.MARKS, head + numbers[at : at + step].tobytes())
+            for at in range(0, len(numbers), step)
+        ]
 
     @staticmethod
     def owner_record(number: int, payload: bytes) -> Record:
@@ -456,13 +471,11 @@ class PoolState:
             yield self.disk_record(disk)
         for space in self.spaces.values():
             yield self.space_record(space)
-            stored = np.flatnonzero((space.rows["state"] != NONE).any(axis=(1, 2)))
+            stored = space.stored_rows()
             for run in np.split(stored, np.flatnonzero(np.diff(stored) != 1) + 1):
                 if len(run):
                     yield from self.rows_records(space, int(run[0]), space.rows[run[0] : run[-1] + 1])
-            marks = sorted(space.marks)
-            for at in range(0, len(marks), _MOST_IN_RECORD // 8):
-                yield self.marks_record(space, marks[at : at + _MOST_IN_RECORD // 8], marked=True)
+            yield from self.marks_records(space, space.marks, marked=True)
             owner = self.owners.get(space.number)
             for payload in () if owner is None else owner.records():
                 yield self.owner_record(space.number, payload)

@@ -11,13 +11,11 @@ from __future__ import annotations
 from enum import Enum, IntEnum
 
 __all__ = [
-    "DetachedReason",
     "DiskStatus",
     "Health",
     "MediaType",
     "PoolStatus",
     "Provisioning",
-    "ReadOnlyReason",
     "Resiliency",
     "RetirePolicy",
     "SpaceStatus",
@@ -114,9 +112,7 @@ class DiskStatus(_Status):
     IO_ERROR = ("IO error", Health.WARNING, None)
     ABNORMAL_LATENCY = ("Abnormal latency", Health.WARNING, None)
     STALE_METADATA = ("Stale metadata", Health.UNHEALTHY, None)
-    SPLIT = ("Split", Health.UNHEALTHY, None)
     UNRECOGNIZED_METADATA = ("Unrecognized metadata", Health.UNHEALTHY, None)
-    FAILED_MEDIA = ("Failed media", Health.UNHEALTHY, None)
 
 
 class SpaceStatus(_Status):
@@ -136,20 +132,3 @@ class PoolStatus(_Status):
     OK = ("OK", Health.HEALTHY, 2)
     DEGRADED = ("Degraded", Health.WARNING, 3)
     READ_ONLY = ("Read-only", Health.UNKNOWN, None)
-
-
-class DetachedReason(_Named):
-    """MSFT_VirtualDisk.DetachedReason."""
-
-    NONE = 1
-    BY_POLICY = 2
-    MAJORITY_DISKS_UNHEALTHY = 3
-    INCOMPLETE = 4
-
-
-class ReadOnlyReason(_Named):
-    """MSFT_StoragePool.ReadOnlyReason."""
-
-    NONE = 1
-    BY_POLICY = 2
-    MAJORITY_DISKS_UNHEALTHY = 3

@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING
 from vhdx import place
 from vhdx.arrays import np
 from vhdx.errors import VhdxError
-from vhdx.ledger import Ledger
+from vhdx.ledger.members import position_of
 from vhdx.spaces.disks import PhysicalDisk, read_label
 from vhdx.spaces.returning import take_back
 from vhdx.spaces.state import STALE, DiskState
 from vhdx.spaces.states import DiskStatus, RetirePolicy, Usage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
+    from typing import Any
 
     from vhdx.spaces.core import Attached, Core
     from vhdx.spaces.repairing import Repairer
@@ -28,6 +29,7 @@ __all__ = ["Watcher", "clean_marks"]
 
 _TICK = 0.5  # seconds
 _IDLE = 30.0  # seconds without a change after which a row's mark goes away
+_AFTER_ERROR = 30.0  # seconds after which a disk that failed a request is tried again
 _SLOW_NS = 2_000_000_000  # a request that takes so long makes a disk's latency abnormal
 
 
@@ -44,6 +46,7 @@ class Watcher:
         self._stop = threading.Event()
         self._changed: dict[tuple[int, int], float] = {}  # by space and row: when, monotonic
         self._slow: dict[int, float] = {}
+        self._tries: dict[int, tuple[float, float]] = {}  # of disks that are out: next, and pause
         self._alerted: set[int] = set()
         self._thread = threading.Thread(target=self._work, name="vhdx-watch", daemon=True)
 
@@ -63,8 +66,10 @@ class Watcher:
         ticks = 0
         while not self._stop.wait(_TICK):
             ticks += 1
-            with contextlib.suppress(VhdxError):
+            try:
                 self.look(ticks)
+            except Exception as error:  # the pool must be looked after as long as it is open
+                self._core.note_trouble(error)
 
     def look(self, ticks: int = 0) -> None:
         """One round."""
@@ -73,22 +78,28 @@ class Watcher:
             return
         with core.lock:
             for index in list(core.disks):
-                self._check_file(index)
+                self._try(self._check_file, index)
             for disk in list(core.state.disks.values()):
                 if disk.out is not None:
-                    self._look_for(disk)
-            self._retire()
-            self._alert()
-            self._measure()
+                    self._try(self._look_for, disk)
+            for step in (self._retire, self._alert, self._measure):
+                self._try(step)
         if ticks % 10 == 0:
-            self._clean_idle()
+            self._try(self._clean_idle)
             with core.lock:
                 self._repairer.try_again()
+
+    def _try(self, step: Callable[..., None], *what: Any) -> None:
+        """One that cannot be done now must not keep the others from being done."""
+        with contextlib.suppress(VhdxError):
+            step(*what)
 
     # ---- disks; under the lock ----
 
     def _check_file(self, index: int) -> None:
         core = self._core
+        if index not in core.disks:
+            return
         disk = core.state.disks[index]
         if disk.out is None and not core.disks[index].is_where_it_was():
             core.take_out(index, DiskStatus.LOST_COMMUNICATION, "its file is gone, or was cut off")
@@ -102,22 +113,32 @@ class Watcher:
             if is_lost and held.is_where_it_was():
                 take_back(core, disk.index, held, core.ledger.position, rejoins=False)
             return
-        if place.key_of(disk.path) is None:
+        now = time.monotonic()
+        first = _AFTER_ERROR if self._has_failed(disk) else 0.0
+        when, pause = self._tries.get(disk.index, (now + first, 1.0))
+        if now < when or place.key_of(disk.path) is None:
+            self._tries[disk.index] = (when, pause)
             return
+        self._tries[disk.index] = (now + pause, min(2 * pause, 60.0))  # unless it comes back
         file = place.open_file(disk.path, write=True)
         try:
             label = read_label(file)
             if label.disk != disk.id or label.has_left:
                 raise VhdxError("another disk is there", path=disk.path)
             physical = PhysicalDisk(file, label, disk.latency)
-            position = Ledger.position_of(physical.member)
+            position = position_of(physical.member)
             if take_back(core, disk.index, physical, position, rejoins=True):
                 self._repairer.try_again()
+                del self._tries[disk.index]
                 return
         except BaseException:
             file.close()
             raise
         file.close()
+
+    @staticmethod
+    def _has_failed(disk: DiskState) -> bool:
+        return disk.out is not None and disk.out.status is DiskStatus.IO_ERROR
 
     def _retire(self) -> None:
         core = self._core
@@ -158,7 +179,7 @@ class Watcher:
 
     def _measure(self) -> None:
         core = self._core
-        for index in core.disks:
+        for index in list(core.disks):
             slowest = 0
             for space in core.spaces.values():
                 slowest = max(slowest, space.layout.facts(index).slowest_ns)
@@ -173,27 +194,30 @@ class Watcher:
     # ---- marks ----
 
     def _clean_idle(self) -> None:
-        now = time.monotonic()
-        with self._core.lock:
-            spaces = list(self._core.spaces.values())
-        for space in spaces:
-            number = space.state.number
-            changed = space.layout.take_changed(0, len(space.state.rows))
-            for row in np.flatnonzero(changed).tolist():
-                self._changed[number, row] = now
-            idle = [
-                row
-                for row in list(space.state.marks)
-                if now - self._changed.setdefault((number, row), now) >= _IDLE
-            ]
-            if idle:
-                clean_marks(self._core, space, idle)
-                for row in idle:
-                    self._changed.pop((number, row), None)
+        core, now = self._core, time.monotonic()
+        with core.lock:
+            for number, space in list(core.spaces.items()):
+                changed = space.layout.take_changed(0, len(space.state.rows))
+                for row in np.flatnonzero(changed).tolist():
+                    self._changed[number, row] = now
+                idle = [
+                    row
+                    for row in list(space.state.marks)
+                    if now - self._changed.setdefault((number, row), now) >= _IDLE
+                ]
+                if idle:
+                    clean_marks(core, space, idle)
+                    for row in idle:
+                        self._changed.pop((number, row), None)
 
 
-def clean_marks(core: Core, space: Attached, rows: Iterable[int]) -> None:
+def clean_marks(
+    core: Core, space: Attached, rows: Iterable[int], *, is_closing: bool = False
+) -> None:
     """Takes marks away from rows whose copies are all there, in step, and durable.
+
+    A change that failed on a disk may wait for the pool's lock, so a row that was changed keeps its
+    mark, unless nobody uses the space any more.
 
     Raises:
         VhdxError: that could not be made so; the marks stay.
@@ -219,8 +243,9 @@ def clean_marks(core: Core, space: Attached, rows: Iterable[int]) -> None:
             space.layout.mark(row, 1, marked=False)
         try:
             space.layout.flush()
-            still = [row for row in cleaned if _is_whole(core, space, row)]
-            core.commit([core.state.marks_record(state, still, marked=False)])
+            busy = [] if is_closing else [r for r in cleaned if space.layout.take_changed(r, 1)[0]]
+            still = [r for r in cleaned if r not in busy and _is_whole(core, space, r)]
+            core.commit(core.state.marks_records(state, still, marked=False))
         except BaseException:
             still = []
             raise

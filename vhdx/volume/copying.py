@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,8 @@ def copy_file(
         try:
             _copy(file.leaf, draft.file.leaf, progress, cancel)
             try:
-                draft.take(name, replace=force)
+                with there.guard(name) if force and there.exists(name) else contextlib.nullcontext():
+                    draft.take(name, replace=force)
             except FileExistsError as error:
                 raise ExistsError("it exists already", path=name) from error
             there.sync(os.path.dirname(name) or ".")

@@ -137,6 +137,7 @@ class VolumeFile:
         """Gives holes in the range places, so that writes there change no metadata; durable."""
         volume, first = self._volume, offset // PAGE
         count = -(-(offset + length) // PAGE) - first
+        self.device.flush()  # what is recorded of these pages is what C has, unless a write comes now
         with volume.lock:
             places = volume.state.files[self.id].places(first, count)
             holes = np.flatnonzero(places < 0)
@@ -152,9 +153,11 @@ class VolumeFile:
             pages = (holes + first).astype(np.uint64)
             hole = np.full(len(pages), _hole(), np.uint64)
             self.device.install(first, _entries(places))
-            missed = self.device.replace(pages, hole, _entries(taken), publish=False)
-            if missed.any():  # a write came first; its own commit follows
-                volume.pages.give_back(taken[missed])
+            # A page that was written since keeps its place; its commit gives back what is recorded
+            # now. One that was written and given up since is committed again after that.
+            facts = self.device.statistics()
+            dirty = facts["dirty_generation"] != facts["committed_generation"]
+            self.device.replace(pages, hole, _entries(taken), publish=dirty)
 
     def prepare_size(self, size: int) -> None:
         """Records a new size, durably; before a smaller one, what is cut off is given back."""

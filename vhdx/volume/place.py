@@ -15,7 +15,6 @@ from vhdx import place, plane
 from vhdx.errors import (
     ExistsError,
     HostIOError,
-    InUseError,
     InvalidArgumentError,
     NotFoundError,
     Reason,
@@ -95,8 +94,8 @@ class SpaceFile:
         self._closed = True
         try:
             if self._volume is None:
-                self._opened.pool.leases.give_back(self._number)
-                self._owner._release_space(self._opened, self._number)
+                leases = self._opened.pool.leases
+                leases.end_raw(self._number, write=self._write, locked=self._locked)
             else:
                 self._volume.release(self._number, write=self._write, locked=self._locked)
         finally:
@@ -149,7 +148,6 @@ class SpacePlace:
 
     def __init__(self, pools: OpenPools) -> None:
         self.pools = pools
-        self._raw: dict[int, list[bool]] = {}  # by number of the space: who uses it writes
 
     # ---- files ----
 
@@ -158,7 +156,9 @@ class SpacePlace:
         opened = self.pools.use(parts.pool, write=write)
         try:
             if not parts.name:
-                return self._open_space(path, opened, parts, write=write, sparse=sparse)
+                return self._open_space(
+                    path, opened, parts, write=write, sparse=sparse, locked=locked
+                )
             volume = self.pools.volume(opened, parts)
             try:
                 number = volume.find(parts.name)
@@ -173,7 +173,14 @@ class SpacePlace:
             raise
 
     def _open_space(
-        self, path: str, opened: OpenPool, parts: PoolPath, *, write: bool, sparse: bool
+        self,
+        path: str,
+        opened: OpenPool,
+        parts: PoolPath,
+        *,
+        write: bool,
+        sparse: bool,
+        locked: bool,
     ) -> SpaceFile:
         if not parts.space or opened.pool.leases.has_volume(parts.space):
             raise HostIOError(
@@ -182,18 +189,8 @@ class SpacePlace:
                 path=path,
                 hint="name a file in it",
             )
-        number = opened.pool.leases.take(parts.space)
-        users = self._raw.setdefault(number, [])
-        if users and (write or any(users)):
-            opened.pool.leases.give_back(number)
-            raise InUseError("it is open already in this process", path=path)
-        users.append(write)
-        return SpaceFile(self, path, opened, None, number, write=write, locked=True, sparse=sparse)
-
-    def _release_space(self, opened: OpenPool, number: int) -> None:
-        """Ends a use of a raw space."""
-        del opened
-        self._raw.pop(number, None)
+        number = opened.pool.leases.begin_raw(parts.space, write=write, locked=locked)
+        return SpaceFile(self, path, opened, None, number, write=write, locked=locked, sparse=sparse)
 
     def draft(self, path: str, *, sparse: bool = True, bulk: bool = False) -> _SpaceDraft:
         del bulk
@@ -350,7 +347,8 @@ def rename_file(path: str, other: str, *, force: bool = False) -> None:
     if not force and _place.exists(other):
         raise ExistsError("it exists already", path=other, hint="use --force (force=True)")
     try:
-        _place.rename(path, other)
+        with _place.guard(other) if _place.exists(other) else contextlib.nullcontext():
+            _place.rename(path, other)
     except FileNotFoundError as error:
         raise NotFoundError("there is no such file", path=path) from error
 

@@ -71,8 +71,11 @@ class OpenPools:
     def lend(self, pool: Pool) -> None:
         """Uses an open pool of the caller's for its paths, until :meth:`take_away`."""
         with self._lock:
-            if pool.name in self._pools:
-                self._close(self._pools[pool.name])
+            other = self._pools.get(pool.name)
+            if other is not None and other.uses:
+                raise InUseError("files of the pool are open", path=pool.name)
+            if other is not None:
+                self._close(other)
             self._pools[pool.name] = OpenPool(pool, owned=False)
 
     def take_away(self, pool: Pool) -> None:
@@ -128,7 +131,9 @@ class OpenPools:
     def _close(self, opened: OpenPool) -> None:
         if opened.timer is not None:
             opened.timer.cancel()
-        self._pools.pop(opened.pool.name, None)
+        if self._pools.get(opened.pool.name) is not opened:
+            return  # it was closed already, and another one may have its place
+        del self._pools[opened.pool.name]
         for volume in opened.volumes.values():
             volume.close()
         opened.volumes.clear()

@@ -227,11 +227,6 @@ class Pages:
                     raise DamagedError(f"two files use page {run.place} of the space, or it has none")
                 part[:] = True
 
-    @property
-    def free(self) -> int:
-        """Free pages."""
-        return int((~self._used).sum())
-
     def grow(self, count: int) -> None:
         """The space has so many pages now."""
         more = np.zeros(max(0, count - len(self._used)), np.bool_)

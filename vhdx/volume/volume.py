@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vhdx.arrays import np
-from vhdx.errors import InUseError, InvalidArgumentError
+from vhdx.errors import InUseError, InvalidArgumentError, NotFoundError, VhdxError
 from vhdx.volume.files import VolumeFile
 from vhdx.volume.state import PAGE, FileState, Pages, VolumeState
 
@@ -49,6 +50,7 @@ class _Open:
     readers: int = 0
     writers: int = 0
     unlocked: int = 0
+    closing: bool = False
 
     @property
     def count(self) -> int:
@@ -73,6 +75,7 @@ class Volume:
 
     def __init__(self, pool: Pool, name: str) -> None:
         self.lock = threading.RLock()
+        self._closed_one = threading.Condition(self.lock)
         self._pool, self.name = pool, name
         self.number = pool.leases.take(name)
         try:
@@ -90,12 +93,8 @@ class Volume:
 
     def close(self) -> None:
         """Gives the space back; no file may be open."""
+        self._pool.leases.detach_owner(self.number)
         self._pool.leases.give_back(self.number)
-
-    @property
-    def is_used(self) -> bool:
-        """Whether a file is open."""
-        return bool(self._open)
 
     def path_of(self, number: int) -> str:
         """A path of a file, for messages."""
@@ -134,7 +133,9 @@ class Volume:
         self.commit([self.state.file_gone_record(number)])
         for run in runs:
             self.pages.give_back(np.arange(run.place, run.place + run.length))
-            self.device.trim(run.place * PAGE, run.length * PAGE)
+        for run in runs:
+            with contextlib.suppress(VhdxError):  # only a hint
+                self.device.trim(run.place * PAGE, run.length * PAGE)
 
     # ---- files ----
 
@@ -173,7 +174,10 @@ class Volume:
             InUseError: it is open in a way that excludes this.
         """
         with self.lock:
-            found = self._open.get(number)
+            while (found := self._open.get(number)) is not None and found.closing:
+                self._closed_one.wait()  # its last commit is under way
+            if number not in self.state.files:
+                raise NotFoundError("there is no such file", path=self._pool.name)
             if found is not None and locked and (found.writers or (write and found.readers)):
                 raise InUseError("it is open already in this process", path=self.path_of(number))
             if found is None:
@@ -209,11 +213,13 @@ class Volume:
                 found.readers -= 1
             if found.count:
                 return
-            del self._open[number]
+            found.closing = True
         try:
-            found.file.close()
+            found.file.close()  # not under the lock: it commits
         finally:
             with self.lock:
+                del self._open[number]
+                self._closed_one.notify_all()
                 if not self.read_only and not self.state.links(number):
                     self._remove_file(number)
 
