@@ -326,7 +326,10 @@ def repair(name: str, paths: tuple[str, ...], as_json: bool) -> int:
 @click.option("--repair", is_flag=True, help="Make copies equal where most of three agree.")
 @json_option
 def scrub(name: str, space_name: str | None, repair: bool, as_json: bool) -> int:
-    """Compare the copies of mirrors. The exit code is 3 if some differ and were not repaired."""
+    """Compare the copies of mirrors.
+
+    The exit code is 3 if some differ and were not repaired, or could not be read.
+    """
     with progress_bar("comparing") as progress, change(), _opened(name, ()) as opened:
         opened.settle()
         found = opened.scrub(space_name, repair=repair, progress=progress)
@@ -338,7 +341,7 @@ def scrub(name: str, space_name: str | None, repair: bool, as_json: bool) -> int
             tie = " (no majority)" if each.is_tie else ""
             where = f"{each.space}, row {each.row}, column {each.column}, at {each.offset:#x}"
             click.echo(f"  {where}: {', '.join(each.disks)}{tie}")
-    return 3 if found.different > found.repaired else 0
+    return 3 if found.unread or found.different > found.repaired else 0
 
 
 @pool.command("plan")

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from vhdx import plane
 from vhdx.arrays import np
 from vhdx.errors import (
+    ClosedError,
     NoSpaceError,
     PoisonedError,
     ReadOnlyError,
@@ -284,6 +285,27 @@ class Core:
         with contextlib.suppress(VhdxError):
             text = f"{operation.name.lower()}: {error.message}; there is no other copy"
             self.commit([self.event("disk-error", text, name)])
+
+    def blame(self, space: Attached, row: int, members: Iterable[int], error: VhdxError) -> bool:
+        """Takes out the disk that a failed copy or comparison names; returns whether it did.
+
+        Args:
+            space: of the copy.
+            row: of the copy.
+            members: numbers of those that took part, in the row.
+            error: why it failed; its path is the disk's.
+        """
+        if isinstance(error, (NoSpaceError, ClosedError)):
+            return False
+        with self.lock, contextlib.suppress(VhdxError):
+            entries = space.layout.read_entries(row, 1)[0]
+            for member in members:
+                index = plane.disk_of_entry(int(entries[member]))
+                physical = self.disks.get(index)
+                if physical is not None and physical.path == error.path:
+                    self.take_out(index, DiskStatus.IO_ERROR, error.message)
+                    return True
+        return False
 
     def give_back_space(self, index: int, slab: int) -> None:
         """Lets the host have the space of a slab that is free."""

@@ -199,18 +199,24 @@ def _take_part(
         core.disks.update({i: p for i, p in present.items() if state.disks[i].out is None})
         outside = set(recovered.ledger.out_of_step)
         names = recovered.ledger.members
-        for index, physical in present.items():
-            disk = state.disks[index]
-            if disk.out is None:
-                continue
-            position = recovered.positions.get(disk.id)
-            rejoins = disk.id in names and names.index(disk.id) in outside
-            if not take_back(core, index, physical, position, rejoins=rejoins):
-                errors[physical.path] = DamagedError(
-                    "it is an old copy of a disk that has the only copy of some data",
-                    path=physical.path,
-                    hint="bring the newest one",
-                )
+        waiting = [index for index in present if state.disks[index].out is not None]
+        while waiting:  # one that was taken back may have what another one lacks
+            refused = []
+            for index in waiting:
+                identity = state.disks[index].id
+                position = recovered.positions.get(identity)
+                rejoins = identity in names and names.index(identity) in outside
+                if not take_back(core, index, present[index], position, rejoins=rejoins):
+                    refused.append(index)
+            if refused == waiting:
+                break
+            waiting = refused
+        for index in waiting:
+            errors[present[index].path] = DamagedError(
+                "it is an old copy of a disk that has the only copy of some data",
+                path=present[index].path,
+                hint="bring the newest one",
+            )
 
 
 def _judge_for_reading(core: Core, present: dict[int, PhysicalDisk], missed: Sequence[UUID]) -> None:
@@ -246,9 +252,23 @@ def attach_spaces(core: Core) -> dict[int, str]:
                 core.commit([core.state.space_gone_record(number)])  # its creation was cut off
                 core.slabs = type(core.slabs)(core.state)
                 continue
-            lost = core.entries(space, 0, len(space.rows)).lost
-            if lost.any():
-                detached[number] = f"{int(lost.any(axis=1).sum())} of {len(lost)} rows have no copy"
-                continue
-            Space(core, space, after_crash=True)
+            detached[number] = ""
+        attach_detached(core, detached)
     return detached
+
+
+def attach_detached(core: Core, detached: dict[int, str]) -> None:
+    """Attaches those of the detached spaces that can be read as a whole now; under the lock.
+
+    Args:
+        core: of the pool.
+        detached: why, by number of the space; it is changed.
+    """
+    for number in list(detached):
+        space = core.state.spaces[number]
+        lost = core.entries(space, 0, len(space.rows)).lost
+        if lost.any():
+            detached[number] = f"{int(lost.any(axis=1).sum())} of {len(lost)} rows have no copy"
+            continue
+        Space(core, space, after_crash=True)
+        del detached[number]

@@ -87,10 +87,22 @@ class Pool(SpacesOfPool, DisksOfPool):
         core = make_core(
             name, disks, slab=slab, retire=retire, retire_seconds=retire_seconds, force=force
         )
-        pool = cls(core, {})
-        if known:
-            pool.remember()
+        pool = cls._begin(core, {})
+        try:
+            if known:
+                pool.remember()
+        except BaseException:
+            pool.close()
+            raise
         return pool
+
+    @classmethod
+    def _begin(cls, core: Core, problems: dict[str, VhdxError]) -> Pool:
+        try:
+            return cls(core, problems)
+        except BaseException:
+            _let_go(core)
+            raise
 
     @classmethod
     @uninterruptible
@@ -128,9 +140,9 @@ class Pool(SpacesOfPool, DisksOfPool):
         core, problems = open_core(paths, write=mode == "r+", pool=identity)
         if name is not None and core.state.settings.name != name:
             found = core.state.settings.name
-            _close_disks(core)
+            _let_go(core)
             raise InvalidArgumentError(f"these are the disks of pool {found!r}, not {name!r}")
-        pool = cls(core, problems)
+        pool = cls._begin(core, problems)
         if known and mode == "r+":
             with contextlib.suppress(VhdxError):
                 pool.remember()
@@ -159,19 +171,15 @@ class Pool(SpacesOfPool, DisksOfPool):
                     clean_marks(core, space, sorted(space.state.marks), is_closing=True)
                     space.layout.flush()
         finally:
-            for space in core.spaces.values():
-                space.layout.close()
             if not core.read_only:
                 core.ledger.close()
-            _close_disks(core)
+            _let_go(core)
 
     def abandon(self) -> None:
         """Ends repairs and closes the disks as they are, as the end of the process would."""
         self._closed = True
         self._stop()
-        for space in self._core.spaces.values():
-            space.layout.close()
-        _close_disks(self._core)
+        _let_go(self._core)
 
     def __enter__(self) -> Pool:
         return self
@@ -206,6 +214,9 @@ class Pool(SpacesOfPool, DisksOfPool):
         self._core.listeners.append(listener)
 
 
-def _close_disks(core: Core) -> None:
+def _let_go(core: Core) -> None:
+    """Closes spaces and disks as they are."""
+    for space in core.spaces.values():
+        space.layout.close()
     for physical in core.disks.values():
         physical.close()

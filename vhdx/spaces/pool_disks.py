@@ -32,7 +32,7 @@ class DisksOfPool:
         self._watcher: Watcher | None = None
         if not core.read_only:
             self._repairer = Repairer(core)
-            self._watcher = Watcher(core, self._repairer)
+            self._watcher = Watcher(core, self._repairer, detached)
             self._repairer.begin()
             self._watcher.begin()
 

@@ -8,20 +8,18 @@ which clients asked for something, a thread rests as long as the piece took.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-from vhdx import plane
 from vhdx.arrays import np
 from vhdx.errors import ClosedError, NoSpaceError, Reason, VhdxError
 from vhdx.spaces.jobs import Job, is_wanted, jobs_of
 from vhdx.spaces.placement import takes_new_slabs
 from vhdx.spaces.state import IN_STEP, NONE, STALE, SpaceState
-from vhdx.spaces.states import DiskStatus, RetirePolicy, Usage
+from vhdx.spaces.states import RetirePolicy, Usage
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
@@ -295,20 +293,7 @@ class Repairer:
             try:
                 space.layout.copy(row, source, target, at, min(_PIECE, slab - at), compares=compares)
             except VhdxError as error:
-                self._blame(space, row, (source, target), error)
+                self._core.blame(space, row, (source, target), error)
                 raise
             if space.layout.changes_and_reads() != before:
                 time.sleep(min(0.1, time.monotonic() - began))
-
-    def _blame(self, space: Attached, row: int, members: tuple[int, int], error: VhdxError) -> None:
-        """Takes out the disk whose path the error names, if it is not the only copy."""
-        core = self._core
-        if isinstance(error, (NoSpaceError, ClosedError)):
-            return
-        with core.lock, contextlib.suppress(VhdxError):
-            entries = space.layout.read_entries(row, 1)[0]
-            for member in members:
-                index = plane.disk_of_entry(int(entries[member]))
-                physical = core.disks.get(index)
-                if physical is not None and physical.path == error.path:
-                    core.take_out(index, DiskStatus.IO_ERROR, error.message)

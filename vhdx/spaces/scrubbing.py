@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vhdx import plane
 from vhdx.arrays import np
+from vhdx.errors import ClosedError, VhdxError
 from vhdx.units import MIB
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Scrubbed:
         different: blocks of 4 KiB whose copies differ.
         ties: those of them where no content has a majority; they were not touched.
         repaired: those that were made equal.
+        unread: bytes that could not be compared.
+        failure: why not, the last time.
         differences: the first hundred.
         complete: it was not stopped.
     """
@@ -58,14 +61,22 @@ class Scrubbed:
     different: int = 0
     ties: int = 0
     repaired: int = 0
+    unread: int = 0
+    failure: str | None = None
     differences: list[Difference] = field(default_factory=list)
     complete: bool = True
 
     @property
     def text(self) -> str:
         """One line for people."""
+        if self.unread:
+            return f"{self._differences}; {self.unread} bytes could not be compared: {self.failure}"
+        return self._differences
+
+    @property
+    def _differences(self) -> str:
         if not self.different:
-            return "all copies are equal"
+            return "all copies are equal" if self.complete else "it was stopped"
         ties = f", {self.ties} have no majority" if self.ties else ""
         return f"{self.different} blocks differ; {self.repaired} were repaired{ties}"
 
@@ -89,7 +100,7 @@ def scrub(
     ]
     total = sum(slab * space.state.columns for space, _ in work)
     for space, row in work:
-        if space.unreconciled[row]:
+        if row >= len(space.unreconciled) or space.unreconciled[row]:
             continue  # its copies may differ, and are being made equal
         for column in range(space.state.columns):
             for at in range(0, slab, _PIECE):
@@ -97,32 +108,60 @@ def scrub(
                     found.complete = False
                     return found
                 length = min(_PIECE, slab - at)
-                for difference, verdict in _compare(core, space, row, column, at, length):
-                    _note(found, difference)
-                    if repair and not difference.is_tie:
-                        _mend(space, row, column, difference.offset, verdict)
-                        found.repaired += 1
-                found.compared += length
+                try:
+                    _compare(core, space, row, column, at, length, found, repair=repair)
+                except ClosedError:  # the space is gone
+                    found.complete = False
+                    break
+                except VhdxError as error:
+                    found.unread += length
+                    found.failure = str(error)
                 if progress is not None:
-                    progress(found.compared, max(total, found.compared))
+                    progress(found.compared + found.unread, max(total, found.compared))
     return found
 
 
 def _compare(
-    core: Core, space: Attached, row: int, column: int, at: int, length: int
-) -> Iterator[tuple[Difference, int]]:
-    verdicts = space.layout.compare(row, column, at, length)
+    core: Core,
+    space: Attached,
+    row: int,
+    column: int,
+    at: int,
+    length: int,
+    found: Scrubbed,
+    *,
+    repair: bool,
+) -> None:
+    """Compares the copies of a piece of a column."""
+    slots = space.state.slots
+    with core.lock:
+        members = space.state.rows[row, column].copy()
+    for _ in range(slots):  # a disk that fails is taken out, and the others are compared
+        try:
+            verdicts = space.layout.compare(row, column, at, length)
+            break
+        except VhdxError as error:
+            those = range(column * slots, (column + 1) * slots)
+            if core.read_only or not core.blame(space, row, those, error):
+                raise
+    else:
+        raise VhdxError("there are no copies to compare", path=space.layout.path)
+    found.compared += length
     for block in np.flatnonzero(verdicts).tolist():
         verdict = int(verdicts[block])
-        members = space.state.rows[row, column]
-        disks = [
-            core.state.disks[int(members[slot]["disk"])].name
-            for slot in range(space.state.slots)
-            if verdict >> slot & 1
-        ]
         offset = at + block * plane.COMPARED_BLOCK
-        tie = bool(verdict & plane.TIE)
-        yield Difference(space.state.name, row, column, offset, disks, tie), verdict
+        with core.lock:
+            if (space.state.rows[row, column] != members).any():
+                return  # the row has moved since: this says nothing of where it is now
+            disks = [
+                core.state.disks[int(members[slot]["disk"])].name
+                for slot in range(slots)
+                if verdict >> slot & 1
+            ]
+            is_tie = bool(verdict & plane.TIE)
+            _note(found, Difference(space.state.name, row, column, offset, disks, is_tie))
+            if repair and not is_tie:
+                found.repaired += _mend(space, row, column, offset, verdict)
 
 
 def _note(found: Scrubbed, difference: Difference) -> None:
@@ -132,17 +171,21 @@ def _note(found: Scrubbed, difference: Difference) -> None:
         found.differences.append(difference)
 
 
-def _mend(space: Attached, row: int, column: int, offset: int, verdict: int) -> None:
+def _mend(space: Attached, row: int, column: int, offset: int, verdict: int) -> bool:
     """Copies a block from a member of the majority to those that differ from it."""
     slots = space.state.slots
     entries = space.layout.read_entries(row, 1)[0]
-    good = next(
+    agreeing = (
         slot
         for slot in range(slots)
         if not verdict >> slot & 1 and plane.is_read(int(entries[column * slots + slot]))
     )
+    good = next(agreeing, None)
+    if good is None:
+        return False
     for slot in range(slots):
         if verdict >> slot & 1:
             space.layout.copy(
                 row, column * slots + good, column * slots + slot, offset, plane.COMPARED_BLOCK
             )
+    return True

@@ -14,8 +14,9 @@ from vhdx.arrays import np
 from vhdx.errors import VhdxError
 from vhdx.ledger.members import position_of
 from vhdx.spaces.disks import PhysicalDisk, read_label
+from vhdx.spaces.opening import attach_detached
 from vhdx.spaces.returning import take_back
-from vhdx.spaces.state import STALE, DiskState
+from vhdx.spaces.state import STALE
 from vhdx.spaces.states import DiskStatus, RetirePolicy, Usage
 
 if TYPE_CHECKING:
@@ -39,10 +40,11 @@ class Watcher:
     Args:
         core: of the pool.
         repairer: is told when something changed.
+        detached: for each space that is detached why, by number; those that can be attached are.
     """
 
-    def __init__(self, core: Core, repairer: Repairer) -> None:
-        self._core, self._repairer = core, repairer
+    def __init__(self, core: Core, repairer: Repairer, detached: dict[int, str]) -> None:
+        self._core, self._repairer, self._detached = core, repairer, detached
         self._stop = threading.Event()
         self._changed: dict[tuple[int, int], float] = {}  # by space and row: when, monotonic
         self._slow: dict[int, float] = {}
@@ -79,9 +81,10 @@ class Watcher:
         with core.lock:
             for index in list(core.disks):
                 self._try(self._check_file, index)
-            for disk in list(core.state.disks.values()):
-                if disk.out is not None:
-                    self._try(self._look_for, disk)
+            out = [index for index, disk in core.state.disks.items() if disk.out is not None]
+        for index in out:
+            self._try(self._look_for, index)
+        with core.lock:
             for step in (self._retire, self._alert, self._measure):
                 self._try(step)
         if ticks % 10 == 0:
@@ -94,7 +97,7 @@ class Watcher:
         with contextlib.suppress(VhdxError):
             step(*what)
 
-    # ---- disks; under the lock ----
+    # ---- disks; under the lock, but for _look_for ----
 
     def _check_file(self, index: int) -> None:
         core = self._core
@@ -104,22 +107,26 @@ class Watcher:
         if disk.out is None and not core.disks[index].is_where_it_was():
             core.take_out(index, DiskStatus.LOST_COMMUNICATION, "its file is gone, or was cut off")
 
-    def _look_for(self, disk: DiskState) -> None:
-        """Takes a disk back whose file is there again."""
+    def _look_for(self, index: int) -> None:
+        """Takes a disk back whose file is there again; opens the file without the lock."""
         core = self._core
-        held = core.disks.get(disk.index)
-        if held is not None:  # it has the last copy of something, so it was not closed
-            is_lost = disk.out is not None and disk.out.status is DiskStatus.LOST_COMMUNICATION
-            if is_lost and held.is_where_it_was():
-                take_back(core, disk.index, held, core.ledger.position, rejoins=False)
-            return
+        with core.lock:
+            disk = core.state.disks.get(index)
+            if disk is None or disk.out is None:
+                return
+            held = core.disks.get(index)
+            if held is not None:  # it has the last copy of something, so it was not closed
+                is_lost = disk.out.status is DiskStatus.LOST_COMMUNICATION
+                if is_lost and held.is_where_it_was():
+                    self._take_back(index, held, core.ledger.position, rejoins=False)
+                return
         now = time.monotonic()
-        first = _AFTER_ERROR if self._has_failed(disk) else 0.0
-        when, pause = self._tries.get(disk.index, (now + first, 1.0))
+        first = _AFTER_ERROR if disk.out.status is DiskStatus.IO_ERROR else 0.0
+        when, pause = self._tries.get(index, (now + first, 1.0))
         if now < when or place.key_of(disk.path) is None:
-            self._tries[disk.index] = (when, pause)
+            self._tries[index] = (when, pause)
             return
-        self._tries[disk.index] = (now + pause, min(2 * pause, 60.0))  # unless it comes back
+        self._tries[index] = (now + pause, min(2 * pause, 60.0))  # unless it comes back
         file = place.open_file(disk.path, write=True)
         try:
             label = read_label(file)
@@ -127,18 +134,29 @@ class Watcher:
                 raise VhdxError("another disk is there", path=disk.path)
             physical = PhysicalDisk(file, label, disk.latency)
             position = position_of(physical.member)
-            if take_back(core, disk.index, physical, position, rejoins=True):
-                self._repairer.try_again()
-                del self._tries[disk.index]
-                return
+            with core.lock:
+                is_wanted = core.state.disks.get(index) == disk and index not in core.disks
+                if is_wanted and self._take_back(index, physical, position, rejoins=True):
+                    del self._tries[index]
+                    return
         except BaseException:
             file.close()
             raise
         file.close()
 
-    @staticmethod
-    def _has_failed(disk: DiskState) -> bool:
-        return disk.out is not None and disk.out.status is DiskStatus.IO_ERROR
+    def _take_back(
+        self,
+        index: int,
+        physical: PhysicalDisk,
+        position: tuple[int, int] | None,
+        *,
+        rejoins: bool,
+    ) -> bool:
+        if not take_back(self._core, index, physical, position, rejoins=rejoins):
+            return False
+        attach_detached(self._core, self._detached)
+        self._repairer.try_again()
+        return True
 
     def _retire(self) -> None:
         core = self._core
