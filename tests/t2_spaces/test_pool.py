@@ -12,6 +12,7 @@ import sys
 import pytest
 
 import vhdx
+from tests.disk_place import DiskPlace
 from vhdx.errors import (
     DamagedError,
     ExistsError,
@@ -22,6 +23,7 @@ from vhdx.errors import (
     NotFoundError,
     Reason,
 )
+from vhdx.plane import Operation
 from vhdx.spaces import DiskSpec, Pool, Provisioning, Resiliency
 from vhdx.volume import list_files, remove_file, rename_file
 from vhdx.volume.copying import copy_file
@@ -226,8 +228,53 @@ def test_a_simple_space_without_a_disk_is_detached_and_comes_back(make):
         assert (report.status, report.attached) == ("Detached", False)
         with pytest.raises(vhdx.VhdxError, match="detached: "), pool.lease("s"):
             pass
-    os.rename(paths[0] + ".away", paths[0])
+        os.rename(paths[0] + ".away", paths[0])
+        assert pool.settle()
+        assert pool.report().spaces[0].attached
+        with pool.lease("s") as device:
+            assert device.read(device.size, 0) == expected
     assert content("p", "s") == expected
+
+
+def test_what_fails_at_the_opening_lets_go_of_the_disks(make, monkeypatch):
+    make(disks=3)
+    space_in("p", copies=2, columns=1)
+    expected = fill("p", "s")
+
+    def fails(*_arguments):
+        raise HostIOError("it failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vhdx.spaces.pool_spaces.attach_spaces", fails)
+        with pytest.raises(HostIOError, match="it failed"):
+            Pool.open("p")
+    with monkeypatch.context() as patch:
+        patch.setattr("vhdx.spaces.hints.write_hint", fails)
+        with pytest.raises(HostIOError, match="it failed"):
+            make("q", disks=3)
+    assert content("p", "s") == expected
+
+
+def test_a_scrub_goes_on_without_a_disk_that_fails():
+    place = DiskPlace({f"d{i}": bytes(4 * MIB) for i in range(4)})
+    specs = [DiskSpec(name, path) for name, path in zip(place.keys, place.paths(), strict=True)]
+    with Pool.create("p", specs, slab=64 * KIB, known=False) as pool:
+        pool.create_space("s", 512 * KIB, copies=3, columns=1)
+        with pool.lease("s") as device:
+            device.write(os.urandom(device.size), 0)
+            device.flush()
+            place.hold("d1").set(fail=[Operation.READ])
+            found = pool.scrub()
+            assert (found.different, found.unread, found.compared) == (0, 0, 512 * KIB)
+            assert pool.report().disks[1].status == "IO error"
+            others = [place.hold(name) for name in ("d0", "d2", "d3")]
+            for hold in others:
+                hold.set(fail=[Operation.READ])
+            found = pool.scrub()
+            assert found.unread == 512 * KIB
+            assert "could not be compared" in found.text
+            for hold in others:
+                hold.set()
 
 
 def test_scrub_finds_and_repairs_what_two_of_three_say(make):

@@ -509,7 +509,9 @@ class Injector(Device):
     """Parks, delays and fails requests to a lower device, for tests (``csrc/sim/injector.h``)."""
 
     def __init__(self, lower: Device, pool: Pool) -> None:
-        super().__init__(lib.vx_injector_create(lower.handle, pool.handle, 0), lower.path)
+        identity = failures.new_identity()
+        super().__init__(lib.vx_injector_create(lower.handle, pool.handle, identity), lower.path)
+        failures.register(identity, self)
         self._pool = pool
 
     def set(
