@@ -99,10 +99,13 @@ int vx_layout_copy(vx_device *device, uint64_t row, uint32_t from, uint32_t to, 
         begin_piece(&p, layout, row, from / slots, within + at, n);
         vx_device *reads = leaf_of(layout, row, from, false, &source);
         vx_device *writes = leaf_of(layout, row, to, true, &target);
-        code = reads == NULL || writes == NULL
-                   ? refuse(layout, failure, VX_E_INVALID)
-                   : copy_piece(reads, source + within + at, writes, target + within + at, n,
-                                compares, buffers, failure);
+        if (atomic_load(&layout->closed)) /* the slabs may belong to another space soon */
+            code = refuse(layout, failure, VX_E_CLOSED);
+        else if (reads == NULL || writes == NULL)
+            code = refuse(layout, failure, VX_E_INVALID);
+        else
+            code = copy_piece(reads, source + within + at, writes, target + within + at, n, compares,
+                              buffers, failure);
         end_piece(&p);
     }
     free(buffers);
@@ -175,8 +178,10 @@ int vx_layout_compare(vx_device *device, uint64_t row, uint32_t column, uint64_t
         piece p;
         uint64_t n = length - at < PIECE ? length - at : PIECE;
         begin_piece(&p, layout, row, column, within + at, n);
-        code = compare_piece(layout, row, column, within + at, n, buffers,
-                             verdicts + at / VX_LAYOUT_BLOCK, failure);
+        code = atomic_load(&layout->closed)
+                   ? refuse(layout, failure, VX_E_CLOSED)
+                   : compare_piece(layout, row, column, within + at, n, buffers,
+                                   verdicts + at / VX_LAYOUT_BLOCK, failure);
         end_piece(&p);
     }
     free(buffers);

@@ -218,6 +218,28 @@ def test_an_old_copy_of_a_disk_is_never_read(make, tmp_path):
             assert device.read(device.size, 0) == expected
 
 
+def test_an_old_copy_of_a_disk_of_a_simple_space_is_never_read(make, tmp_path):
+    """Also when nothing but data was changed since, and the pool was not closed."""
+    paths = make(disks=3)
+    space_in("p", resiliency=Resiliency.SIMPLE, columns=3)
+    fill("p", "s", seed=1)
+    old, new = tmp_path / "old", tmp_path / "new"
+    shutil.copy(paths[0], old)
+    pool = Pool.open("p")
+    expected = random.Random(2).randbytes(8 * MIB)
+    with pool.lease("s") as device:
+        device.write(expected, 0)
+        device.flush()
+        pool.abandon()
+    os.rename(paths[0], new)
+    for mode in ("r", "r+"):
+        shutil.copy(old, paths[0])
+        with Pool.open("p", mode) as pool:
+            assert not pool.report().spaces[0].attached
+    os.replace(new, paths[0])
+    assert content("p", "s") == expected
+
+
 def test_a_simple_space_without_a_disk_is_detached_and_comes_back(make):
     paths = make(disks=5)
     space_in("p", resiliency=Resiliency.SIMPLE, columns=4)

@@ -211,6 +211,8 @@ def _take_part(
             if refused == waiting:
                 break
             waiting = refused
+        # From now on data may change without a commit. A disk that lacks this one is an old copy.
+        core.commit([state.pool_record()])
         for index in waiting:
             errors[present[index].path] = DamagedError(
                 "it is an old copy of a disk that has the only copy of some data",

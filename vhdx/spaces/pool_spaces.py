@@ -91,8 +91,9 @@ class SpacesOfPool:
             number = space_changes.find(self._core, name).number
             if self.leases.is_used(number):
                 raise InUseError(f"space {name!r} is in use", path=self._core.state.settings.name)
-            space_changes.delete(self._core, name)
+            give_back = space_changes.delete(self._core, name)
             self._detached.pop(number, None)
+        give_back()
 
     @uninterruptible
     def resize_space(self, name: str, size: int) -> None:

@@ -260,15 +260,20 @@ class Repairer:
     def _switch(self, space: Attached, job: Job, slot: int) -> bool:
         """Records that the new slab takes the place of the old one; under the core's lock."""
         core, state = self._core, space.state
-        filled = space.filling.get((job.row, job.column, slot))
+        key = (job.row, job.column, slot)
+        filled = space.filling.get(key)
         if filled is None or core.usable(filled[0]) is None:
             return False
         rows = state.rows[job.row : job.row + 1].copy()
         old = rows[0, job.column, job.slot].copy()
         rows[0, job.column, slot] = (filled[0], IN_STEP, 0, filled[1])
         rows[0, job.column, job.slot] = (0, NONE, 0, 0)
-        core.commit(list(core.state.rows_records(state, job.row, rows)))
-        del space.filling[job.row, job.column, slot]
+        del space.filling[key]  # first: if the disk fails in the commit, the slab is the row's
+        try:
+            core.commit(list(core.state.rows_records(state, job.row, rows)))
+        except NoSpaceError:
+            space.filling[key] = filled
+            raise
         space.refresh(job.row, 1)
         index, slab = int(old["disk"]), int(old["slab"])
         core.slabs.release(index, slab)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from uuid import uuid4
 
@@ -116,24 +117,33 @@ def _columns(core: Core, space: SpaceState, wanted: int | None) -> int:
     return wanted
 
 
-def delete(core: Core, name: str) -> None:
-    """Deletes a space that nobody uses."""
-    with core.lock:
-        core.check()
-        space = find(core, name)
-        core.commit(
-            [core.state.space_gone_record(space.number), core.event("space-deleted", name, name)]
-        )
-        attached = core.spaces.pop(space.number, None)
+def delete(core: Core, name: str) -> Callable[[], None]:
+    """Deletes a space that nobody uses; under the lock.
+
+    Returns:
+        Gives its slabs back. To be called without the lock, because a repair of the space may wait
+        for the lock.
+    """
+    core.check()
+    space = find(core, name)
+    core.commit([core.state.space_gone_record(space.number), core.event("space-deleted", name, name)])
+    attached = core.spaces.pop(space.number, None)
+
+    def give_back() -> None:
         if attached is not None:
-            for where in attached.filling.values():
-                core.slabs.release(*where)
             attached.layout.close()
-        for member in space.rows[space.rows["state"] != NONE]:
-            index, slab = int(member["disk"]), int(member["slab"])
-            core.slabs.release(index, slab)
-            if core.usable(index):
-                core.give_back_space(index, slab)
+        with core.lock:
+            if attached is not None:
+                for where in attached.filling.values():
+                    core.slabs.release(*where)
+                attached.filling.clear()  # else the repair that fills them releases them again
+            for member in space.rows[space.rows["state"] != NONE]:
+                index, slab = int(member["disk"]), int(member["slab"])
+                core.slabs.release(index, slab)
+                if core.usable(index):
+                    core.give_back_space(index, slab)
+
+    return give_back
 
 
 def resize(core: Core, name: str, size: int) -> None:

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: MIT
+"""Changes of a pool that meet a repair."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import numpy as np
+
+from tests.disk_place import DiskPlace
+from vhdx.plane import Operation
+from vhdx.spaces import DiskSpec, Pool, Usage
+from vhdx.spaces.repairing import Repairer
+
+KIB, MIB = 1 << 10, 1 << 20
+SLAB = 64 * KIB
+
+
+def pool_of(disks: int) -> tuple[DiskPlace, Pool]:
+    place = DiskPlace({f"d{i}": bytes(8 * MIB) for i in range(disks)})
+    specs = [DiskSpec(name, path) for name, path in zip(place.keys, place.paths(), strict=True)]
+    return place, Pool.create("p", specs, slab=SLAB, known=False)
+
+
+def wrong_slabs(pool: Pool) -> list[tuple[str, int, int]]:
+    """Slabs that belong to two rows, or are in use and free, or neither."""
+    core, wrong = pool._core, []
+    with core.lock:
+        for index, disk in core.state.disks.items():
+            counts = np.zeros(disk.slabs, int)
+            for space in core.state.spaces.values():
+                mine = (space.rows["state"] != 0) & (space.rows["disk"] == index)
+                np.add.at(counts, space.rows["slab"][mine].astype(int), 1)
+            for attached in core.spaces.values():
+                for where, slab in attached.filling.values():
+                    counts[slab] += where == index
+            used = core.slabs._used[index]
+            odd = np.flatnonzero((counts > 1) | ((counts == 1) != used))
+            wrong += [(disk.name, int(slab), int(counts[slab])) for slab in odd]
+    return wrong
+
+
+def wait_for(what) -> None:
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_the_disk_of_a_rebuild_fails_in_the_commit_that_makes_its_slab_a_member(monkeypatch):
+    """Else its slab is given to another row."""
+    place, pool = pool_of(5)
+    pool.create_space("s", 4 * SLAB, columns=1)
+    content = os.urandom(4 * SLAB)
+    with pool.lease("s") as device:
+        device.write(content, 0)
+        device.flush()
+    switch, failed = Repairer._switch, []
+
+    def fails_once(self, space, job, slot):
+        filled = space.filling.get((job.row, job.column, slot))
+        if filled is not None and not failed:
+            failed.append(filled)
+            place.hold(f"d{filled[0]}").set(fail=[Operation.WRITE, Operation.FLUSH])
+        return switch(self, space, job, slot)
+
+    monkeypatch.setattr(Repairer, "_switch", fails_once)
+    pool.set_usage("d0", Usage.RETIRED)
+    wait_for(lambda: failed)
+    pool.settle()
+    assert pool.report().disks[failed[0][0]].status == "IO error"
+    assert wrong_slabs(pool) == []
+    with pool.lease("s") as device:
+        assert device.read(device.size, 0) == content
+    pool.close()
+
+
+def test_a_space_is_deleted_while_a_slab_of_it_is_filled(monkeypatch):
+    """Else the slab is released twice: the second time when another row has it."""
+    _, pool = pool_of(4)
+    copy = Repairer._copy
+    under_way, goes_on = [], []
+
+    def slow(self, space, *what, **how):
+        if space.state.name == "x":
+            under_way.append(space)
+            wait_for(lambda: goes_on)
+        copy(self, space, *what, **how)
+
+    monkeypatch.setattr(Repairer, "_copy", slow)
+    pool.create_space("x", 4 * SLAB, columns=1)
+    pool.create_space("y", 60 * SLAB, columns=1)
+    with pool.lease("x") as device:
+        device.write(os.urandom(device.size), 0)
+    pool.set_usage("d0", Usage.RETIRED)
+    wait_for(lambda: under_way)
+    pool.delete_space("x")
+    content = os.urandom(60 * SLAB)
+    with pool.lease("y") as device:
+        device.write(content, 0)
+        device.flush()
+        goes_on.append(True)
+        assert pool.settle()
+        assert wrong_slabs(pool) == []
+        assert device.read(device.size, 0) == content
+    assert pool.scrub().different == 0
+    pool.close()
