@@ -112,6 +112,31 @@ def test_foreign_disks_and_copies_are_refused(make, tmp_path):
         Pool.create("q", [DiskSpec("x", tmp_path / "file")], slab=SLAB)
 
 
+def test_new_names(make):
+    make("p"), make("q")
+    space_in("p", copies=2)
+    space_in("p", "t", copies=2)
+    expected = fill("p", "s")
+    with Pool.open("p") as pool:
+        with pytest.raises(ExistsError, match="there is a pool 'q' already"):
+            pool.rename("q")
+        with pytest.raises(ExistsError, match="there is a space 't' already"):
+            pool.rename_space("s", "t")
+        with pytest.raises(InvalidArgumentError):
+            pool.rename_space("s", "a/b")
+        with pool.lease("s"):
+            with pytest.raises(InUseError):
+                pool.rename("r")
+            with pytest.raises(InUseError):
+                pool.rename_space("s", "u")
+        pool.rename("r")
+        pool.rename_space("s", "u")
+        assert (pool.name, pool.space_names()) == ("r", ["u", "t"])
+    with pytest.raises(NotFoundError):
+        Pool.open("p")
+    assert content("r", "u") == expected
+
+
 def test_what_a_new_pool_cannot_be(tmp_path):
     fit = DiskSpec("a", tmp_path / "a", 64 * MIB)
     cases = [

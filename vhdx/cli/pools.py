@@ -189,6 +189,18 @@ def export_pool(name: str) -> None:
         hints.forget_hint(name)
 
 
+@pool.command("rename")
+@click.argument("name")
+@click.argument("new")
+def rename_pool(name: str, new: str) -> None:
+    """Give a pool another name.
+
+    Example: vhdx pool rename demo lab
+    """
+    with change(), _opened(name, ()) as opened:
+        opened.rename(new)
+
+
 @pool.command("status")
 @click.argument("name")
 @_where
@@ -447,6 +459,19 @@ def delete_space(pool_name: str, name: str, force: bool) -> None:
         )
     with change(), _opened(pool_name, ()) as opened:
         opened.delete_space(name)
+
+
+@space.command("rename")
+@click.argument("pool_name", metavar="POOL")
+@click.argument("name")
+@click.argument("new")
+def rename_space(pool_name: str, name: str, new: str) -> None:
+    """Give a space another name.
+
+    Example: vhdx space rename demo data images
+    """
+    with change(), _opened(pool_name, ()) as opened:
+        opened.rename_space(name, new)
 
 
 @space.command("resize")

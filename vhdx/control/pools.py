@@ -51,6 +51,13 @@ class ScrubArguments(api.Request, frozen=True):
     repair: bool
 
 
+class NewName(api.Request, frozen=True):
+    """Of a space, or of the pool."""
+
+    new: str
+    name: str = ""
+
+
 class SpaceArguments(api.Request, frozen=True):
     """See :meth:`vhdx.Pool.create_space`."""
 
@@ -145,6 +152,18 @@ def _resize_space(stream: Stream, disk: Disk, arguments: SpaceArguments) -> api.
     return api.Done()
 
 
+def _rename(stream: Stream, disk: Disk, arguments: NewName) -> api.Done:
+    del stream
+    _pool(disk).rename(arguments.new)
+    return api.Done()
+
+
+def _rename_space(stream: Stream, disk: Disk, arguments: NewName) -> api.Done:
+    del stream
+    _pool(disk).rename_space(arguments.name, arguments.new)
+    return api.Done()
+
+
 OPERATIONS: Mapping[str, Operation] = {
     "pool-report": Operation(api.NoArguments, _report),
     "pool-repair": Operation(api.NoArguments, _repair),
@@ -155,6 +174,8 @@ OPERATIONS: Mapping[str, Operation] = {
     "pool-create-space": Operation(SpaceArguments, _create_space),
     "pool-delete-space": Operation(SpaceArguments, _delete_space),
     "pool-resize-space": Operation(SpaceArguments, _resize_space),
+    "pool-rename": Operation(NewName, _rename),
+    "pool-rename-space": Operation(NewName, _rename_space),
 }
 
 
@@ -226,6 +247,14 @@ class PoolOfServer:
             if key in plain:
                 plain[key] = int(plain[key])
         self._owner.ask("pool-create-space", SpaceArguments(name, size, **plain))
+
+    def rename(self, name: str) -> None:
+        """See :meth:`vhdx.Pool.rename`."""
+        self._owner.ask("pool-rename", NewName(name))
+
+    def rename_space(self, name: str, new: str) -> None:
+        """See :meth:`vhdx.Pool.rename_space`."""
+        self._owner.ask("pool-rename-space", NewName(new, name))
 
     def delete_space(self, name: str) -> None:
         """See :meth:`vhdx.Pool.delete_space`."""

@@ -6,12 +6,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vhdx.errors import ExistsError, InUseError, InvalidArgumentError, VhdxError
 from vhdx.interrupts import uninterruptible
 from vhdx.spaces import hints
-from vhdx.spaces.disks import DiskSpec
+from vhdx.spaces.disks import DiskSpec, check_name
 from vhdx.spaces.making import make_core
 from vhdx.spaces.opening import open_core
 from vhdx.spaces.pool_disks import DisksOfPool
@@ -191,6 +192,32 @@ class Pool(SpacesOfPool, DisksOfPool):
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    @uninterruptible
+    def rename(self, name: str) -> None:
+        """Gives the pool another name, here and on its disks.
+
+        Raises:
+            InvalidArgumentError: it is no name for a pool.
+            ExistsError: another pool that is known here has it.
+            InUseError: a space is in use.
+        """
+        core, before = self._core, self.name
+        with core.lock:
+            core.check()
+            check_name(name, "a pool")
+            if any(hint.name == name and hint.pool != self.id for hint in hints.hints()):
+                raise ExistsError(f"there is a pool {name!r} already", hint="take another name")
+            if self.leases.names():
+                raise InUseError("a pool that is in use keeps its name", path=before)
+            settings = replace(core.state.settings, name=name)
+            core.commit([core.state.pool_record(settings), core.event("pool-renamed", name, before)])
+            for index, physical in core.disks.items():  # what labels say is only for people
+                with contextlib.suppress(VhdxError):
+                    physical.write_label(pool_name=name, disk_name=core.state.disks[index].name)
+        self.remember()
+        if name != before:
+            hints.forget_hint(before)
 
     # ---- what it is ----
 

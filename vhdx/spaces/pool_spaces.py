@@ -105,6 +105,23 @@ class SpacesOfPool:
         """
         space_changes.resize(self._core, name, size)
 
+    @uninterruptible
+    def rename_space(self, name: str, new: str) -> None:
+        """Gives a space another name.
+
+        Raises:
+            NotFoundError, InvalidArgumentError, ExistsError: as the message says.
+            InUseError: it is in use.
+        """
+        with self._core.lock:
+            space = space_changes.find(self._core, name)
+            if self.leases.is_used(space.number):
+                raise InUseError(
+                    f"space {name!r} is in use, and keeps its name",
+                    path=self._core.state.settings.name,
+                )
+            space_changes.rename(self._core, space, new)
+
     def space_names(self) -> list[str]:
         """The names of all spaces."""
         return [space.name for space in self._core.state.spaces.values()]

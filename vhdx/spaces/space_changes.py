@@ -17,7 +17,7 @@ from vhdx.spaces.state import NONE, SpaceState
 from vhdx.spaces.states import MediaType, Provisioning, Resiliency, Usage
 from vhdx.units import KIB, format_size
 
-__all__ = ["DEFAULT_INTERLEAVE", "create", "delete", "find", "resize"]
+__all__ = ["DEFAULT_INTERLEAVE", "create", "delete", "find", "rename", "resize"]
 
 DEFAULT_INTERLEAVE = 256 * KIB
 _MOST_COLUMNS = {Resiliency.SIMPLE: 8, Resiliency.MIRROR: 4}  # of automatic choice
@@ -144,6 +144,19 @@ def delete(core: Core, name: str) -> Callable[[], None]:
                     core.give_back_space(index, slab)
 
     return give_back
+
+
+def rename(core: Core, space: SpaceState, new: str) -> None:
+    """Gives a space another name; under the lock."""
+    core.check()
+    check_name(new, "a space")
+    if core.state.space_named(new) is not None and new != space.name:
+        raise ExistsError(f"there is a space {new!r} already", path=core.state.settings.name)
+    renamed = replace(space, name=new)
+    core.commit([core.state.space_record(renamed), core.event("space-renamed", new, space.name)])
+    attached = core.spaces.get(space.number)
+    if attached is not None:
+        attached.layout.path = f"space://{core.state.settings.name}/{new}"
 
 
 def resize(core: Core, name: str, size: int) -> None:

@@ -411,8 +411,8 @@ class PoolState:
 
     # ---- records ----
 
-    def pool_record(self) -> Record:
-        return Record(Kind.POOL, _packed(self.settings))
+    def pool_record(self, settings: PoolSettings | None = None) -> Record:
+        return Record(Kind.POOL, _packed(settings or self.settings))
 
     @staticmethod
     def disk_record(disk: DiskState) -> Record:

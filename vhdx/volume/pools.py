@@ -54,6 +54,7 @@ class OpenPool:
     """A pool that this process has open."""
 
     pool: Pool
+    name: str  # by which paths name it
     owned: bool  # this place closes it
     uses: int = 0
     volumes: dict[str, Volume] = field(default_factory=dict)
@@ -76,7 +77,7 @@ class OpenPools:
                 raise InUseError("files of the pool are open", path=pool.name)
             if other is not None:
                 self._close(other)
-            self._pools[pool.name] = OpenPool(pool, owned=False)
+            self._pools[pool.name] = OpenPool(pool, pool.name, owned=False)
 
     def take_away(self, pool: Pool) -> None:
         """Ends :meth:`lend`.
@@ -85,8 +86,8 @@ class OpenPools:
             InUseError: a file of it is open.
         """
         with self._lock:
-            opened = self._pools.get(pool.name)
-            if opened is not None and opened.pool is pool:
+            opened = next((each for each in self._pools.values() if each.pool is pool), None)
+            if opened is not None:
                 if opened.uses:
                     raise InUseError("files of the pool are open", path=pool.name)
                 self._close(opened)
@@ -105,7 +106,7 @@ class OpenPools:
                 self._close(opened)
                 opened = None
             if opened is None:
-                opened = OpenPool(Pool.open(name, "r+" if write else "r"), owned=True)
+                opened = OpenPool(Pool.open(name, "r+" if write else "r"), name, owned=True)
                 self._pools[name] = opened
             if opened.timer is not None:
                 opened.timer.cancel()
@@ -131,9 +132,9 @@ class OpenPools:
     def _close(self, opened: OpenPool) -> None:
         if opened.timer is not None:
             opened.timer.cancel()
-        if self._pools.get(opened.pool.name) is not opened:
+        if self._pools.get(opened.name) is not opened:
             return  # it was closed already, and another one may have its place
-        del self._pools[opened.pool.name]
+        del self._pools[opened.name]
         for volume in opened.volumes.values():
             volume.close()
         opened.volumes.clear()
