@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 
 import numpy as np
+import pytest
 
-from tests.disk_place import DiskPlace
+from tests.disk_place import DiskFile, DiskPlace
+from vhdx.errors import VhdxError
 from vhdx.plane import Operation
 from vhdx.spaces import DiskSpec, Pool, Usage
 from vhdx.spaces.repairing import Repairer
@@ -106,3 +109,57 @@ def test_a_space_is_deleted_while_a_slab_of_it_is_filled(monkeypatch):
         assert device.read(device.size, 0) == content
     assert pool.scrub().different == 0
     pool.close()
+
+
+def test_a_disk_is_removed_once():
+    _, pool = pool_of(5)
+    pool.create_space("s", 20 * SLAB, columns=1)
+    content = os.urandom(20 * SLAB)
+    with pool.lease("s") as device:
+        device.write(content, 0)
+    ends = []
+
+    def remove():
+        try:
+            pool.remove_disk("d0")
+            ends.append("removed")
+        except VhdxError as error:
+            ends.append(type(error).__name__)
+
+    threads = [threading.Thread(target=remove) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert ends.count("removed") == 1
+    assert set(ends) <= {"removed", "InUseError", "NotFoundError"}
+    assert wrong_slabs(pool) == []
+    with pool.lease("s") as device:
+        assert device.read(device.size, 0) == content
+    pool.close()
+
+
+@pytest.mark.parametrize("operation", [Operation.READ, Operation.WRITE, Operation.FLUSH])
+def test_a_disk_that_returns_and_fails_keeps_no_pool_from_opening(monkeypatch, operation):
+    place, pool = pool_of(5)
+    pool.create_space("s", 4 * SLAB, columns=1)
+    pool.close()
+    key = place.take_away("d0")
+    content = os.urandom(4 * SLAB)
+    with Pool.open(disks=place.paths(), known=False) as pool, pool.lease("s") as device:
+        device.write(content, 0)
+    place.bring_back("d0", key)
+    open_disk = DiskFile.__init__
+
+    def failing(self, owner, path, **how):
+        open_disk(self, owner, path, **how)
+        if path.endswith("d0"):
+            self.hold.set(fail=[operation])
+
+    monkeypatch.setattr(DiskFile, "__init__", failing)
+    with Pool.open(disks=place.paths(), known=False) as pool:
+        with pool.lease("s") as device:
+            assert device.read(device.size, 0) == content
+        if operation is not Operation.READ:  # its ledger can be read
+            assert pool.report().disks[0].status != "OK"
+    assert [len(files) for files in place.open_files.values()] == [0] * 5

@@ -103,6 +103,7 @@ class Core:
         self.listeners: list[Callable[[Event], None]] = []
         self.pool = plane.shared_pool(plane.Level.SPACE)
         self.departures: dict[int, int] = {}  # how often a disk was taken out since the opening
+        self.removals: set[int] = set()  # disks that are being removed
         self._noted: dict[int, float] = {}  # when a failure of a disk was recorded last
         self._ledger = ledger
         self._acknowledged = (0, 0) if ledger is None else ledger.position

@@ -9,6 +9,7 @@ from dataclasses import replace
 from vhdx import plane
 from vhdx.errors import (
     ExistsError,
+    InUseError,
     InvalidArgumentError,
     NoSpaceError,
     NotFoundError,
@@ -107,20 +108,27 @@ def remove(
         if len(core.state.disks) == 1:
             raise InvalidArgumentError("it is the last disk of the pool", path=pool)
         disk = core.state.disks[index]
-        core.commit(
-            [
-                core.state.disk_record(replace(disk, removing=True)),
-                core.event("disk-removing", name, name),
-            ]
-        )
+        if index in core.removals:
+            raise InUseError(f"disk {name!r} is being removed already", path=pool)
+        core.removals.add(index)
     try:
+        with core.lock:
+            core.commit(
+                [
+                    core.state.disk_record(replace(disk, removing=True)),
+                    core.event("disk-removing", name, name),
+                ]
+            )
         _empty(core, repairer, index, progress, cancel)
+        _take_away(core, index)
     except BaseException:
         with core.lock, contextlib.suppress(VhdxError):
-            now = core.state.disks[index]
-            core.commit([core.state.disk_record(replace(now, removing=False))])
+            now = core.state.disks.get(index)
+            if now is not None:
+                core.commit([core.state.disk_record(replace(now, removing=False))])
         raise
-    _take_away(core, index)
+    finally:
+        core.removals.discard(index)
 
 
 def _empty(

@@ -206,8 +206,12 @@ def _take_part(
                 identity = state.disks[index].id
                 position = recovered.positions.get(identity)
                 rejoins = identity in names and names.index(identity) in outside
-                if not take_back(core, index, present[index], position, rejoins=rejoins):
-                    refused.append(index)
+                try:
+                    if not take_back(core, index, present[index], position, rejoins=rejoins):
+                        refused.append(index)
+                except VhdxError as error:  # it stays out; only a broken pool does not open
+                    core.check()
+                    errors[present[index].path] = error
             if refused == waiting:
                 break
             waiting = refused
