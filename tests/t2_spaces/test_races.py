@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from tests.disk_place import DiskFile, DiskPlace
-from vhdx.errors import VhdxError
+from vhdx.errors import NoSpaceError, VhdxError
 from vhdx.plane import Operation
 from vhdx.spaces import DiskSpec, Pool, Usage
 from vhdx.spaces.repairing import Repairer
+from vhdx.volume.volume import Volume
 
 KIB, MIB = 1 << 10, 1 << 20
 SLAB = 64 * KIB
@@ -163,3 +164,41 @@ def test_a_disk_that_returns_and_fails_keeps_no_pool_from_opening(monkeypatch, o
         if operation is not Operation.READ:  # its ledger can be read
             assert pool.report().disks[0].status != "OK"
     assert [len(files) for files in place.open_files.values()] == [0] * 5
+
+
+def make_files(volume: Volume, width: int) -> None:
+    for count in range(100_000):
+        number = volume.create()
+        try:
+            volume.name_file(number, f"{width}-{count:0{width}}", replace=False)
+        finally:
+            volume.release(number, write=True, locked=True)
+
+
+def test_a_full_ledger_has_room_for_what_must_be_possible():
+    place, pool = pool_of(5)
+    for name in ("s", "v"):
+        pool.create_space(name, 4 * SLAB, copies=3, columns=1)
+    content = os.urandom(4 * SLAB)
+    with pool.lease("s") as device:
+        device.write(content, 0)
+        volume = Volume(pool, "v")
+        for width in (100, 30, 5):
+            with pytest.raises(NoSpaceError, match="metadata of the pool"):
+                make_files(volume, width)
+        names = [file.name for file in volume.files()]
+        place.hold("d0").set(fail=list(Operation))
+        device.write(content, 0)
+        device.flush()
+        assert device.read(device.size, 0) == content
+        volume.close()
+    pool.close()
+    place.take_away("d1")
+    with Pool.open(disks=place.paths(), known=False) as pool:
+        with pool.lease("s") as device:
+            assert device.read(device.size, 0) == content
+        volume = Volume(pool, "v")
+        for name in names[::2]:
+            volume.remove(name)
+        volume.release(volume.create(), write=True, locked=True)
+        volume.close()

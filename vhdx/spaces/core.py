@@ -29,7 +29,7 @@ from vhdx.errors import (
     VhdxError,
 )
 from vhdx.ledger import Ledger, Record
-from vhdx.ledger.layout import check_record
+from vhdx.ledger.layout import area_length, check_record
 from vhdx.spaces.disks import PhysicalDisk
 from vhdx.spaces.placement import DiskViews, Entries, Slabs, entries_of
 from vhdx.spaces.state import (
@@ -125,8 +125,39 @@ class Core:
 
     # ---- durable changes; under the lock ----
 
-    def commit(self, records: Iterable[Record]) -> None:
+    def need_room(self, size: int = 0) -> None:
+        """Raises NoSpaceError unless so many bytes of records leave a part of the ledger free.
+
+        That part is kept for what must always be possible: to record that a disk failed, to delete
+        something, to open the pool.
+        """
+        size += _GROUP_OVERHEAD
+        capacity = min((area_length(d.label.region_length) for d in self.disks.values()), default=0)
+        kept = max(capacity // 8, min(64 << 10, capacity // 4))
+        try:
+            if size + kept > self.ledger.room:
+                self.ledger.checkpoint(self.state.records())
+        except NoSpaceError:
+            raise
+        except VhdxError as error:
+            self.break_down(error)
+            raise
+        if size + kept > self.ledger.room:
+            raise self._full()
+
+    def _full(self) -> NoSpaceError:
+        return NoSpaceError(
+            "the metadata of the pool fills its place on the disks",
+            path=self.state.settings.name,
+            hint="delete spaces or files; larger disks have more room",
+        )
+
+    def commit(self, records: Iterable[Record], *, grows: bool = False) -> None:
         """Makes records durable, and applies them to the state.
+
+        Args:
+            records: in order.
+            grows: what they add is refused while little room is left (:meth:`need_room`).
 
         Raises:
             NoSpaceError: the ledger is full; nothing was changed.
@@ -136,15 +167,13 @@ class Core:
         wanted = list(records)
         size = sum(len(r.payload) + _RECORD_OVERHEAD for r in wanted)
         size += _GROUP_OVERHEAD * (1 + size // (1 << 20))
+        if grows:
+            self.need_room(size)
         try:
             if size > self.ledger.room:
                 self.ledger.checkpoint(self.state.records())
             if size > self.ledger.room:
-                raise NoSpaceError(
-                    "the metadata of the pool fills its place on the disks",
-                    path=self.state.settings.name,
-                    hint="delete spaces or files; larger disks have more room",
-                )
+                raise self._full()
             for record in wanted:
                 check_record(record)
             for record in wanted:

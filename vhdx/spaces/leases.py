@@ -105,11 +105,24 @@ class Leases:
         with self._core.lock:
             self._owned.discard(number)
 
-    def commit_owner(self, number: int, payloads: Iterable[bytes]) -> None:
-        """Makes records of a space's owner durable, and applies them to it."""
+    def commit_owner(self, number: int, payloads: Iterable[bytes], *, grows: bool) -> None:
+        """Makes records of a space's owner durable, and applies them to it.
+
+        Args:
+            number: of the space.
+            payloads: of the records.
+            grows: refused while the ledger has little room.
+        """
         core = self._core
         with core.lock:
-            core.commit([core.state.owner_record(number, payload) for payload in payloads])
+            records = [core.state.owner_record(number, payload) for payload in payloads]
+            core.commit(records, grows=grows)
+
+    def need_room(self) -> None:
+        """Raises NoSpaceError while the ledger has little room."""
+        with self._core.lock:
+            self._core.check()
+            self._core.need_room()
 
     def give_back(self, number: int) -> None:
         """Ends a use of a space."""

@@ -115,7 +115,7 @@ class Space:
                 records += core.state.marks_records(state, [row], marked=True)
             try:
                 if records:
-                    core.commit(records)
+                    core.commit(records, grows=members is not None)
             except NoSpaceError:
                 if members is not None:
                     release_members(core, members)

@@ -71,7 +71,9 @@ def create(
             media=media,
         )
         space.columns = _columns(core, space, columns)
-        core.commit([core.state.space_record(space), core.event("space-created", name, name)])
+        core.commit(
+            [core.state.space_record(space), core.event("space-created", name, name)], grows=True
+        )
         try:
             if provisioning is Provisioning.FIXED:
                 _allocate_all(core, core.state.spaces[space.number])
@@ -84,7 +86,7 @@ def create(
 def _allocate_all(core: Core, space: SpaceState) -> None:
     members = allocate(core, space, range(len(space.rows)))
     try:
-        core.commit(list(core.state.rows_records(space, 0, members)))
+        core.commit(list(core.state.rows_records(space, 0, members)), grows=True)
     except NoSpaceError:
         release_members(core, members)
         raise
@@ -185,7 +187,7 @@ def resize(core: Core, name: str, size: int) -> None:
             members = allocate(core, space, range(first, first + count))
             records += core.state.rows_records(space, first, members)
         try:
-            core.commit(records)
+            core.commit(records, grows=True)
         except NoSpaceError:
             if members is not None:
                 release_members(core, members)

@@ -36,7 +36,7 @@ class Owner(Protocol):
     def path_of(self, number: int) -> str:
         """A path of a file, for messages."""
 
-    def commit(self, payloads: Iterable[bytes]) -> None:
+    def commit(self, payloads: Iterable[bytes], *, grows: bool = False) -> None:
         """Makes records durable, and applies them."""
 
     def take_zeroed(self, count: int, least: int) -> npt.NDArray[np.int64]:

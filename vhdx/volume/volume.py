@@ -103,12 +103,13 @@ class Volume:
 
     # ---- changes; under the lock ----
 
-    def commit(self, payloads: Iterable[bytes]) -> None:
-        """Makes records durable, and applies them."""
-        self._pool.leases.commit_owner(self.number, payloads)
+    def commit(self, payloads: Iterable[bytes], *, grows: bool = False) -> None:
+        """Makes records durable, and applies them; those that grow need room in the ledger."""
+        self._pool.leases.commit_owner(self.number, payloads, grows=grows)
 
     def take_zeroed(self, count: int, least: int) -> npt.NDArray[np.int64]:
         """Takes free pages and makes them read zeros."""
+        self._pool.leases.need_room()
         self.pages.grow(self.device.size // PAGE)
         taken = self.pages.take(count, least)
         try:
@@ -163,7 +164,7 @@ class Volume:
         """A new, empty file without a name; open for writing."""
         with self.lock:
             number = self.state.last_id + 1
-            self.commit([self.state.file_record(FileState(number, 0))])
+            self.commit([self.state.file_record(FileState(number, 0))], grows=True)
             self._open[number] = _Open(VolumeFile(self, number), writers=1)
             return number
 
@@ -236,7 +237,7 @@ class Volume:
             old = self.state.names.get(name)
             if old is not None and not replace:
                 raise FileExistsError(name)
-            self.commit([self.state.name_record(name, number)])
+            self.commit([self.state.name_record(name, number)], grows=True)
             self._forget(old)
 
     def rename(self, name: str, other: str) -> None:
