@@ -12,6 +12,7 @@ import pytest
 
 from tests.disk_place import DiskFile, DiskPlace
 from vhdx.errors import NoSpaceError, VhdxError
+from vhdx.ledger.layout import area_length
 from vhdx.plane import Operation
 from vhdx.spaces import DiskSpec, Pool, Usage
 from vhdx.spaces.repairing import Repairer
@@ -187,6 +188,10 @@ def test_a_full_ledger_has_room_for_what_must_be_possible():
             with pytest.raises(NoSpaceError, match="metadata of the pool"):
                 make_files(volume, width)
         names = [file.name for file in volume.files()]
+        core = pool._core
+        core.ledger.checkpoint(core.state.records())
+        area = area_length(core.disks[0].label.region_length)
+        assert area // 8 <= core.ledger.room < area // 2
         place.hold("d0").set(fail=list(Operation))
         device.write(content, 0)
         device.flush()
