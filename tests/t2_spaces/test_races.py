@@ -207,3 +207,20 @@ def test_a_full_ledger_has_room_for_what_must_be_possible():
             volume.remove(name)
         volume.release(volume.create(), write=True, locked=True)
         volume.close()
+
+
+def test_a_space_is_deleted_during_a_scrub():
+    _, pool = pool_of(4)
+    for name in ("s", "t"):
+        pool.create_space(name, 4 * SLAB, columns=1)
+        with pool.lease(name) as device:
+            device.write(os.urandom(device.size), 0)
+
+    def progress(_done, _total):
+        if "s" in pool.space_names():
+            pool.delete_space("s")
+
+    found = pool.scrub(progress=progress)
+    assert (found.complete, found.different, found.unread) == (False, 0, 0)
+    assert found.compared == 5 * SLAB
+    pool.close()

@@ -93,16 +93,16 @@ def scrub(
     found = Scrubbed()
     slab = core.state.settings.slab
     work = [
-        (space, row)
-        for space in spaces
-        if space.state.copies > 1
-        for row in space.state.stored_rows().tolist()
+        (space, row, state.columns)
+        for space, state in [(space, space.state) for space in spaces]
+        if state.copies > 1
+        for row in state.stored_rows().tolist()
     ]
-    total = sum(slab * space.state.columns for space, _ in work)
-    for space, row in work:
+    total = sum(slab * columns for _, _, columns in work)
+    for space, row, columns in work:
         if row >= len(space.unreconciled) or space.unreconciled[row]:
             continue  # its copies may differ, and are being made equal
-        for column in range(space.state.columns):
+        for column in range(columns):
             for at in range(0, slab, _PIECE):
                 if cancel is not None and cancel():
                     found.complete = False

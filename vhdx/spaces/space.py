@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from vhdx import plane
 from vhdx.arrays import np
-from vhdx.errors import NoSpaceError, VhdxError
+from vhdx.errors import ClosedError, NoSpaceError, VhdxError
 from vhdx.spaces.allocating import allocate, release_members
 from vhdx.spaces.state import NONE, new_rows
 from vhdx.spaces.states import DiskStatus, Provisioning
@@ -62,7 +62,10 @@ class Space:
     @property
     def state(self) -> SpaceState:
         """What the ledger says of it."""
-        return self._core.state.spaces[self._number]
+        found = self._core.state.spaces.get(self._number)
+        if found is None:
+            raise ClosedError("the space was deleted", path=self.layout.path)
+        return found
 
     def refresh(self, first: int, count: int) -> set[int]:
         """Tells C about rows, and the disks that they are on; under the pool's lock.
