@@ -224,3 +224,21 @@ def test_a_space_is_deleted_during_a_scrub():
     assert (found.complete, found.different, found.unread) == (False, 0, 0)
     assert found.compared == 5 * SLAB
     pool.close()
+
+
+def test_what_is_on_a_retired_disk_is_copied_only_if_there_is_no_other_copy():
+    """It is retired perhaps because what it holds is wrong."""
+    place, pool = pool_of(4)
+    pool.create_space("s", 8 * SLAB, columns=1)
+    content = os.urandom(8 * SLAB)
+    with pool.lease("s") as device:
+        device.write(content, 0)
+        device.flush()
+        disk = pool._core.state.disks[0]
+        place.memories["d0"].write(os.urandom(8 * SLAB), disk.slabs_offset)
+        pool.set_usage("d0", Usage.RETIRED)
+        assert pool.settle()
+        assert pool.report().disks[0].used_slabs == 0
+        assert device.read(device.size, 0) == content
+    assert pool.scrub().different == 0
+    pool.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import msgspec
 
@@ -13,7 +14,7 @@ from vhdx import place
 from vhdx.control import api, client
 from vhdx.control.operations import Operation, Stream
 from vhdx.errors import NotFoundError, VhdxError
-from vhdx.spaces import DiskSpec, Pool, PoolReport, Scrubbed
+from vhdx.spaces import DiskSpec, Pool, PoolReport, Scrubbed, hints
 from vhdx.spaces.states import MediaType, Provisioning, Resiliency, Usage
 from vhdx.volume import opened_pool, pool_of
 
@@ -271,5 +272,8 @@ def pool_of_server(name: str) -> PoolOfServer | None:
         for server in client.servers(everywhere=True):
             for export in server.exports:
                 if not place.is_host(export.path) and pool_of(export.path) == name:
-                    return PoolOfServer(client.Owner(server, export.name))
+                    found = PoolOfServer(client.Owner(server, export.name))
+                    # Another pool may have the same name, with other hints.
+                    if UUID(str(found.report().id)) == hints.find_hint(name).pool:
+                        return found
     return None

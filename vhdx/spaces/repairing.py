@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from vhdx.arrays import np
 from vhdx.errors import ClosedError, NoSpaceError, Reason, VhdxError
-from vhdx.spaces.jobs import Job, is_wanted, jobs_of
+from vhdx.spaces.jobs import Job, is_wanted, jobs_of, leaves_slabs
 from vhdx.spaces.placement import takes_new_slabs
 from vhdx.spaces.state import IN_STEP, NONE, STALE, SpaceState
 from vhdx.spaces.states import RetirePolicy, Usage
@@ -282,10 +282,14 @@ class Repairer:
         return True
 
     def _source(self, state: SpaceState, row: int, column: int) -> int:
-        readable = self._core.entries(state, row, 1).readable[0, column]
-        if not readable.any():
+        """The member to copy from: one on a disk that is emptied only if there is no other."""
+        core = self._core
+        slots = np.flatnonzero(core.entries(state, row, 1).readable[0, column]).tolist()
+        if not slots:
             raise VhdxError("there is no copy to repair it from", reason=Reason.IO)
-        return column * state.slots + int(np.flatnonzero(readable)[0])
+        disks = state.rows[row, column]["disk"]
+        best = min(slots, key=lambda slot: leaves_slabs(core.state.disks[int(disks[slot])]))
+        return int(column * state.slots + best)
 
     def _copy(self, space: Attached, row: int, source: int, target: int, *, compares: bool) -> None:
         """Copies a slab; a disk that fails is taken out."""
