@@ -15,6 +15,7 @@ from vhdx.control.pools import PoolOfServer, pool_of_server
 from vhdx.errors import InvalidArgumentError
 from vhdx.spaces import hints
 from vhdx.spaces.disks import DiskSpec
+from vhdx.spaces.making import check_distinct
 from vhdx.spaces.planning import plan as make_plan
 from vhdx.spaces.states import MediaType, Provisioning, Resiliency, RetirePolicy, Usage
 from vhdx.units import format_size, parse_size
@@ -290,6 +291,7 @@ def add_disk(name: str, disks: tuple[DiskSpec, ...], force: bool) -> None:
 
     Example: vhdx pool add demo --disk d=d.img:20G
     """
+    check_distinct(disks)
     with change(), _opened(name, ()) as opened:
         for spec in disks:
             opened.add_disk(spec, force=force)

@@ -16,7 +16,7 @@ from vhdx.spaces.state import PoolSettings, PoolState
 from vhdx.spaces.states import RetirePolicy
 from vhdx.units import KIB, format_size
 
-__all__ = ["make_core"]
+__all__ = ["check_distinct", "make_core"]
 
 _LEAST_SLAB, _LARGEST_SLAB = 64 * KIB, 1 << 34
 _MOST_DISKS = plane.MOST_DISKS - 8
@@ -92,6 +92,11 @@ def _check_slab(slab: int) -> None:
 def _check_specs(disks: Sequence[DiskSpec]) -> None:
     if not 1 <= len(disks) <= _MOST_DISKS:
         raise InvalidArgumentError(f"a pool has 1 to {_MOST_DISKS} disks")
+    check_distinct(disks)
+
+
+def check_distinct(disks: Sequence[DiskSpec]) -> None:
+    """Raises InvalidArgumentError if two of them have one name or one path."""
     names = [spec.name for spec in disks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
