@@ -20,6 +20,7 @@ from vhdx.units import KIB, format_size
 __all__ = ["DEFAULT_INTERLEAVE", "create", "delete", "find", "rename", "resize"]
 
 DEFAULT_INTERLEAVE = 256 * KIB
+_MOST_ROWS = 1 << 22
 _MOST_COLUMNS = {Resiliency.SIMPLE: 8, Resiliency.MIRROR: 4}  # of automatic choice
 
 
@@ -71,6 +72,7 @@ def create(
             media=media,
         )
         space.columns = _columns(core, space, columns)
+        _check_rows(core, space)
         core.commit(
             [core.state.space_record(space), core.event("space-created", name, name)], grows=True
         )
@@ -179,6 +181,7 @@ def resize(core: Core, name: str, size: int) -> None:
                 path=core.state.settings.name,
             )
         larger = replace(space, size=size)
+        _check_rows(core, larger)
         first = len(space.rows)
         records = [core.state.space_record(larger)]
         count = larger.row_count(core.state.settings.slab) - first
@@ -194,6 +197,17 @@ def resize(core: Core, name: str, size: int) -> None:
             raise
         if attached is not None:
             attached.grow()
+
+
+def _check_rows(core: Core, space: SpaceState) -> None:
+    rows, slab = space.row_count(core.state.settings.slab), core.state.settings.slab
+    if rows > _MOST_ROWS:
+        raise InvalidArgumentError(
+            f"a space of {format_size(space.size)} has {rows} rows of slabs of {format_size(slab)}, "
+            f"and {_MOST_ROWS} is the most",
+            path=core.state.settings.name,
+            hint=f"use at most {format_size(_MOST_ROWS * slab * space.columns)}",
+        )
 
 
 def _copies(resiliency: Resiliency, copies: int | None) -> int:
